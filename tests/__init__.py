@@ -1,0 +1,1 @@
+"""Tests of every package; run with `make test`."""
