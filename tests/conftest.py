@@ -1,0 +1,55 @@
+"""Set up once for every test: ranks start quickly, and nothing that a test started outlives it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import warm_up
+
+_GRACE_S = 2.0
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Let the fork server import torch while tests are collected."""
+    if not session.config.option.collectonly:
+        warm_up()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """Fail a test that leaves a child process or a non-daemon thread behind."""
+    processes, threads = _child_processes(), _threads()
+    yield
+    deadline = time.monotonic() + _GRACE_S
+    while (left := _left(processes, threads)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if left:
+        pytest.fail("left running: " + ", ".join(left), pytrace=False)
+
+
+def _left(processes: set[int], threads: set[threading.Thread]) -> list[str]:
+    stray = [f"process {pid} ({_command(pid)})" for pid in sorted(_child_processes() - processes)]
+    return stray + [f"thread {thread.name}" for thread in _threads() - threads]
+
+
+def _child_processes() -> set[int]:
+    tasks = Path("/proc/self/task")
+    texts = [path.read_text() for path in tasks.glob("*/children")]
+    return {int(pid) for text in texts for pid in text.split()}
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if not thread.daemon}
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
+    except FileNotFoundError:  # it ended in between
+        return f"gone, {os.fspath(Path('/proc', str(pid)))}"
