@@ -1,0 +1,116 @@
+"""Causal attention over packed documents: masks, rotary positions, grouped queries, a key/value cache."""
+
+# Shapes: B batch, T query tokens, S key tokens, D model width, H query heads, K key/value heads, E head
+# width.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainsys.models.layers import Linear
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one slot per layer, for generation.
+
+    Attention reads the slots and writes behind `length`; the model moves `length` once all layers have
+    written.
+    """
+
+    def __init__(self, num_layers: int, shape_BSKE: tuple[int, int, int, int], like: Tensor) -> None:
+        self.keys = [like.new_empty(shape_BSKE) for _ in range(num_layers)]
+        self.values = [like.new_empty(shape_BSKE) for _ in range(num_layers)]
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache can hold."""
+        return self.keys[0].shape[1]
+
+    def append(self, layer: int, key_BTKE: Tensor, value_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values of a layer and returns all of that layer's, [B, S, K, E]."""
+        end = self.length + key_BTKE.shape[1]
+        self.keys[layer][:, self.length : end] = key_BTKE
+        self.values[layer][:, self.length : end] = value_BTKE
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+
+def document_mask(document_ids_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask [B, 1, T, T] of causal attention inside documents; None where causal says it all.
+
+    A document ends wherever the id changes, also when an id comes back later. Additive, because the attention
+    kernels would turn a boolean mask into one again in every layer. Looks at the values, so the host waits
+    for an accelerator once a forward.
+    """
+    if document_ids_BT is None:
+        return None
+    change_BT = functional.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0))
+    if not bool(change_BT.any()):
+        return None
+    document_BT = change_BT.cumsum(1)
+    visible_BTT = (document_BT[:, :, None] == document_BT[:, None, :]).tril_()
+    return torch.zeros_like(visible_BTT, dtype=dtype).masked_fill_(~visible_BTT, float("-inf"))[:, None]
+
+
+def continuation_mask(num_queries: int, num_keys: int, like: Tensor) -> Tensor | None:
+    """Additive causal mask [T, S] for queries that are the last of the keys; None where they are all."""
+    if num_queries == num_keys:
+        return None
+    mask_TS = like.new_full((num_queries, num_keys), float("-inf"))
+    return mask_TS.triu_(num_keys - num_queries + 1)
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each [..., T, 1, E/2], for positions [..., T].
+
+    Angles are taken in float64 each forward: exact at any position, free of the model's dtype (a buffer would
+    be cast to bf16 with the weights), and under a thousandth of a step.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angles = positions[..., None, None].double() * theta**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + E/2]) by its angle."""
+    first, second = x_BTHE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; queries, keys and values come from one product."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qkv = Linear(dim, num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        self.output = Linear(num_heads * head_dim, dim)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Mixes tokens; `mask` is additive over [T, S], None means causal."""
+        batch, num_tokens, _ = x_BTD.shape
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_BTD).view(batch, num_tokens, heads + 2 * kv_heads, self.head_dim)
+        query_key, value_BSKE = torch.split(qkv, [heads + kv_heads, kv_heads], dim=2)
+        query_BTHE, key_BSKE = torch.split(rotate(query_key, cos, sin), [heads, kv_heads], dim=2)
+        if cache is not None:
+            key_BSKE, value_BSKE = cache.append(layer, key_BSKE, value_BSKE)
+        mixed_BHTE = functional.scaled_dot_product_attention(
+            query_BTHE.transpose(1, 2),
+            key_BSKE.transpose(1, 2),
+            value_BSKE.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and num_tokens > 1,
+            enable_gqa=heads != kv_heads,
+        )
+        return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -1,0 +1,147 @@
+"""The built-in decoder: RMSNorm before each sub-layer, rotary grouped-query attention, SwiGLU or experts."""
+
+# Shapes: B batch, T tokens, D model width, V vocabulary rows.
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from trainsys.config import ModelConfig
+from trainsys.errors import ConfigError
+from trainsys.models.attention import Attention, KVCache, continuation_mask, document_mask, rotation
+from trainsys.models.initialisation import initialise
+from trainsys.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+
+
+def resolve(config: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The configuration with every size that 0 stands for filled in; `vocab_size` is the tokenizer's.
+
+    Raises: ConfigError naming every size that does not fit.
+    """
+    wrong = []
+    num_kv_heads = config.num_kv_heads or config.num_heads
+    if num_kv_heads < 1 or config.num_heads % num_kv_heads:
+        wrong.append(f"model.num_kv_heads: {num_kv_heads} does not divide num_heads = {config.num_heads}")
+    head_dim = config.head_dim or config.dim // max(1, config.num_heads)
+    if head_dim < 2 or head_dim % 2:
+        wrong.append(f"model.head_dim: {head_dim} is not an even number of at least 2")
+    if not config.head_dim and config.dim % max(1, config.num_heads):
+        wrong.append(
+            f"model.dim: {config.dim} is not a multiple of num_heads = {config.num_heads}; set head_dim"
+        )
+    rows = config.vocab_size or -(-vocab_size // 64) * 64
+    if rows < vocab_size:
+        wrong.append(f"model.vocab_size: {rows} is smaller than the tokenizer's vocabulary of {vocab_size}")
+    if wrong:
+        raise ConfigError(wrong)
+    ffn_dim = config.ffn_dim or -(-8 * config.dim // (3 * 64)) * 64
+    return replace(config, num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=rows, ffn_dim=ffn_dim)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config.dim, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = SwiGLU(config.dim, config.ffn_dim)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after this block, and its share of the auxiliary loss (a fp32 scalar)."""
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), cos, sin, mask, cache, self.layer)
+        x_BTD = x_BTD + self._drop(mixed_BTD)
+        mapped_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + self._drop(mapped_BTD), x_BTD.new_zeros((), dtype=torch.float32)
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return functional.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+class Decoder(nn.Module):
+    """Tokens in, logits out; weights are unset until `initialise` or a state dict fills them."""
+
+    def __init__(self, config: ModelConfig, *, max_positions: int, activation_checkpointing: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.max_positions = max_positions
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = Linear(config.dim, config.vocab_size)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, V] in the model's dtype, and the weighted auxiliary loss (a fp32 scalar, 0 when
+        dense).
+
+        Positions default to 0..T-1, or to what follows the cache. Attention never crosses a change of
+        document id; without ids a row is one document. With a `cache` (no document ids) the tokens continue
+        it.
+        """
+        num_tokens = tokens_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        limit = self.max_positions if cache is None else min(self.max_positions, cache.capacity)
+        if start + num_tokens > limit:
+            raise ValueError(f"{start + num_tokens} tokens do not fit the model's limit of {limit} positions")
+        x_BTD = self.embedding(tokens_BT)
+        if positions_BT is None:
+            positions_BT = torch.arange(start, start + num_tokens, device=tokens_BT.device)
+        cos, sin = rotation(positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
+        if cache is None:
+            mask = document_mask(document_ids_BT, x_BTD.dtype)
+        else:
+            assert document_ids_BT is None, "a cache holds one document per row"
+            mask = continuation_mask(num_tokens, start + num_tokens, x_BTD)
+        aux_loss = x_BTD.new_zeros((), dtype=torch.float32)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD, aux = checkpoint(block, x_BTD, cos, sin, mask, use_reentrant=False)
+            else:
+                x_BTD, aux = block(x_BTD, cos, sin, mask, cache)
+            aux_loss = aux_loss + aux
+        if cache is not None:
+            cache.length += num_tokens
+        return self.head(self.norm(x_BTD)), aux_loss
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `capacity` tokens per row, on the model's device and in its dtype."""
+        shape = (batch, capacity, self.config.num_kv_heads, self.config.head_dim)
+        return KVCache(self.config.num_layers, shape, self.embedding.weight)
+
+
+def build_decoder(
+    config: ModelConfig, *, vocab_size: int, max_positions: int, activation_checkpointing: bool, seed: int
+) -> Decoder:
+    """A decoder with its initial weights."""
+    model = Decoder(
+        resolve(config, vocab_size),
+        max_positions=max_positions,
+        activation_checkpointing=activation_checkpointing,
+    )
+    initialise(model, num_layers=config.num_layers, seed=seed)
+    return model
