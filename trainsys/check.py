@@ -1,0 +1,216 @@
+"""What must hold between the values of a RunConfig: ranges, and conflicts across sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from parallel.config import ParallelConfig
+from trainsys import schedule
+from trainsys.config import RunConfig
+from trainsys.errors import ConfigError
+
+Problem = tuple[str, str]
+"""(dotted key, what is wrong; what is allowed)."""
+
+_UNSUPPORTED_AXES = ("pipeline", "shard", "context", "tensor", "expert")
+
+
+def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None) -> None:
+    """Raise if values contradict each other, or the number of ranks when `world_size` is given.
+
+    Raises:
+        ConfigError: every problem at once, each with the source of the value it names.
+    """
+    problems = [
+        *_ranges(config),
+        *_model(config),
+        *_parallel(config, world_size),
+        *_batch(config),
+        *_engine(config),
+        *(("schedule", message) for message in schedule.check(config.schedule, config.steps)),
+    ]
+    known = sources or {}
+    if problems:
+        raise ConfigError(f"{known.get(key, 'config')}: {key}: {message}" for key, message in problems)
+
+
+def num_ranks(config: ParallelConfig) -> int:
+    """Return the number of ranks that the degrees describe (experts add none)."""
+    return config.pipeline * config.replicate * config.shard * config.context * config.tensor
+
+
+def data_ranks(config: ParallelConfig) -> int:
+    """Return the number of ranks that each see their own part of a batch."""
+    return config.replicate * config.shard
+
+
+def accumulation_steps(config: RunConfig) -> int:
+    """Return the micro-batches per rank and optimizer step."""
+    return config.batch.global_sequences // (config.batch.micro_sequences * data_ranks(config.parallel))
+
+
+_AT_LEAST_ONE = (
+    "steps",
+    "model.num_layers",
+    "model.dim",
+    "model.num_heads",
+    "model.moe.top_k",
+    "data.sequence_length",
+    "batch.global_sequences",
+    "batch.micro_sequences",
+    "engine.bucket_numel",
+    "checkpoint.keep_last",
+    "metrics.every",
+    *(f"parallel.{axis.name}" for axis in dataclasses.fields(ParallelConfig)),
+)
+_AT_LEAST_ZERO = (
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.ffn_dim",
+    "model.vocab_size",
+    "model.moe.num_experts",
+    "model.moe.num_shared_experts",
+    "model.moe.balance_weight",
+    "model.moe.first_dense_layers",
+    "optim.lr",
+    "optim.muon_lr",
+    "optim.weight_decay",
+    "schedule.warmup_steps",
+    "schedule.decay_steps",
+    "engine.gradient_clip_norm",
+    "evaluation.every",
+    "evaluation.sequences",
+    "evaluation.sample_tokens",
+    "evaluation.sample_temperature",
+    "checkpoint.every",
+    "checkpoint.keep_every",
+    "metrics.peak_flops_per_s",
+    "profile.start_step",
+    "profile.num_steps",
+    "launch.gpus_per_rank",
+    "seed",
+)
+_ABOVE_ZERO = (
+    "model.rope_theta",
+    "model.norm_eps",
+    "optim.eps",
+    "engine.timeout_s",
+    "checkpoint.commit_timeout_s",
+    "faulttol.heartbeat_interval_s",
+    "launch.cpus_per_rank",
+    "launch.start_timeout_s",
+    "launch.frozen_timeout_s",
+    "launch.hang_timeout_s",
+    "launch.stop_grace_s",
+)
+_FRACTIONS = {
+    "model.dropout": 1.0,
+    "data.validation_fraction": 0.5,
+    "optim.beta1": 1.0,
+    "optim.beta2": 1.0,
+    "optim.muon_momentum": 1.0,
+    "schedule.final_ratio": 1.0,
+}
+
+
+def _ranges(config: RunConfig) -> Iterator[Problem]:
+    for key in _AT_LEAST_ONE:
+        if _value(config, key) < 1:
+            yield key, f"{_value(config, key)} is out of range; allowed: 1 or more"
+    for key in _AT_LEAST_ZERO:
+        if not _value(config, key) >= 0:
+            yield key, f"{_value(config, key)} is out of range; allowed: 0 or more"
+    for key in _ABOVE_ZERO:
+        if not _value(config, key) > 0:
+            yield key, f"{_value(config, key)} is out of range; allowed: above 0"
+    for key, limit in _FRACTIONS.items():
+        if not 0 <= _value(config, key) <= limit:
+            yield key, f"{_value(config, key)} is out of range; allowed: 0 to {limit:g}"
+    for key in (*_AT_LEAST_ZERO, *_ABOVE_ZERO):
+        if math.isinf(_value(config, key)):
+            yield key, "infinity is no setting; give a number"
+    if not config.name or "/" in config.name:
+        yield "name", f"{config.name!r} cannot name a folder; give a text without '/'"
+
+
+def _value(config: RunConfig, key: str) -> float:
+    node: object = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    assert isinstance(node, (int, float))
+    return node
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model.kind == "hf":
+        if not model.path:
+            yield "model.path", "missing; kind = 'hf' needs a folder with config.json"
+        return
+    if model.num_heads < 1:
+        return
+    if not model.head_dim and model.dim % (2 * model.num_heads):
+        yield "model.dim", f"{model.dim} is not a multiple of 2 x num_heads ({model.num_heads}); or set head_dim"
+    if model.head_dim % 2:
+        yield "model.head_dim", f"{model.head_dim} is odd; rotary embeddings need an even width"
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        yield "model.num_kv_heads", f"{model.num_kv_heads} does not divide num_heads ({model.num_heads})"
+    moe = model.moe
+    if moe.num_experts and not 1 <= moe.top_k <= moe.num_experts:
+        yield "model.moe.top_k", f"{moe.top_k} is out of range; allowed: 1 to num_experts ({moe.num_experts})"
+    if moe.num_experts and moe.first_dense_layers >= model.num_layers:
+        yield "model.moe.first_dense_layers", f"{moe.first_dense_layers} leaves no layer with experts"
+
+
+def _parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    for axis in _UNSUPPORTED_AXES:
+        degree = getattr(config.parallel, axis)
+        if degree > 1:
+            yield f"parallel.{axis}", f"{degree}: the trainer runs data parallel (parallel.replicate) only; allowed: 1"
+    ranks = num_ranks(config.parallel)
+    if world_size is not None and ranks != world_size:
+        yield (
+            "parallel",
+            f"degrees multiply to {ranks} but there {_are(world_size)}; set --parallel.replicate={world_size}, or "
+            "start the ranks with `trainsys launch`",
+        )
+
+
+def _are(world_size: int) -> str:
+    return "is 1 rank" if world_size == 1 else f"are {world_size} ranks"
+
+
+def _batch(config: RunConfig) -> Iterator[Problem]:
+    batch, ranks = config.batch, data_ranks(config.parallel)
+    if min(batch.global_sequences, batch.micro_sequences, ranks) >= 1:
+        unit = batch.micro_sequences * ranks
+        if batch.global_sequences % unit:
+            yield (
+                "batch.global_sequences",
+                f"{batch.global_sequences} is not a multiple of micro_sequences x data ranks "
+                f"({batch.micro_sequences} x {ranks} = {unit})",
+            )
+
+
+def _engine(config: RunConfig) -> Iterator[Problem]:
+    engine = config.engine
+    if engine.precision != "fp32" and engine.zero_stage == 0:
+        # DeepSpeed 0.19.8 takes an Adam step on zero gradients while it builds this combination's optimizer,
+        # so every later step has the wrong bias correction (losses off by 1e-2).
+        yield "engine.zero_stage", f"0 with {engine.precision} is numerically wrong in DeepSpeed; allowed: 1, 2, 3"
+    if engine.precision == "fp16" and engine.device == "cpu":
+        yield "engine.precision", "fp16 does not train on CPU; use bf16 or fp32"
+    if config.offload.optimizer == "cpu" and engine.zero_stage == 0:
+        yield "offload.optimizer", "cpu needs sharded optimizer state; allowed with engine.zero_stage = 1, 2, 3"
+    if config.optim.kind == "muon" and engine.zero_stage > 0:
+        yield "optim.kind", "muon needs whole matrices, which ZeRO shards flatten; allowed with engine.zero_stage = 0"
+    if config.profile.start_step > config.steps:
+        yield "profile.start_step", f"{config.profile.start_step} lies behind the last step ({config.steps})"
+    if config.faulttol.heartbeat_interval_s * 4 > config.launch.frozen_timeout_s:
+        yield (
+            "launch.frozen_timeout_s",
+            f"{config.launch.frozen_timeout_s:g} s is under four heartbeats "
+            f"(faulttol.heartbeat_interval_s = {config.faulttol.heartbeat_interval_s:g} s)",
+        )

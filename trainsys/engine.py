@@ -1,0 +1,182 @@
+"""The DeepSpeed adapter: one model, its optimizer and ZeRO behind six methods.
+
+The only module of this package that imports DeepSpeed. Its configuration dict is built here from typed fields and
+nothing else, because DeepSpeed accepts misspelt keys in silence. The optimizer is always ours, so nothing is
+compiled at start (DeepSpeed's CPU Adam takes minutes to build, and a killed build leaves a lock that hangs every
+later run).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainsys.check import accumulation_steps, data_ranks
+from trainsys.config import RunConfig
+from trainsys.errors import MissingExtraError, NumericsError
+from trainsys.partition import Slices, partition_of
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimizer step did."""
+
+    gradient_norm: float
+    """L2 norm over all parameters and ranks before clipping; not finite where fp16 overflowed."""
+    applied: bool
+    """False where fp16 overflowed and the step was skipped."""
+    loss_scale: float
+
+
+class Engine:
+    """Forward, backward and update of one model on this rank; every rank calls every method."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
+        """Hand `model` (already on its device, in its dtype) and `optimizer` to DeepSpeed; `torch.distributed` is up.
+
+        `optimizer`'s parameter groups carry `initial_lr` and `kind`, see `trainsys.optim`.
+        """
+        deepspeed = _import_deepspeed()
+        settings = config.engine
+        self._stage: int = settings.zero_stage
+        self._clip = settings.gradient_clip_norm
+        # DeepSpeed divides by the data ranks and the accumulation steps; our loss is already a share of the whole.
+        self._undo_averaging = data_ranks(config.parallel) * accumulation_steps(config)
+        os.environ.setdefault("LOCAL_RANK", "0")  # read unconditionally by deepspeed.initialize
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(),
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=settings.timeout_s),
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_settings(config), dist_init_required=False
+        )
+        self._partition = partition_of(
+            self._stage,
+            self._engine.module,
+            self._engine.optimizer,
+            separate_master=settings.precision != "fp32",
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; under ZeRO 3 its parameters are empty outside of forward and backward."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return torch.device(self._engine.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output."""
+        return self._engine(*args, **kwargs)
+
+    __call__: Callable[..., Any] = forward
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`: this micro-batch's share of the whole step's loss.
+
+        Shares of all micro-batches and ranks add up to the step's loss, so gradients are summed, never averaged.
+        """
+        self._engine.backward(loss * self._undo_averaging)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # advances the micro-batch counter only
+
+    def update(self, lr_factor: float) -> Update:
+        """Clip, step the optimizer at `lr_factor` times each group's peak rate, clear gradients.
+
+        Raises:
+            NumericsError: the gradient norm is not finite (except where fp16's loss scaling handles it).
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        norm = self._clip_replicated() if self._stage == 0 else None
+        scale = float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if applied and not norm < float("inf"):
+            raise NumericsError(f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch")
+        return Update(gradient_norm=norm, applied=applied, loss_scale=scale)
+
+    def slices(self) -> Slices:
+        """Return live views of this rank's weights and optimizer state, by logical name."""
+        return self._partition.slices()
+
+    def counters(self) -> dict[str, float]:
+        """Return the numbers that go with `slices`: applied updates and the loss scaler."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        kept = {key: float(getattr(scaler, key)) for key in _SCALER_FIELDS if hasattr(scaler, key)}
+        return {"steps_taken": self._partition.steps_taken(), **kept}
+
+    def after_load(self, counters: Mapping[str, float]) -> None:
+        """Finish a load that overwrote `slices()`: restore `counters` and refresh what ZeRO caches."""
+        self._partition.set_steps_taken(counters["steps_taken"])
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        for key in _SCALER_FIELDS:
+            if key in counters and hasattr(scaler, key):
+                setattr(scaler, key, type(getattr(scaler, key))(counters[key]))
+        self._partition.after_load()
+
+    def close(self) -> None:
+        """Release hooks and buffers; the model stays."""
+        self._engine.destroy()
+
+    def _clip_replicated(self) -> float:
+        """Clip already-reduced gradients (ZeRO 0, where DeepSpeed clips but does not tell the norm)."""
+        limit = self._clip if self._clip > 0 else float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of `config`; the only place that writes one."""
+    settings = config.engine
+    stage = settings.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": settings.bucket_numel,
+        "allgather_bucket_size": settings.bucket_numel,
+        "overlap_comm": settings.device != "cpu" and torch.cuda.is_available(),
+        "contiguous_gradients": True,
+    }
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    if config.offload.optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    built: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
+        "gradient_accumulation_steps": accumulation_steps(config),
+        "gradient_clipping": settings.gradient_clip_norm if stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "fp16": {"enabled": settings.precision == "fp16"},
+    }
+    return built
+
+
+def _import_deepspeed() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingExtraError("training", "train") from error
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

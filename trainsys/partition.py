@@ -1,0 +1,235 @@
+"""Weights and optimizer state of a DeepSpeed engine as named slices, whatever the ZeRO stage.
+
+Every tensor gets a name in *logical* coordinates (parameter name, range of its flattened elements), so that a
+checkpoint does not depend on the number of ranks or the stage that wrote it:
+
+    model.<parameter>              weights in the training precision
+    optimizer.master.<parameter>   fp32 master weights (bf16 and fp16 only; in fp32 the weights are the master)
+    optimizer.<key>.<parameter>    one per tensor of the optimizer's state (exp_avg, exp_avg_sq, momentum_buffer)
+
+The three classes differ in where ZeRO keeps these; they touch DeepSpeed 0.19 objects by attribute and import nothing
+of it. Tensors returned are live views: writing to them is how a checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import FlatSlice
+
+STATE_KEYS: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+"""Tensors a parameter group's optimizer keeps per element, by the group's `kind`."""
+
+Slices = dict[str, Tensor | FlatSlice]
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of one parameter whose optimizer state this rank owns."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    """First element, in the flattened parameter."""
+    master: Tensor
+    """fp32 weights, 1-D; shares memory with what the optimizer updates."""
+    state: Mapping[str, Tensor]
+    """The optimizer's tensors for these elements, 1-D."""
+
+    def slice(self, tensor: Tensor) -> FlatSlice:
+        """Return `tensor` placed where this fragment lies in the parameter."""
+        return FlatSlice(tensor, self.shape, self.start)
+
+
+class Partition(ABC):
+    """State of one engine; `partition_of` picks the class for its ZeRO stage."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, *, separate_master: bool) -> None:
+        self._module = module
+        self._optimizer = optimizer
+        self._separate_master = separate_master
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+
+    @abstractmethod
+    def weights(self) -> Slices:
+        """Return this rank's part of every parameter and persistent buffer, by name."""
+
+    @abstractmethod
+    def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        """Yield each optimizer parameter group with the tensors the optimizer holds state for."""
+
+    @abstractmethod
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank owns of each parameter's optimizer state; call `create_state` first."""
+
+    @abstractmethod
+    def after_load(self) -> None:
+        """Bring what ZeRO caches of the weights in line with tensors that were just overwritten."""
+
+    def slices(self) -> Slices:
+        """Return weights and optimizer state of this rank, by name."""
+        self.create_state()
+        found = self.weights()
+        for fragment in self.fragments():
+            if self._separate_master:
+                found[f"optimizer.master.{fragment.name}"] = fragment.slice(fragment.master)
+            for key, tensor in fragment.state.items():
+                found[f"optimizer.{key}.{fragment.name}"] = fragment.slice(tensor)
+        return found
+
+    def create_state(self) -> None:
+        """Create the optimizer state that the first step would create, as zeros, where it is missing."""
+        for group, holders in self.groups():
+            for holder in holders:
+                state = self._base_optimizer.state[holder]
+                for key in STATE_KEYS[group["kind"]]:
+                    if key not in state:
+                        state[key] = torch.zeros_like(holder, memory_format=torch.preserve_format)
+                if group["kind"] == "adamw" and "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+
+    def steps_taken(self) -> float:
+        """Return the updates the optimizer has applied (those skipped for fp16 overflow do not count)."""
+        self.create_state()
+        taken = [
+            float(self._base_optimizer.state[holder]["step"])
+            for _, holders in self.groups()
+            for holder in holders
+            if "step" in self._base_optimizer.state[holder]
+        ]
+        return max(taken, default=0.0)
+
+    def set_steps_taken(self, steps: float) -> None:
+        """Set the update count that bias correction uses."""
+        self.create_state()
+        for _, holders in self.groups():
+            for holder in holders:
+                state = self._base_optimizer.state[holder]
+                if "step" in state:
+                    state["step"].fill_(steps)
+
+    @property
+    def _base_optimizer(self) -> Any:
+        """The torch optimizer inside ZeRO's wrapper."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def _buffers(self) -> Slices:
+        parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        state = self._module.state_dict(keep_vars=True)
+        return {f"model.{name}": tensor for name, tensor in state.items() if name not in parameters}
+
+
+class Replicated(Partition):
+    """ZeRO 0: every rank holds everything."""
+
+    def weights(self) -> Slices:
+        return {f"model.{name}": parameter.data for parameter, name in self._names.items()} | self._buffers()
+
+    def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        for group in self._base_optimizer.param_groups:
+            yield group, group["params"]
+
+    def slices(self) -> Slices:
+        self.create_state()
+        found = self.weights()
+        for group, holders in self.groups():
+            for holder in holders:
+                for key in STATE_KEYS[group["kind"]]:
+                    found[f"optimizer.{key}.{self._names[holder]}"] = self._base_optimizer.state[holder][key]
+        return found
+
+    def fragments(self) -> Iterator[Fragment]:
+        for group, holders in self.groups():
+            for holder in holders:
+                state = self._base_optimizer.state[holder]
+                kept = {key: state[key].view(-1) for key in STATE_KEYS[group["kind"]]}
+                yield Fragment(self._names[holder], tuple(holder.shape), 0, holder.data.view(-1), kept)
+
+    def after_load(self) -> None:
+        return
+
+
+class Sharded(Partition):
+    """ZeRO 1 and 2: each rank owns one contiguous range of every group's flattened parameters."""
+
+    def weights(self) -> Slices:
+        return {f"model.{name}": parameter.data for parameter, name in self._names.items()} | self._buffers()
+
+    def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        for group in self._base_optimizer.param_groups:
+            yield group, group["params"]
+
+    def fragments(self) -> Iterator[Fragment]:
+        for index, (group, (flat,)) in enumerate(self.groups()):
+            state = self._base_optimizer.state[flat]
+            for parameter in self._optimizer.bit16_groups[index]:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # this rank owns none of it
+                    continue
+                inside, place = mapping.hp_fragment_address, mapping.lp_fragment_address
+                kept = {key: state[key].narrow(0, inside.start, inside.numel) for key in STATE_KEYS[group["kind"]]}
+                master = flat.data.narrow(0, inside.start, inside.numel)
+                yield Fragment(self._names[parameter], tuple(parameter.shape), place.start, master, kept)
+
+    def after_load(self) -> None:
+        if self._separate_master:
+            return
+        # fp32: the optimizer's flat range is a copy of the weights, which are all that was loaded.
+        by_name = {name: parameter for parameter, name in self._names.items()}
+        for fragment in self.fragments():
+            weights = by_name[fragment.name].data.reshape(-1)
+            fragment.master.copy_(weights.narrow(0, fragment.start, fragment.master.numel()))
+
+
+class FullySharded(Partition):
+    """ZeRO 3: each rank owns one range of every parameter, grouped into sub-groups."""
+
+    def weights(self) -> Slices:
+        found: Slices = {}
+        for parameter, name in self._names.items():
+            start, length = self._range(parameter)
+            tensor = parameter.ds_tensor.data.narrow(0, 0, length)  # type: ignore[attr-defined]
+            found[f"model.{name}"] = FlatSlice(tensor, tuple(parameter.ds_shape), start)  # type: ignore[attr-defined]
+        return found | self._buffers()
+
+    def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
+        zero = self._optimizer
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            yield self._base_optimizer.param_groups[zero.sub_group_to_group_id[index]], [flat]
+
+    def fragments(self) -> Iterator[Fragment]:
+        zero = self._optimizer
+        for index, (group, (flat,)) in enumerate(self.groups()):
+            state = self._base_optimizer.state[flat]
+            for parameter in zero.fp16_groups[index]:
+                _, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+                start, length = self._range(parameter)
+                kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
+                master = flat.data.narrow(0, offset, length)
+                yield Fragment(self._names[parameter], tuple(parameter.ds_shape), start, master, kept)
+
+    def after_load(self) -> None:
+        # Small parameters stay gathered between steps; drop and gather them again from the loaded ranges.
+        persistent = self._optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    @staticmethod
+    def _range(parameter: Any) -> tuple[int, int]:
+        """Return (first element, elements) this rank owns; the last rank's range is padded beyond the end."""
+        width = parameter.ds_tensor.ds_numel
+        start = min(width * torch.distributed.get_rank(parameter.ds_process_group), parameter.ds_numel)
+        return start, min(width, parameter.ds_numel - start)
+
+
+def partition_of(stage: int, module: nn.Module, optimizer: Any, *, separate_master: bool) -> Partition:
+    """Return the view of an engine's state for its ZeRO stage."""
+    kinds: Mapping[int, type[Partition]] = {0: Replicated, 1: Sharded, 2: Sharded, 3: FullySharded}
+    return kinds[stage](module, optimizer, separate_master=separate_master)
