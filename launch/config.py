@@ -16,8 +16,8 @@ class LaunchConfig:
     kind: Literal["local", "ray"] = "local"
     """`local`: processes of this machine; `ray`: one Ray actor per rank (extra `ray`)."""
     ray_address: str = ""
-    """Ray cluster to join, e.g. `auto` or `10.0.0.1:6379`; empty: the cluster that runs this job, else a Ray of
-    our own on this machine, ended with the run."""
+    """Ray cluster to join, e.g. `auto` or `10.0.0.1:6379`; empty: the cluster that runs this job, else a Ray
+    of our own on this machine, ended with the run."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for one rank; above 0."""
     gpus_per_rank: float = 0.0
@@ -27,7 +27,7 @@ class LaunchConfig:
     frozen_timeout_s: float = 30.0
     """Seconds without a sign of life from a rank's process before it counts as frozen."""
     hang_timeout_s: float = 1800.0
-    """Seconds without progress of a rank's loop before it counts as hung; longer than the slowest single step,
-    evaluation batch, compilation or data preparation."""
+    """Seconds without progress of a rank's loop before it counts as hung; longer than the slowest single
+    step, evaluation batch, compilation or data preparation."""
     stop_grace_s: float = 60.0
     """Seconds that ranks get to save and leave after a stop was asked for, before they are killed."""

@@ -1,0 +1,69 @@
+"""`run`: one job, from its start to its end, by the launcher that the configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+from launch import local
+from launch.config import LaunchConfig
+from launch.job import Job, JobResult
+from launch.supervisor import Ranks, supervise
+from launch.verdict import Limits
+
+Start = Callable[[Job, LaunchConfig, float], AbstractContextManager[Ranks]]
+
+_START_BY_KIND: Mapping[str, Start] = {"local": local.start}
+
+
+def run(
+    job: Job,
+    config: LaunchConfig,
+    *,
+    heartbeat_interval_s: float,
+    on_output: Callable[[bytes], None],
+) -> JobResult:
+    """Run `job` on all its ranks and block until it ended; no rank outlives the call or the calling process.
+
+    `on_output` gets what rank 0 prints, as it appears. SIGTERM or SIGINT asks every rank to stop, kills what
+    is left after `config.stop_grace_s`, and ends in the outcome "stopped"; a second SIGINT kills at once. That
+    needs the main thread: called from another one, signals are the caller's.
+
+    Raises: RankFailed for a rank that raised, died, froze, hung or never joined; ValueError for a job or
+    configuration that cannot run; LaunchError when the ranks cannot be started.
+    """
+    job.check()
+    _check(config, heartbeat_interval_s)
+    job.log_dir.mkdir(parents=True, exist_ok=True)
+    limits = Limits(
+        start_timeout_s=config.start_timeout_s,
+        frozen_timeout_s=config.frozen_timeout_s,
+        hang_timeout_s=config.hang_timeout_s,
+        exit_timeout_s=config.stop_grace_s,
+        heartbeat_interval_s=heartbeat_interval_s,
+    )
+    with _START_BY_KIND[config.kind](job, config, heartbeat_interval_s) as ranks:
+        return supervise(ranks, job, limits, stop_grace_s=config.stop_grace_s, on_output=on_output)
+
+
+def _check(config: LaunchConfig, heartbeat_interval_s: float) -> None:
+    wrong: list[str] = []
+    if config.kind not in _START_BY_KIND:
+        wrong.append(f"launch.kind: {config.kind!r} is none of {', '.join(sorted(_START_BY_KIND))}")
+    positive = ("cpus_per_rank", "start_timeout_s", "frozen_timeout_s", "hang_timeout_s", "stop_grace_s")
+    wrong += [
+        f"launch.{name}: {getattr(config, name)} is not above 0"
+        for name in positive
+        if not getattr(config, name) > 0
+    ]
+    if config.gpus_per_rank < 0:
+        wrong.append(f"launch.gpus_per_rank: {config.gpus_per_rank} is below 0")
+    if not heartbeat_interval_s > 0:
+        wrong.append(f"faulttol.heartbeat_interval_s: {heartbeat_interval_s} is not above 0")
+    elif config.frozen_timeout_s < 3 * heartbeat_interval_s:
+        wrong.append(
+            f"launch.frozen_timeout_s: {config.frozen_timeout_s} s is under three heartbeats of "
+            f"{heartbeat_interval_s} s; lengthen it or shorten faulttol.heartbeat_interval_s"
+        )
+    if wrong:
+        raise ValueError("\n".join(sorted(wrong)))

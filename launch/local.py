@@ -1,0 +1,224 @@
+"""Ranks as processes of this machine, one process group each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import faulttol
+from launch import context, entry
+from launch.config import LaunchConfig
+from launch.errors import LaunchError
+from launch.job import Job
+from launch.rankenv import RankEnv
+from launch.supervisor import log_path
+from launch.verdict import Exit, Pulse, RankReport
+
+_GONE_TIMEOUT_S = 30.0
+_LOOPBACK = "127.0.0.1"
+
+
+@contextlib.contextmanager
+def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterator[LocalRanks]:
+    """The running ranks of `job`; leaving the block ends what is left of them."""
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, _Guardian() as guardian:
+        listener = context.listen(_LOOPBACK)
+        ranks = LocalRanks(guardian)
+        try:
+            for rank in range(job.world_size):
+                env = RankEnv(
+                    rank=rank,
+                    world_size=job.world_size,
+                    local_rank=rank,
+                    local_world_size=job.world_size,
+                    store_host=_LOOPBACK,
+                    store_port=listener.getsockname()[1],
+                    store_is_served=True,
+                )
+                ranks.add(_Process(job, env, config, heartbeat_interval_s, Path(folder)))
+            # Ranks import torch meanwhile; those that are faster wait in the listener's queue.
+            store = context.serve_store(listener, job.world_size)
+            yield ranks
+            del store
+        finally:
+            listener.close()
+            ranks.kill()
+
+
+class LocalRanks:
+    """See `supervisor.Ranks`."""
+
+    def __init__(self, guardian: _Guardian) -> None:
+        self._guardian = guardian
+        self._processes: list[_Process] = []
+
+    def add(self, process: _Process) -> None:
+        self._processes.append(process)
+        self._guardian.guard(process.pid)
+
+    def poll(self) -> list[RankReport]:
+        reports = [process.report() for process in self._processes]
+        self._forget_ended()
+        return reports
+
+    def request_stop(self) -> None:
+        for process in self._processes:
+            process.tell(b"stop\n")
+
+    def dump_stacks(self) -> None:
+        for process in self._processes:
+            process.tell(b"stacks\n")
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        deadline_s = time.monotonic() + _GONE_TIMEOUT_S
+        for process in self._processes:
+            process.wait_until_gone(deadline_s)
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        for process in self._processes:
+            if process.exit is not None:
+                self._guardian.forget(process.pid)
+
+
+class _Process:
+    """One rank's process, from start to reaped."""
+
+    def __init__(
+        self, job: Job, env: RankEnv, config: LaunchConfig, heartbeat_interval_s: float, folder: Path
+    ) -> None:
+        self.exit: Exit | None = None
+        self._heartbeat_path = folder / f"rank{env.rank}.heartbeat"
+        self._outcome_path = folder / f"rank{env.rank}.outcome.json"
+        self._outcome: entry.Outcome | None = None
+        description_path = folder / f"rank{env.rank}.job.json"
+        description_path.write_text(
+            json.dumps(
+                {
+                    "entry": job.entry,
+                    "payload": dict(job.payload),
+                    "sys_path": [os.path.abspath(path) for path in sys.path],
+                    "heartbeat_path": str(self._heartbeat_path),
+                    "heartbeat_interval_s": heartbeat_interval_s,
+                    "outcome_path": str(self._outcome_path),
+                }
+            )
+        )
+        # torch takes every core for itself unless told: the same number that Ray sets for an actor.
+        threads = {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_rank)))}
+        read_fd, write_fd = os.pipe()
+        self._control: IO[bytes] = open(write_fd, "wb", buffering=0)  # noqa: SIM115 - open as long as the rank lives
+        try:
+            with open(log_path(job.log_dir, env.rank), "wb") as log:
+                self._popen = subprocess.Popen(
+                    [sys.executable, "-u", "-m", "launch.worker", str(description_path), str(read_fd)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**threads, **os.environ, **env.to_environ()},
+                    pass_fds=(read_fd,),
+                    start_new_session=True,
+                )
+        except BaseException:
+            self._control.close()
+            raise
+        finally:
+            os.close(read_fd)
+
+    @property
+    def pid(self) -> int:
+        """Of the process, and of the group it leads."""
+        return self._popen.pid
+
+    def report(self) -> RankReport:
+        ended = self._look_for_exit()  # before the outcome, which the rank writes before it exits
+        if self._outcome is None and self._outcome_path.exists():
+            self._outcome = entry.from_json(json.loads(self._outcome_path.read_text()))
+        pulse: Pulse | None = None
+        with contextlib.suppress(FileNotFoundError):  # not joined yet
+            view = faulttol.read_heartbeat(self._heartbeat_path)
+            pulse = Pulse(view.alive_count, view.progress_count, view.step, view.phase)
+        return RankReport(pulse, self._outcome, ended)
+
+    def tell(self, message: bytes) -> None:
+        with contextlib.suppress(
+            BrokenPipeError, ValueError
+        ):  # it is gone, or was reaped and its pipe closed
+            self._control.write(message)
+
+    def kill(self) -> None:
+        """End the process and all of its group; unless it is reaped, which leaves no group behind."""
+        if self.exit is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def wait_until_gone(self, deadline_s: float) -> None:
+        while self._look_for_exit() is None:
+            if time.monotonic() > deadline_s:
+                raise LaunchError(f"process {self.pid} is still there {_GONE_TIMEOUT_S:g} s after SIGKILL")
+            time.sleep(0.005)
+
+    def _look_for_exit(self) -> Exit | None:
+        """How the process ended; it is reaped here, after what it left running in its group was ended."""
+        if self.exit is not None:
+            return self.exit
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return None
+        # Unreaped, it still holds its group's number: this cannot hit a stranger.
+        os.killpg(self.pid, signal.SIGKILL)
+        code = self._popen.wait()
+        self._control.close()
+        self.exit = Exit(code=code) if code >= 0 else Exit(signal=-code)
+        return self.exit
+
+
+class _Guardian:
+    """The process that outlives a killed launcher long enough to end its ranks; see `launch.guardian`."""
+
+    def __init__(self) -> None:
+        self._guarded: set[int] = set()
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "launch.guardian"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+            bufsize=1,
+        )
+
+    def guard(self, group: int) -> None:
+        self._guarded.add(group)
+        self._tell(f"+{group}\n")
+
+    def forget(self, group: int) -> None:
+        if group in self._guarded:
+            self._guarded.remove(group)
+            self._tell(f"-{group}\n")
+
+    def _tell(self, line: str) -> None:
+        assert self._popen.stdin is not None
+        try:
+            self._popen.stdin.write(line)
+        except BrokenPipeError as error:
+            raise LaunchError(f"the guardian process {self._popen.pid} of this launch was killed") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._popen.stdin is not None
+        self._popen.stdin.close()
+        self._popen.wait(_GONE_TIMEOUT_S)

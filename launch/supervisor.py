@@ -1,0 +1,216 @@
+"""The loop that watches ranks: streams rank 0, stops on request, ends the run when a rank is at fault."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from launch import verdict
+from launch.entry import Raised, Returned
+from launch.errors import RankFailed, RankNote
+from launch.job import Job, JobResult
+from launch.verdict import Fault, Limits, RankReport, RankStatus
+
+_POLL_S = 0.1
+_SETTLE_S = (
+    1.0  # how long others may still report after the first failure, so that its cause is among the reports
+)
+_STACKS_S = 0.5  # how long ranks get to write the stacks of their threads before they are killed
+_LONGEST_TICK_S = 5.0  # a supervisor that was itself suspended for longer holds no rank to account for it
+_TAIL_BYTES = 8192
+
+
+class Ranks(Protocol):
+    """The running ranks of one job, as a launcher holds them; each writes `log_dir/rankN.log`."""
+
+    def poll(self) -> list[RankReport]:
+        """What is known of each rank now, by rank; returns soon, whatever state the ranks are in."""
+
+    def request_stop(self) -> None:
+        """Ask every rank to save and leave."""
+
+    def dump_stacks(self) -> None:
+        """Ask every rank to write the stacks of its threads to its log."""
+
+    def kill(self) -> None:
+        """End every rank, whatever state it is in, and return when all are gone. Idempotent."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT to the launcher, noted while it supervises."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.impatient = False
+        """A SIGINT after the first request: do not wait."""
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Note signals inside the block; only the main thread can, elsewhere the block changes nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.impatient = self.impatient or (self.requested and number == signal.SIGINT)
+        self.requested = True
+
+
+def log_path(log_dir: Path, rank: int) -> Path:
+    """Where rank `rank` prints."""
+    return log_dir / f"rank{rank}.log"
+
+
+def supervise(
+    ranks: Ranks, job: Job, limits: Limits, *, stop_grace_s: float, on_output: Callable[[bytes], None]
+) -> JobResult:
+    """Watch `ranks` until all have returned, one is at fault, or a stop is over; none is left running.
+
+    Raises: RankFailed.
+    """
+    watch = _Watch(ranks, job, on_output)
+    stop = StopSignals()
+    stop_at_s: float | None = None
+    with stop.caught():
+        while True:
+            watch.look()
+            if verdict.completed(watch.statuses):
+                return watch.finish("completed" if stop_at_s is None else "stopped")
+            if verdict.ended_badly(watch.statuses):
+                _settle(watch)
+                watch.fail(verdict.blame(watch.statuses, limits, watch.now_s), limits)
+            if stop.requested and stop_at_s is None:
+                stop_at_s = watch.now_s
+                ranks.request_stop()
+            if stop_at_s is None:
+                fault = verdict.judge_silence(watch.statuses, limits, watch.now_s)
+                if fault is not None:
+                    _collect_stacks(watch)
+                    watch.fail(fault, limits)
+            elif stop.impatient or watch.now_s - stop_at_s > stop_grace_s:
+                return watch.finish("stopped")
+            time.sleep(_POLL_S)
+
+
+def _settle(watch: _Watch) -> None:
+    """Keep looking until every rank has ended or the time for it is over."""
+    deadline_s = watch.now_s + _SETTLE_S
+    while watch.now_s < deadline_s and any(status.unfinished for status in watch.statuses):
+        time.sleep(_POLL_S)
+        watch.look()
+
+
+def _collect_stacks(watch: _Watch) -> None:
+    """Have ranks say where they are; one that froze cannot, its peers can."""
+    watch.ranks.dump_stacks()
+    deadline_s = watch.now_s + _STACKS_S
+    while watch.now_s < deadline_s:
+        time.sleep(_POLL_S)
+        watch.look()
+
+
+class _Watch:
+    """What was seen of the ranks so far, and on what clock."""
+
+    def __init__(self, ranks: Ranks, job: Job, on_output: Callable[[bytes], None]) -> None:
+        self.ranks = ranks
+        self.now_s = 0.0
+        """Time under supervision: it stands still while the supervisor itself is suspended."""
+        self.statuses = [RankStatus(rank=rank) for rank in range(job.world_size)]
+        self._job = job
+        self._on_output = on_output
+        self._read_bytes = 0
+        self._started_s = self._looked_s = time.monotonic()
+
+    def look(self) -> None:
+        """Bring the statuses up to date and pass on what rank 0 printed since, unless a rank has failed.
+
+        A failing rank publishes its outcome before it prints its traceback: read in the opposite order here,
+        so that rank 0's complaint about a lost peer is not shown before the cause.
+        """
+        printed = self._read_new()
+        reports = self.ranks.poll()
+        looked_s = time.monotonic()
+        self.now_s += min(looked_s - self._looked_s, _LONGEST_TICK_S)
+        self._looked_s = looked_s
+        self.statuses = [
+            verdict.observe(status, report, self.now_s)
+            for status, report in zip(self.statuses, reports, strict=True)
+        ]
+        if printed and not verdict.ended_badly(self.statuses):
+            self._on_output(printed)
+
+    def finish(self, outcome: Any) -> JobResult:
+        """End what still runs, and tell how the job ended."""
+        self.ranks.kill()
+        printed = self._read_new()
+        if printed:
+            self._on_output(printed)
+        return JobResult(
+            outcome=outcome,
+            results=[s.outcome.value if isinstance(s.outcome, Returned) else None for s in self.statuses],
+            killed=[status.rank for status in self.statuses if status.unfinished],
+            duration_s=time.monotonic() - self._started_s,
+        )
+
+    def fail(self, fault: Fault, limits: Limits) -> None:
+        """End every rank and raise the RankFailed that tells of all, the one at fault first."""
+        notes = [(status, verdict.describe(status, fault, limits, self.now_s)) for status in self.statuses]
+        self.ranks.kill()
+        ended = self.statuses[fault.rank].exit
+        raise RankFailed(
+            job_name=self._job.name,
+            rank=fault.rank,
+            reason=fault.reason,
+            exit_code=ended.code if ended is not None else None,
+            signal=ended.signal if ended is not None else None,
+            notes=[self._note(status, summary) for status, summary in notes],
+        )
+
+    def _note(self, status: RankStatus, summary: str) -> RankNote:
+        path = log_path(self._job.log_dir, status.rank)
+        return RankNote(
+            rank=status.rank,
+            summary=summary,
+            traceback=status.outcome.traceback if isinstance(status.outcome, Raised) else "",
+            log=str(path),
+            log_tail=_tail(path),
+        )
+
+    def _read_new(self) -> bytes:
+        path = log_path(self._job.log_dir, 0)
+        if not path.exists():
+            return b""
+        with open(path, "rb") as log:
+            log.seek(self._read_bytes)
+            new = log.read()
+        self._read_bytes += len(new)
+        return new
+
+
+def _tail(path: Path) -> str:
+    """The last whole lines of a log; empty when there is none."""
+    if not path.exists():
+        return ""
+    with open(path, "rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        log.seek(max(0, size - _TAIL_BYTES))
+        tail = log.read()
+    if size > _TAIL_BYTES:
+        tail = tail.partition(b"\n")[2] or tail
+    return tail.decode(errors="replace")

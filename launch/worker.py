@@ -1,0 +1,72 @@
+"""One local rank: `python -m launch.worker DESCRIPTION CONTROL_FD`, started by `launch.local` alone.
+
+DESCRIPTION is a JSON file. Over the control pipe come `stop` and `stacks`, a line each; its end of file means
+that the launcher is gone, and this rank with all it started goes too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from faulttol import Heartbeat
+from launch import entry
+from launch.context import RankContext, stop_on_signals
+from launch.rankenv import RankEnv
+
+
+def main(description_path: str, control_fd: str) -> int:
+    """Run the described entry and write its outcome; 0 if it returned, 1 if it raised."""
+    faulthandler.enable()
+    description = json.loads(Path(description_path).read_text())
+    stop = threading.Event()
+    threading.Thread(target=_obey, args=(int(control_fd), stop), name="launch-control", daemon=True).start()
+    entry.extend_path(description["sys_path"])
+    outcome = _run(description, stop)
+    _publish(Path(description["outcome_path"]), entry.to_json(outcome))
+    if isinstance(outcome, entry.Raised):
+        sys.stderr.write(outcome.traceback)
+        return 1
+    return 0
+
+
+def _run(description: dict[str, Any], stop: threading.Event) -> entry.Outcome:
+    with stop_on_signals(stop):
+        try:
+            function = entry.load(description["entry"])
+            env = RankEnv.from_environ(os.environ)
+            with Heartbeat(
+                Path(description["heartbeat_path"]), description["heartbeat_interval_s"]
+            ) as heartbeat:
+                context = RankContext(env, heartbeat, stop)
+                return entry.Returned(entry.call(function, context, description["payload"]))
+        except BaseException as error:  # noqa: BLE001 - carried to the launcher, SystemExit included
+            return entry.raised(error)
+
+
+def _obey(control_fd: int, stop: threading.Event) -> None:
+    with open(control_fd, "rb") as control:
+        for line in control:
+            if line == b"stop\n":
+                stop.set()
+            elif line == b"stacks\n":
+                faulthandler.dump_traceback(all_threads=True)
+    # The launcher made this rank the leader of a group of its own.
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def _publish(path: Path, fields: dict[str, Any]) -> None:
+    """Write a file that appears complete or not at all."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(json.dumps(fields))
+    unfinished.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))
