@@ -1,1 +1,51 @@
-"""Placeholder docstring: replaced by the package's own."""
+"""Verified, reshardable checkpoints of training state that is spread over ranks.
+
+from checkpoint import Checkpointer
+
+with Checkpointer("checkpoints") as ck:
+    ck.save(step, {"weight": weight}, {"note": "plain values"})
+    info = ck.latest()
+    ck.load(info, {"weight": weight})
+"""
+
+from checkpoint.catalog import CheckpointInfo
+from checkpoint.checkpointer import Checkpointer, Loaded
+from checkpoint.config import CheckpointConfig
+from checkpoint.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CommitTimeout,
+    CorruptCheckpoint,
+    CoverageError,
+    InvalidState,
+    SaveAborted,
+    SaveFailed,
+    StateMismatch,
+    StorageError,
+    UnsupportedFormat,
+)
+from checkpoint.handle import SaveHandle, SaveStats
+from checkpoint.state import BoxSlice, FlatSlice, RankLocal
+
+__all__ = [
+    "BoxSlice",
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointNotFound",
+    "Checkpointer",
+    "CommitTimeout",
+    "CorruptCheckpoint",
+    "CoverageError",
+    "FlatSlice",
+    "InvalidState",
+    "Loaded",
+    "RankLocal",
+    "SaveAborted",
+    "SaveFailed",
+    "SaveHandle",
+    "SaveStats",
+    "StateMismatch",
+    "StorageError",
+    "UnsupportedFormat",
+]

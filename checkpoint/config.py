@@ -23,3 +23,5 @@ class CheckpointConfig:
     """What a failed save does to the training that asked for it."""
     commit_timeout_s: float = 600.0
     """Seconds the coordinator waits for every rank's vote before the attempt fails, naming the missing ranks."""
+    load_buffer_bytes: int = 4 << 30
+    """Host memory for chunks that are verified and wait until all are; a load that needs more reads the rest twice."""

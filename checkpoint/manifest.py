@@ -1,0 +1,241 @@
+"""The slice table (Arrow) and the commit record (JSON): what a checkpoint says about itself."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from checkpoint import objects
+from checkpoint.errors import CorruptCheckpoint
+from checkpoint.format import CHUNK_BYTES, CODES, FORMAT, check_version, chunk_count, fingerprint
+from checkpoint.region import Region, Shape
+
+SHARED = -1
+"""Owner of a tensor that belongs to no single rank."""
+
+_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("owner", pa.int32()),  # SHARED, or the rank a RankLocal belongs to
+        ("dtype", pa.string()),  # safetensors code
+        ("global_shape", pa.list_(pa.int64())),
+        ("box_offset", pa.list_(pa.int64())),
+        ("box_shape", pa.list_(pa.int64())),
+        ("start", pa.int64()),  # range of the box's row-major order
+        ("stop", pa.int64()),
+        ("file", pa.string()),  # path relative to the checkpoint
+        ("byte_start", pa.int64()),  # from the start of the file
+        ("digests", pa.list_(pa.uint64())),  # of the slice's consecutive CHUNK_BYTES
+    ]
+)
+_KEY = b"checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSlice:
+    """A row of the slice table: which elements of which tensor lie where."""
+
+    name: str
+    owner: int
+    dtype: str
+    global_shape: Shape
+    region: Region
+    file: str
+    byte_start: int
+    digests: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return CODES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.region.numel * self.itemsize
+
+    def check(self, source: str) -> None:
+        """Raises CorruptCheckpoint unless the row makes sense by itself."""
+        problem = None
+        if self.dtype not in CODES:
+            problem = f"unknown dtype {self.dtype!r}"
+        elif any(n < 0 for n in self.global_shape):
+            problem = f"negative size in shape {list(self.global_shape)}"
+        elif self.byte_start < 0:
+            problem = f"starts at byte {self.byte_start}"
+        else:
+            problem = self.region.problem(self.global_shape)
+        if problem is None and len(self.digests) != chunk_count(self.nbytes):
+            problem = f"{len(self.digests)} digests for {self.nbytes} bytes"
+        if problem:
+            raise CorruptCheckpoint(f"{source}: tensor {self.name!r}: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of a checkpoint and what proves it: its size, and the fingerprint of its first `head_bytes`.
+
+    The rest, the tensors of a shard, is under the digests of the slice table.
+    """
+
+    path: str
+    nbytes: int
+    head_bytes: int
+    fingerprint: str
+
+
+class SliceTable:
+    """The rows of a slice table, found by name without turning the others into Python objects."""
+
+    def __init__(self, table: pa.Table, metadata: Mapping[str, Any], source: str) -> None:
+        self.metadata = metadata
+        self.source = source
+        self._table = table
+
+    @classmethod
+    def of(cls, rows: Iterable[SavedSlice], metadata: Mapping[str, Any]) -> SliceTable:
+        """Returns a table of these rows."""
+        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        for row in rows:
+            columns["name"].append(row.name)
+            columns["owner"].append(row.owner)
+            columns["dtype"].append(row.dtype)
+            columns["global_shape"].append(row.global_shape)
+            columns["box_offset"].append(row.region.offset)
+            columns["box_shape"].append(row.region.shape)
+            columns["start"].append(row.region.start)
+            columns["stop"].append(row.region.stop)
+            columns["file"].append(row.file)
+            columns["byte_start"].append(row.byte_start)
+            columns["digests"].append(row.digests)
+        return cls(
+            pa.table(columns, schema=_SCHEMA), {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, **metadata}, ""
+        )
+
+    @classmethod
+    def merge(cls, tables: Sequence[SliceTable], metadata: Mapping[str, Any]) -> SliceTable:
+        """Returns the rows of all tables."""
+        merged = pa.concat_tables([t._table for t in tables])
+        return cls(merged, {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, **metadata}, "")
+
+    def to_bytes(self) -> bytes:
+        """Returns the table as an uncompressed Arrow IPC file."""
+        sink = pa.BufferOutputStream()
+        schema = self._table.schema.with_metadata({_KEY: json.dumps(self.metadata).encode()})
+        with pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(self._table.replace_schema_metadata(schema.metadata))
+        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> SliceTable:
+        """Returns the table that `to_bytes` wrote. Raises CorruptCheckpoint, UnsupportedFormat."""
+        try:
+            table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+            table.validate(full=True)
+            metadata = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
+            if not isinstance(metadata, dict):
+                raise ValueError("no checkpoint metadata in its schema")
+            check_version(metadata.get("format"), source)
+            if metadata.get("chunk_bytes") != CHUNK_BYTES:
+                raise ValueError(f"chunk_bytes is {metadata.get('chunk_bytes')}, not {CHUNK_BYTES}")
+            table = table.select(_SCHEMA.names).cast(_SCHEMA)
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise CorruptCheckpoint(f"{source}: is not a slice table ({error})") from error
+        if any(column.null_count for column in table.columns):
+            raise CorruptCheckpoint(f"{source}: has empty cells")
+        return cls(table, metadata, source)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def keys(self) -> list[tuple[str, int]]:
+        """Returns the (name, owner) pairs, in the order of first appearance."""
+        return list(self._index)
+
+    def rows(self, name: str, owner: int = SHARED) -> list[SavedSlice]:
+        """Returns the checked slices of one tensor; none if there is no such tensor."""
+        return [self._row(i) for i in self._index.get((name, owner), ())]
+
+    def all_rows(self) -> list[SavedSlice]:
+        """Returns every checked slice."""
+        return [self._row(i) for i in range(len(self))]
+
+    @functools.cached_property
+    def _index(self) -> dict[tuple[str, int], list[int]]:
+        index: dict[tuple[str, int], list[int]] = {}
+        names = self._table.column("name").to_pylist()
+        owners = self._table.column("owner").to_pylist()
+        for i, key in enumerate(zip(names, owners, strict=True)):
+            index.setdefault(key, []).append(i)
+        return index
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, list[Any]]:
+        plain = [n for n in _SCHEMA.names if n != "digests"]
+        return {n: self._table.column(n).to_pylist() for n in plain}
+
+    def _row(self, i: int) -> SavedSlice:
+        column = {name: values[i] for name, values in self._columns.items()}
+        row = SavedSlice(
+            name=column["name"],
+            owner=column["owner"],
+            dtype=column["dtype"],
+            global_shape=tuple(column["global_shape"]),
+            region=Region(
+                tuple(column["box_offset"]), tuple(column["box_shape"]), column["start"], column["stop"]
+            ),
+            file=column["file"],
+            byte_start=column["byte_start"],
+            digests=tuple(self._table.column("digests")[i].as_py()),
+        )
+        row.check(self.source)
+        return row
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """COMMIT.json: the checkpoint exists if and only if this record verifies."""
+
+    step: int
+    sequence: int
+    """Position in the order in which the checkpoints of this root were committed; the newest has the largest."""
+    run_id: str
+    world_size: int
+    created: str
+    """UTC, ISO 8601."""
+    files: tuple[FileRecord, ...]
+    shared: Any
+    """As JSON; `checkpoint.objects` restores it."""
+    versions: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Returns the record's text, which carries its own fingerprint."""
+        tree = asdict(self) | {"format": FORMAT}
+        tree["fingerprint"] = fingerprint(objects.canonical(tree))
+        return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> CommitRecord:
+        """Returns the record. Raises CorruptCheckpoint, UnsupportedFormat."""
+        tree = objects.parse(data, source)
+        if not isinstance(tree, dict):
+            raise CorruptCheckpoint(f"{source}: is not a commit record")
+        check_version(tree.get("format"), source)
+        claimed = tree.pop("fingerprint", None)
+        try:
+            if claimed != fingerprint(objects.canonical(tree)):
+                raise CorruptCheckpoint(
+                    f"{source}: was changed after the commit: its fingerprint does not match"
+                )
+            del tree["format"]
+            files = tuple(FileRecord(**record) for record in tree.pop("files"))
+            return cls(files=files, **tree)
+        except (TypeError, KeyError, ValueError) as error:
+            raise CorruptCheckpoint(f"{source}: is not a commit record ({error})") from error

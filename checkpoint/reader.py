@@ -1,0 +1,295 @@
+"""Committed checkpoints opened for reading: verified before anything is exposed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint import objects
+from checkpoint.commit import COMMIT, TABLE, tensor_problems
+from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
+from checkpoint.format import CODES, DTYPES, digest, fingerprint
+from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
+from checkpoint.region import Region
+from checkpoint.reshard import Read, coverage_problem, plan, view
+from checkpoint.state import Piece
+from checkpoint.storage import Storage
+from checkpoint.writer import rank_name
+
+REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
+_RUN_BYTES = 16 << 20
+"""Neighbouring chunks are read together up to this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Which names a load left alone."""
+
+    missing: tuple[str, ...]
+    """Asked for, not in the checkpoint; destinations untouched."""
+    unexpected: tuple[str, ...]
+    """In the checkpoint, not asked for."""
+    missing_local: tuple[str, ...]
+    """RankLocal entries that this rank has no saved counterpart for."""
+
+
+class Reader:
+    """One committed checkpoint. Opening it verifies the commit record; the rest is verified as it is read."""
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self.folder = folder
+        self._storage = storage
+        source = f"{folder}/{COMMIT}"
+        if storage.size(source) is None:
+            raise CheckpointNotFound(f"{storage.url}/{folder}: no {COMMIT}: nothing was committed here")
+        self.record = CommitRecord.from_bytes(storage.read(source), source)
+        self._files: Mapping[str, FileRecord] = {f.path: f for f in self.record.files}
+
+    @property
+    def url(self) -> str:
+        return f"{self._storage.url}/{self.folder}"
+
+    @functools.cached_property
+    def table(self) -> SliceTable:
+        """The slice table, proved by the commit record."""
+        return SliceTable.from_bytes(self._head(TABLE), self._path(TABLE))
+
+    @functools.cached_property
+    def shared(self) -> Any:
+        """What rank 0 handed to save as `shared`."""
+        return objects.from_json(self.record.shared, self._path(COMMIT))
+
+    def objects(self, rank: int) -> dict[str, Any]:
+        """Returns a rank's objects; none if the saving world had no such rank."""
+        if rank >= self.record.world_size:
+            return {}
+        path = f"{rank_name(rank)}.objects.json"
+        value = objects.decode(self._head(path), self._path(path))
+        if not isinstance(value, dict):
+            raise CorruptCheckpoint(f"{self._path(path)}: does not hold objects by name")
+        return value
+
+    def check_files(self) -> None:
+        """Raises CorruptCheckpoint unless every file has its size and the slice table its fingerprint."""
+        for file in self.record.files:
+            size = self._storage.size(self._path(file.path))
+            if size != file.nbytes:
+                found = "is missing" if size is None else f"has {size} bytes instead of {file.nbytes}"
+                raise CorruptCheckpoint(
+                    f"{self._path(file.path)}: {found}{self._tensors_of(file.path)}; {REMEDY}"
+                )
+        len(self.table)
+
+    def problems(self) -> Iterator[str]:
+        """Reads everything and yields what is wrong with it, one message a fault."""
+        try:
+            self.check_files()
+            rows = self.table.all_rows()
+        except CorruptCheckpoint as error:
+            yield str(error)
+            return
+        for file in self.record.files:
+            try:
+                self._head(file.path)
+            except CorruptCheckpoint as error:
+                yield str(error)
+        yield from (f"{self._path(TABLE)}: tensor {problem}" for problem in tensor_problems(self.table))
+        held = dict.fromkeys(self._files, 0)
+        for row in rows:
+            try:
+                self._check_place(row)
+            except CorruptCheckpoint as error:
+                yield str(error)
+                return
+            held[row.file] += row.nbytes
+        for file in self.record.files:
+            if file.head_bytes + held[file.path] != file.nbytes:
+                yield f"{self._path(file.path)}: {file.nbytes} bytes, of which the slice table explains {held[file.path]}"
+        reads = [read for row in rows for read in plan([row], row.region)]
+        yield from (str(fault) for _, _, fault in self._chunks(reads) if fault)
+
+    def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
+        """Fills the destinations in place, after every chunk they need has been verified.
+
+        Up to `buffer_bytes` of verified chunks are held in memory between the two; what exceeds it is read, and
+        verified, a second time.
+        """
+        report, reads = self._plan(wanted, rank, strict)
+        held: list[tuple[Read, np.ndarray[Any, Any]]] = []
+        again: list[Read] = []
+        space = buffer_bytes
+        for read, data in self._verified(reads):
+            if read.nbytes <= space:
+                space -= read.nbytes
+                held.append((read, data))
+            else:
+                again.append(read)
+        destination = {piece.name: piece for piece in wanted}
+        for read, data in itertools.chain(held, self._verified(again)):
+            piece = destination[read.row.name]
+            _scatter(read, data, piece.tensor, piece.region)
+        return report
+
+    def assemble(self, name: str, owner: int = SHARED) -> torch.Tensor:
+        """Returns a whole tensor in new memory."""
+        rows = self.table.rows(name, owner)
+        self._check_rows(name, rows)
+        whole = Region.whole(rows[0].global_shape)
+        tensor = torch.empty(whole.shape, dtype=CODES[rows[0].dtype])
+        for read, data in self._verified(list(plan(rows, whole))):
+            _scatter(read, data, tensor, whole)
+        return tensor
+
+    def _plan(self, wanted: Sequence[Piece], rank: int, strict: bool) -> tuple[LoadReport, list[Read]]:
+        """Joins what is wanted with what is saved. Raises StateMismatch with every difference."""
+        keys = set(self.table.keys())
+        names = {name for name, _ in keys}
+        missing, missing_local, problems, reads = [], [], [], []
+        for piece in wanted:
+            owner = rank if piece.kind == "local" else SHARED
+            if (piece.name, owner) in keys:
+                rows = self.table.rows(piece.name, owner)
+                self._check_rows(piece.name, rows)
+                problem = _difference(piece, rows[0])
+                if problem:
+                    problems.append(f"{piece.name!r} {problem}")
+                else:
+                    reads += plan(rows, piece.region)
+            elif piece.name in names and (piece.kind == "local") == ((piece.name, SHARED) in keys):
+                saved = "as a tensor of all ranks" if piece.kind == "local" else "rank-local"
+                problems.append(f"{piece.name!r} was saved {saved}, and is wanted otherwise")
+            elif piece.kind == "local":
+                missing_local.append(piece.name)
+            else:
+                missing.append(piece.name)
+        asked = {piece.name for piece in wanted}
+        mine = {name for name, owner in keys if owner in (SHARED, rank)}
+        unexpected = sorted(mine - asked)
+        if strict:
+            problems += [f"{name!r} is not in the checkpoint" for name in missing]
+            problems += [f"{name!r} is in the checkpoint and was not asked for" for name in unexpected]
+        if problems:
+            shown = sorted(problems)[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            remedy = "" if not strict else "; strict=False allows missing and additional names"
+            raise StateMismatch(f"{self.url}: {'; '.join(shown)}{remedy}")
+        return LoadReport(tuple(sorted(missing)), tuple(unexpected), tuple(sorted(missing_local))), reads
+
+    def _check_rows(self, name: str, rows: Sequence[SavedSlice]) -> None:
+        """Raises CorruptCheckpoint unless the rows lie inside their files and make the tensor whole."""
+        for row in rows:
+            self._check_place(row)
+        problem = coverage_problem(rows[0].global_shape, [row.region for row in rows])
+        if problem or len({(row.dtype, row.global_shape) for row in rows}) != 1:
+            raise CorruptCheckpoint(
+                f"{self._path(TABLE)}: tensor {name!r} {problem or 'has rows that disagree'}"
+            )
+
+    def _check_place(self, row: SavedSlice) -> None:
+        file = self._files.get(row.file)
+        if file is None or row.byte_start < file.head_bytes or row.byte_start + row.nbytes > file.nbytes:
+            raise CorruptCheckpoint(
+                f"{self._path(TABLE)}: tensor {row.name!r} lies outside of file {row.file!r}"
+            )
+
+    def _verified(self, reads: Sequence[Read]) -> Iterator[tuple[Read, np.ndarray[Any, Any]]]:
+        for read, data, fault in self._chunks(reads):
+            if fault:
+                raise fault
+            yield read, data
+
+    def _chunks(
+        self, reads: Sequence[Read]
+    ) -> Iterator[tuple[Read, np.ndarray[Any, Any], CorruptCheckpoint | None]]:
+        """Yields every chunk with its bytes, in file order, and what is wrong with it."""
+        ordered = sorted(reads, key=lambda r: (r.file, r.byte_start))
+        for file, group in itertools.groupby(ordered, key=lambda r: r.file):
+            with self._storage.open(self._path(file)) as source:
+                for run in _runs(group):
+                    start = run[0].byte_start
+                    buffer = np.empty(run[-1].byte_start + run[-1].nbytes - start, dtype=np.uint8)
+                    count = source.read_into(start, memoryview(buffer))
+                    for read in run:
+                        first = read.byte_start - start
+                        data = buffer[first : first + read.nbytes]
+                        yield read, data, self._fault(read, data, first + read.nbytes <= count)
+
+    def _fault(self, read: Read, data: np.ndarray[Any, Any], complete: bool) -> CorruptCheckpoint | None:
+        if complete and digest(data) == read.digest:
+            return None
+        what = "the digest does not match" if complete else "the file ends too early"
+        return CorruptCheckpoint(
+            f"{self._path(read.file)}: tensor {read.row.name!r}, bytes "
+            f"[{read.byte_start}, {read.byte_start + read.nbytes}): {what}; {REMEDY}"
+        )
+
+    def _head(self, path: str) -> bytes:
+        """Returns the part of a file that the commit record proves."""
+        file = self._files.get(path)
+        if file is None:
+            raise CorruptCheckpoint(f"{self._path(COMMIT)}: does not list {path}")
+        buffer = bytearray(file.head_bytes)
+        try:
+            with self._storage.open(self._path(path)) as source:
+                count = source.read_into(0, memoryview(buffer))
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise CorruptCheckpoint(f"{self._path(path)}: is missing; {REMEDY}") from error
+        if count != file.head_bytes or fingerprint(buffer) != file.fingerprint:
+            raise CorruptCheckpoint(
+                f"{self._path(path)}: its first {file.head_bytes} bytes do not match; {REMEDY}"
+            )
+        return bytes(buffer)
+
+    def _tensors_of(self, path: str) -> str:
+        """Returns " (tensors …)" for a shard, as far as the slice table can be read."""
+        if path == TABLE:
+            return ""
+        try:
+            names = sorted({row.name for row in self.table.all_rows() if row.file == path})
+        except CorruptCheckpoint:
+            return ""
+        shown = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f" (tensors {shown})" if names else ""
+
+    def _path(self, path: str) -> str:
+        return f"{self.folder}/{path}"
+
+
+def _difference(piece: Piece, row: SavedSlice) -> str | None:
+    if DTYPES[piece.tensor.dtype] != row.dtype:
+        saved = str(CODES[row.dtype]).removeprefix("torch.")
+        return f"was saved as {saved}, the destination is {str(piece.tensor.dtype).removeprefix('torch.')}"
+    if piece.global_shape != row.global_shape:
+        return (
+            f"was saved with shape {list(row.global_shape)}, the destination has {list(piece.global_shape)}"
+        )
+    return None
+
+
+def _runs(reads: Iterable[Read]) -> Iterator[list[Read]]:
+    """Groups reads of one file, in order, that follow each other without a gap."""
+    run: list[Read] = []
+    for read in reads:
+        if run:
+            end = run[-1].byte_start + run[-1].nbytes
+            if read.byte_start != end or end + read.nbytes - run[0].byte_start > _RUN_BYTES:
+                yield run
+                run = []
+        run.append(read)
+    if run:
+        yield run
+
+
+@torch.no_grad()
+def _scatter(read: Read, data: np.ndarray[Any, Any], tensor: torch.Tensor, region: Region) -> None:
+    """Copies what `region` wants of a chunk into the tensor that holds it."""
+    source = torch.from_numpy(data).view(CODES[read.row.dtype])
+    for offset, shape in read.boxes:
+        view(tensor, region, offset, shape).copy_(view(source, read.region, offset, shape))

@@ -1,0 +1,117 @@
+"""Saved slices joined with wanted regions, as pure interval arithmetic: no storage, no ranks, no tensors' values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint.format import CHUNK_BYTES
+from checkpoint.manifest import SavedSlice
+from checkpoint.region import Region, Shape, intersect, row_major
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One chunk of a saved slice that a wanted region needs, and the boxes of the tensor they share."""
+
+    row: SavedSlice
+    chunk_index: int
+    region: Region
+    """The elements of the chunk."""
+    boxes: tuple[tuple[Shape, Shape], ...]
+    """(offset, shape) in the whole tensor."""
+
+    @property
+    def file(self) -> str:
+        return self.row.file
+
+    @property
+    def byte_start(self) -> int:
+        return self.row.byte_start + self.chunk_index * CHUNK_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        return self.region.numel * self.row.itemsize
+
+    @property
+    def digest(self) -> int:
+        return self.row.digests[self.chunk_index]
+
+    @property
+    def numel(self) -> int:
+        """Elements that the wanted region takes from the chunk."""
+        return sum(math.prod(shape) for _, shape in self.boxes)
+
+
+def plan(rows: Sequence[SavedSlice], wanted: Region) -> Iterator[Read]:
+    """Yields the chunks of one tensor's saved slices that hold elements of `wanted`."""
+    for row in rows:
+        if not _may_touch(row.region, wanted):
+            continue
+        per_chunk = CHUNK_BYTES // row.itemsize
+        for index in range(len(row.digests)):
+            chunk = row.region.part(index * per_chunk, min((index + 1) * per_chunk, row.region.numel))
+            boxes = tuple(intersect(chunk, wanted))
+            if boxes:
+                yield Read(row, index, chunk, boxes)
+
+
+def coverage_problem(global_shape: Shape, regions: Sequence[Region]) -> str | None:
+    """Says which elements of a tensor the regions leave out or hold twice; None if each is there exactly once."""
+    total = math.prod(global_shape)
+    if total == 0:
+        return None if regions else "is held by no rank"
+    if all(r.shape == global_shape for r in regions):
+        return _flat_problem(total, regions)
+    boxes = [box for region in regions for box in region.boxes()]
+    for i, (offset, shape) in enumerate(boxes):
+        for other_offset, other_shape in boxes[:i]:
+            if all(
+                max(a, b) < min(a + m, b + n)
+                for a, m, b, n in zip(offset, shape, other_offset, other_shape, strict=True)
+            ):
+                return (
+                    f"is held twice where the box at {list(offset)} of shape {list(shape)} "
+                    f"meets the one at {list(other_offset)} of shape {list(other_shape)}"
+                )
+    held = sum(math.prod(shape) for _, shape in boxes)
+    return None if held == total else f"has {total - held} of its {total} elements held by no rank"
+
+
+def view(tensor: torch.Tensor, region: Region, offset: Shape, shape: Shape) -> torch.Tensor:
+    """Returns the box (offset, shape) of the whole tensor as a view of `tensor`, which holds `region`.
+
+    `tensor` has the shape of the region's box, or one dimension with the region's elements in order; the box must
+    lie inside the region.
+    """
+    local = tuple(o - r for o, r in zip(offset, region.offset, strict=True))
+    if tuple(tensor.shape) == region.shape and region.is_box:
+        return tensor[tuple(slice(o, o + n) for o, n in zip(local, shape, strict=True))]
+    unit = tensor.stride(0)
+    strides = row_major(region.shape)
+    first = sum(o * s for o, s in zip(local, strides, strict=True)) - region.start
+    return tensor.as_strided(shape, [s * unit for s in strides], tensor.storage_offset() + first * unit)
+
+
+def _may_touch(a: Region, b: Region) -> bool:
+    """Cheap test that drops most pairs: the boxes meet, and ranges of the same box meet."""
+    if a.offset == b.offset and a.shape == b.shape:
+        return a.start < b.stop and b.start < a.stop
+    return all(
+        max(ao, bo) < min(ao + an, bo + bn)
+        for ao, an, bo, bn in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
+    )
+
+
+def _flat_problem(total: int, regions: Sequence[Region]) -> str | None:
+    position = 0
+    for region in sorted(regions, key=lambda r: (r.start, r.stop)):
+        if region.start > position:
+            return f"has elements [{position}, {region.start}) of {total} held by no rank"
+        if region.start < position and region.numel:
+            return f"has elements [{region.start}, {min(position, region.stop)}) of {total} held twice"
+        position = max(position, region.stop)
+    return None if position == total else f"has elements [{position}, {total}) of {total} held by no rank"
