@@ -54,15 +54,17 @@ def unannotated(root: Path, *folders: str) -> list[str]:
 def refused(root: Path, *folders: str) -> list[str]:
     """Return uses of what no file of ours does: global, import *, bare except and Exception, print, exit.
 
-    Commands print and exit: `__main__`, the CLI, benchmarks, and what stands under `if __name__ == "__main__"`.
+    Commands print and exit: `__main__`, the CLI, benchmarks, what stands under `if __name__ == "__main__"`.
     """
     found = []
     for path, tree, _ in python_files(root, *folders):
         is_command = path.endswith(("/__main__.py", "/cli.py")) or "/bench/" in path
         script = {inner for node in tree.body if _is_main_guard(node) for inner in ast.walk(node)}
-        for node in ast.walk(tree):
-            if what := _refused(node, is_command or node in script):
-                found.append(f"{path}:{getattr(node, 'lineno', 0)}: {what}")
+        found += [
+            f"{path}:{getattr(node, 'lineno', 0)}: {what}"
+            for node in ast.walk(tree)
+            if (what := _refused(node, is_command or node in script))
+        ]
     return found
 
 
