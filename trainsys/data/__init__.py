@@ -1,1 +1,65 @@
-"""Text to token windows."""
+"""Text to token windows: prepare once, map into memory, deal in a seeded order, resume anywhere.
+
+ensure_prepared(config, cache_dir) -> folder        text -> token shards, found again by key
+TokenDataset(folder, "train", T)                    shards -> windows of T + 1 tokens
+Order(len(dataset), seed)                           position -> sample
+BatchLoader(dataset, order, ...).step(position)     -> micro-batches of this rank
+ValidationSet(...)                                  -> the same held-out micro-batches every time
+"""
+
+from trainsys.data.batch import IGNORE, MicroBatch, StepBatch
+from trainsys.data.dataset import TokenDataset
+from trainsys.data.errors import (
+    BusyError,
+    DataError,
+    DiskFullError,
+    NoSourceError,
+    PreparedError,
+    ResumeError,
+    SourceChangedError,
+    SourceError,
+    TextKeyError,
+    TokenizerError,
+    TokenRangeError,
+    TooFewTokensError,
+    UnreadableSourceError,
+)
+from trainsys.data.loader import BatchLoader, DataPosition
+from trainsys.data.order import Order
+from trainsys.data.preparation import PrepareProgress, ensure_prepared, prepare
+from trainsys.data.prepared import PreparedInfo, SplitInfo, read_prepared, verify
+from trainsys.data.tokenizer import Tokenizer, load_tokenizer
+from trainsys.data.validation import ValidationSet
+
+__all__ = [
+    "IGNORE",
+    "BatchLoader",
+    "BusyError",
+    "DataError",
+    "DataPosition",
+    "DiskFullError",
+    "MicroBatch",
+    "NoSourceError",
+    "Order",
+    "PrepareProgress",
+    "PreparedError",
+    "PreparedInfo",
+    "ResumeError",
+    "SourceChangedError",
+    "SourceError",
+    "SplitInfo",
+    "StepBatch",
+    "TextKeyError",
+    "TokenDataset",
+    "TokenRangeError",
+    "Tokenizer",
+    "TokenizerError",
+    "TooFewTokensError",
+    "UnreadableSourceError",
+    "ValidationSet",
+    "ensure_prepared",
+    "load_tokenizer",
+    "prepare",
+    "read_prepared",
+    "verify",
+]

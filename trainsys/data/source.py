@@ -1,0 +1,221 @@
+"""Which files a path means: `stdlib`, a file, a folder, a glob, any fsspec URL of these."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import sysconfig
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+import fsspec
+import pyarrow as pa
+from fsspec.registry import known_implementations
+
+from trainsys.data.errors import NoSourceError, UnreadableSourceError
+
+Kind = Literal["text", "jsonl", "parquet"]
+
+TEXT_SUFFIXES = frozenset(
+    ".txt .text .md .markdown .rst .org .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .rb .sh .lua"
+    " .jl .r .sql".split()
+)
+"""Files read whole, as they are: one file, one document."""
+JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+PARQUET_SUFFIXES = frozenset({".parquet"})
+COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
+"""May follow a text or JSONL suffix; Parquet compresses inside."""
+
+# What file systems call the thing that changes when a file's bytes change, best first.
+_VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file to read, and what tells whether it changed."""
+
+    url: str
+    """Full fsspec URL or local path; also the name in messages."""
+    path: str
+    """The path as `filesystem` wants it."""
+    kind: Kind
+    compression: str
+    """`""`, `"gz"`, `"bz2"`, `"xz"` or `"zst"`."""
+    size: int | None
+    """Bytes as stored, where the file system knows."""
+    version: str
+    """Modification time or entity tag; empty where the file system has neither."""
+    filesystem: Any
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+        """The decompressed stream, and the stored one under it (for progress).
+
+        Raises:
+            UnreadableSourceError: the storage refuses, or what it holds cannot be decompressed.
+        """
+        try:
+            with self.filesystem.open(self.path, "rb") as stored:
+                yield _decompressed(stored, self.compression), stored
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+            raise UnreadableSourceError(f"{self.url}: cannot be read: {_one_line(error)}") from error
+
+
+def find_files(path: str) -> list[SourceFile]:
+    """Every file `path` means, sorted by path.
+
+    A folder is walked recursively; in it, hidden entries and files of unknown kinds are passed over. A file named
+    outright, or matched by a glob, must be of a known kind.
+
+    Raises:
+        NoSourceError: nothing there, an unknown kind, or a protocol that is unknown or not installed.
+    """
+    if path == "stdlib":
+        return _stdlib_files()
+    filesystem, root = _filesystem(path)
+    try:
+        return _find(path, filesystem, root)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NoSourceError(f"{path}: nothing there") from error
+    except OSError as error:
+        raise UnreadableSourceError(f"{path}: cannot be listed: {_one_line(error)}") from error
+
+
+def _find(path: str, filesystem: Any, root: str) -> list[SourceFile]:
+    try:
+        info = filesystem.info(root)
+    except FileNotFoundError:
+        if not any(character in root for character in "*?["):
+            raise NoSourceError(f"{path}: nothing there") from None
+        matched = filesystem.glob(root, detail=True)
+        files = sorted((name, entry) for name, entry in matched.items() if entry["type"] == "file")
+        if not files:
+            raise NoSourceError(f"{path}: the pattern matches no file") from None
+        return [_named_file(filesystem, name, entry) for name, entry in files]
+    if info["type"] != "directory":
+        return [_named_file(filesystem, root, info)]
+    entries = filesystem.find(root, detail=True)
+    visible = {
+        name: entry
+        for name, entry in entries.items()
+        if not _is_hidden(name.removeprefix(root)) and entry["type"] == "file"
+    }
+    known = [
+        _file(filesystem, name, entry, kind)
+        for name, entry in sorted(visible.items())
+        if (kind := _kind(name)) is not None
+    ]
+    if not known:
+        suffixes = ", ".join(
+            sorted({PurePosixPath(name).suffix or PurePosixPath(name).name for name in visible})[:8]
+        )
+        found = f"found only {suffixes}" if suffixes else "it is empty"
+        raise NoSourceError(f"{path}: no file of a known kind in this folder ({found}); {_known_kinds()}")
+    return known
+
+
+def _stdlib_files() -> list[SourceFile]:
+    root = Path(sysconfig.get_path("stdlib"))
+    filesystem = fsspec.filesystem("file")
+    names = sorted(
+        file
+        for file in root.rglob("*.py")
+        if not {"site-packages", "dist-packages", "__pycache__"} & set(file.relative_to(root).parts)
+        and file.is_file()
+    )
+    if not names:
+        raise NoSourceError(
+            f"stdlib: this interpreter has no source text under {root}; name a folder of text"
+        )
+    return [_file(filesystem, str(name), filesystem.info(str(name)), "text") for name in names]
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    protocol = path.split("://", 1)[0] if "://" in path else "file"
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        entry: Mapping[str, str] = known_implementations.get(protocol, {})
+        module = entry.get("class", "").split(".")[0]
+        remedy = f"pip install {module}" if module not in ("", "fsspec") else entry.get("err", str(error))
+        raise NoSourceError(
+            f"{path}: reading {protocol}:// needs a package that is not installed; {remedy}"
+        ) from error
+    except ValueError as error:
+        raise NoSourceError(f"{path}: {_one_line(error)}") from error
+    return filesystem, str(root)
+
+
+def _named_file(filesystem: Any, name: str, info: Mapping[str, Any]) -> SourceFile:
+    kind = _kind(name)
+    if kind is None:
+        suffix = PurePosixPath(name).suffix
+        what = f"unknown file kind '{suffix}'" if suffix else "a file without a suffix"
+        raise NoSourceError(f"{filesystem.unstrip_protocol(name)}: {what}; {_known_kinds()}")
+    return _file(filesystem, name, info, kind)
+
+
+def _file(filesystem: Any, name: str, info: Mapping[str, Any], kind: Kind) -> SourceFile:
+    version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
+    suffix = PurePosixPath(name).suffix.lower()
+    local = filesystem.protocol == "file" or "file" in filesystem.protocol
+    return SourceFile(
+        url=name if local else str(filesystem.unstrip_protocol(name)),
+        path=name,
+        kind=kind,
+        compression=suffix[1:] if suffix in COMPRESSION_SUFFIXES else "",
+        size=info.get("size"),
+        version=version,
+        filesystem=filesystem,
+    )
+
+
+def _kind(name: str) -> Kind | None:
+    path = PurePosixPath(name.lower())
+    if path.suffix in PARQUET_SUFFIXES:
+        return "parquet"
+    suffix = PurePosixPath(path.stem).suffix if path.suffix in COMPRESSION_SUFFIXES else path.suffix
+    if suffix in JSONL_SUFFIXES:
+        return "jsonl"
+    return "text" if suffix in TEXT_SUFFIXES else None
+
+
+def _known_kinds() -> str:
+    return "known are .jsonl, .parquet and plain text (.txt, .md, .py, ...), text and .jsonl also as .gz, .bz2, .xz, .zst"
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(relative).parts)
+
+
+def _decompressed(stored: IO[bytes], compression: str) -> IO[bytes]:
+    if compression == "gz":
+        return gzip.GzipFile(fileobj=stored, mode="rb")  # type: ignore[return-value]
+    if compression == "bz2":
+        return bz2.BZ2File(stored)
+    if compression == "xz":
+        return lzma.LZMAFile(stored)
+    if compression == "zst":
+        # pyarrow carries the codec; Python has it only from 3.14 on.
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stored), "zstd"))
+    return stored
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
