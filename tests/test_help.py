@@ -40,7 +40,7 @@ def test_a_heavy_import_is_seen() -> None:
 
 
 def test_help_takes_under_half_a_second() -> None:
-    """A promise to the user, not a benchmark: the best of several, so that a busy machine does not fail it."""
+    """A promise to the user, not a benchmark: the best of several, as the machine may be busy."""
     best_s = min(_help_time_s() for _ in range(5))
     assert best_s < LIMIT_S
 

@@ -43,7 +43,7 @@ def run_first_block(readme: Path, folder: Path) -> subprocess.CompletedProcess[s
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the commands of the shell blocks as words, without prompts, comments, and assignments in front."""
+    """Return the commands of the shell blocks as words, without prompt, comment, leading assignments."""
     found = []
     for body in blocks(text, "sh", "bash", "shell", "console"):
         for line in body.replace("\\\n", " ").splitlines():
