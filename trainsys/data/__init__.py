@@ -26,7 +26,8 @@ from trainsys.data.errors import (
 )
 from trainsys.data.loader import BatchLoader, DataPosition
 from trainsys.data.order import Order
-from trainsys.data.preparation import PrepareProgress, ensure_prepared, prepare
+from trainsys.data.pipeline import PrepareProgress
+from trainsys.data.preparation import ensure_prepared, prepare
 from trainsys.data.prepared import PreparedInfo, SplitInfo, read_prepared, verify
 from trainsys.data.tokenizer import Tokenizer, load_tokenizer
 from trainsys.data.validation import ValidationSet

@@ -1,4 +1,4 @@
-"""Batches: what one rank feeds in one optimizer step, and where targets and positions stop at document boundaries.
+"""Batches: what one rank feeds in one optimizer step; targets and positions stop at document boundaries.
 
 Shapes: b sequences of a micro-batch, T tokens of a sequence.
 """
@@ -27,7 +27,7 @@ class MicroBatch:
     targets: torch.Tensor
     """int64 [b, T]: the next token, or IGNORE."""
     document_ids: torch.Tensor | None
-    """int32 [b, T], from 0 in each sequence; None where every sequence lies in one document, or boundaries are ignored."""
+    """int32 [b, T], from 0 in each sequence; None where each sequence is one document, or without mask."""
     positions: torch.Tensor | None
     """int64 [b, T], from 0 in each document of each sequence; None where document_ids is."""
     num_targets: int
@@ -48,7 +48,8 @@ class StepBatch:
 def micro_batch(windows: Sequence[Window], *, document_mask: bool, num_real: int | None = None) -> MicroBatch:
     """The windows (each [T+1]) as one micro-batch; those from `num_real` on have no targets.
 
-    With `document_mask`, a token whose successor begins another document has no target, and positions restart there.
+    With `document_mask`, a token whose successor begins another document has no target, and positions restart
+    there.
     """
     tokens_bT = np.stack([tokens for tokens, _ in windows])
     documents_bT = np.stack([documents for _, documents in windows])

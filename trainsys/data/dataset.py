@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +18,18 @@ from trainsys.data.shard import Segment, Tokens, read_segments
 class TokenDataset:
     """One split as fixed windows: documents one after another, each with its end-of-document token.
 
-    Window i feeds tokens i*T to i*T + T - 1, T = sequence_length, and looks one further for its last target: windows
-    do not overlap, run over document and shard boundaries, and feed every token once, but for the fewer than T + 1
-    at the very end. Opening costs the manifest; a shard is mapped when first touched and never copied as a whole.
-    Read-only, for any number of threads.
+    Window i feeds tokens i*T to i*T + T - 1, T = sequence_length, and looks one further for its last target:
+    windows do not overlap, run over document and shard boundaries, and feed every token once, but for the
+    fewer than T + 1 at the very end. Opening costs the manifest; a shard is mapped when first touched and
+    never copied as a whole. Read-only, for any number of threads.
     """
 
     def __init__(self, prepared: Path, split: Split, sequence_length: int) -> None:
         """Opens the split.
 
         Raises:
-            ValueError: sequence_length below 1.
-            PreparedError: the folder is corrupt, or its shards are Parquet (`ensure_prepared` turns them to Arrow).
-            TooFewTokensError: not one window.
+            ValueError: sequence_length below 1. PreparedError: the folder is corrupt, or its shards are
+            Parquet (`ensure_prepared` turns them to Arrow). TooFewTokensError: not one window.
         """
         if sequence_length < 1:
             raise ValueError(f"data.sequence_length: {sequence_length}; at least 1")
@@ -62,7 +60,8 @@ class TokenDataset:
     def window(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Tokens and document numbers of window `index`: int64 [T+1] and int32 [T+1], the caller's own.
 
-        Documents are numbered from 0 within the window. An end-of-document token belongs to the document it ends.
+        Documents are numbered from 0 within the window. An end-of-document token belongs to the document it
+        ends.
 
         Raises:
             IndexError: no such window.
@@ -112,14 +111,15 @@ class TokenDataset:
             starts = [*accumulate((len(s.values) for s in segments), initial=self._starts[shard])]
             if starts[-1] != self._starts[shard + 1]:
                 found = starts[-1] - starts[0]
+                wanted = self._shards[shard].tokens
                 raise PreparedError(
-                    f"{path}: corrupt shard: {found} of {self._shards[shard].tokens} tokens; prepare the data again"
+                    f"{path}: corrupt shard: {found} of {wanted} tokens; prepare the data again"
                 )
             opened = self._segments[shard] = (starts, segments)
         return opened
 
     def _too_few(self) -> str:
-        info: Any = self.info
+        info = self.info
         if self.split == "validation" and not self.num_tokens:
             return (
                 f"{info.source}: nothing is held out; set data.validation_fraction or data.validation_path, "
@@ -128,4 +128,5 @@ class TokenDataset:
         remedy = "more text, or a smaller data.sequence_length"
         if self.split == "validation":
             remedy += ", or more of it held out (data.validation_fraction, data.validation_path)"
-        return f"{info.source}: {self.num_tokens} tokens in {self.split}, one window needs {self.sequence_length + 1}: {remedy}"
+        needed = self.sequence_length + 1
+        return f"{info.source}: {self.num_tokens} tokens in {self.split}, one window needs {needed}: {remedy}"

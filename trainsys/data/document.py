@@ -1,7 +1,8 @@
 """Documents out of files, in pieces of bounded size, from any point on.
 
-A document is a text file, a JSONL line, or a Parquet row. One longer than LONG_DOCUMENT_BYTES comes in sections of
-about SECTION_BYTES, cut after a line's end: memory stays bounded, and a book in one file can still be held out in part.
+A document is a text file, a JSONL line, or a Parquet row. One longer than LONG_DOCUMENT_BYTES comes in
+sections of about SECTION_BYTES, cut after a line's end: memory stays bounded, and a book in one file can
+still be held out in part.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TOKENS_COLUMN = "tokens"
 _ROWS_PER_READ = 1024
 
 Cursor = tuple[int, int, int]
-"""Where reading of a file continues; what the three numbers mean is the reader's own affair. START reads all."""
+"""Where reading of a file continues, in numbers that mean something to its reader only. START reads all."""
 START: Cursor = (0, 0, 0)
 
 
@@ -64,8 +65,8 @@ def read_pieces(file: SourceFile, text_key: str, cursor: Cursor = START) -> Iter
 def cut(stream: IO[bytes], *, inside: bool = False) -> Iterator[tuple[bytes, bool]]:
     """The sections of the document in `stream`, each with whether it is the last.
 
-    `inside`: the stream stands at a section's start within a long document. Cuts depend only on the bytes after the
-    section's start, so that reading from there finds the same ones.
+    `inside`: the stream stands at a section's start within a long document. Cuts depend only on the bytes
+    after the section's start, so that reading from there finds the same ones.
     """
     if not inside:
         buffer = _read_fully(stream, LONG_DOCUMENT_BYTES + 1)

@@ -1,7 +1,8 @@
-"""How far a preparation has come, on disk: one line per finished set of shards, so that a killed one goes on there."""
+"""How far a preparation has come: a line on disk for each finished set of shards, to go on from."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainsys.data.disk import write_whole
 from trainsys.data.document import START, Cursor
-from trainsys.data.prepared import SPLITS, SplitInfo, Split
+from trainsys.data.prepared import SPLITS, Split, SplitInfo
 from trainsys.data.shard import ShardInfo
 
 _NAME = "journal.jsonl"
@@ -75,7 +77,7 @@ class Journal:
                 setattr(ledger, name, value)
         if ledger.next_shard:
             ledger.unigram = np.load(self._unigram(ledger.next_shard))
-        self._rewrite(whole)
+        write_whole(self._folder / _NAME, "".join(whole).encode())
         vouched = {f"{split}/{shard.name}" for split in SPLITS for shard in ledger.shards[split]}
         for split in SPLITS:
             for file in (self._folder / split).iterdir():
@@ -85,11 +87,7 @@ class Journal:
 
     def record(self, ledger: Ledger, finished: dict[Split, ShardInfo]) -> None:
         """Makes `ledger` the point to go on from; the shards it counts must be on disk by now."""
-        unigram = self._unigram(ledger.next_shard)
-        with unigram.open("wb") as file:
-            np.save(file, ledger.unigram)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(self._unigram(ledger.next_shard), array_bytes(ledger.unigram))
         record = {
             "shards": [[split, asdict(shard)] for split, shard in finished.items()],
             "totals": {split: asdict(totals) for split, totals in ledger.totals.items()},
@@ -117,16 +115,15 @@ class Journal:
         except FileNotFoundError:
             return []
 
-    def _rewrite(self, lines: list[str]) -> None:
-        written = self._folder / f"{_NAME}.new"
-        with written.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        written.rename(self._folder / _NAME)
-
     def _unigram(self, shard: int) -> Path:
         return self._folder / f"journal-unigram-{shard:05d}.npy"
+
+
+def array_bytes(array: NDArray[np.int64]) -> bytes:
+    """The array as the content of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -21,9 +21,10 @@ _TIMEOUT_S = 600.0
 class BatchLoader:
     """The micro-batches of one data rank, step by step.
 
-    The step at global sample position p takes the samples at p, ..., p + global_sequences - 1 of the order, of which
-    rank r the r-th equal part: which samples a step sees depends on seed, position and global_sequences alone, not on
-    the number of ranks or the size of micro-batches. Up to `prefetch` steps are made ahead in one thread.
+    The step at global sample position p takes the samples at p, ..., p + global_sequences - 1 of the order,
+    of which rank r the r-th equal part: which samples a step sees depends on seed, position and
+    global_sequences alone, not on the number of ranks or the size of micro-batches. Up to `prefetch` steps
+    are made ahead in one thread.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class BatchLoader:
     def step(self, position: int) -> StepBatch:
         """This rank's part of the step at global sample position `position`. Blocks until it is made.
 
-        Asking for steps in order takes what was made ahead; any other position starts anew from there, at no cost
-        that grows with it.
+        Asking for steps in order takes what was made ahead; any other position starts anew from there, at no
+        cost that grows with it.
 
         Raises:
             DataError: the data could not be read, now or ahead.
@@ -204,8 +205,8 @@ def _check(
         or global_sequences % (micro_sequences * data_ranks)
     ):
         wrong.append(
-            f"batch.global_sequences: {global_sequences}; a positive multiple of micro_sequences ({micro_sequences}) "
-            f"x data ranks ({data_ranks}) is wanted"
+            f"batch.global_sequences: {global_sequences}; a positive multiple of micro_sequences "
+            f"({micro_sequences}) x data ranks ({data_ranks}) is wanted"
         )
     if not 0 <= data_rank < max(data_ranks, 1):
         wrong.append(f"data_rank: {data_rank}; 0 to {data_ranks - 1}")
@@ -215,6 +216,6 @@ def _check(
         raise ValueError("; ".join(wrong))
     if len(dataset) < global_sequences:
         raise TooFewTokensError(
-            f"{dataset.info.source}: {len(dataset)} windows of {dataset.sequence_length} tokens, one step takes "
-            f"{global_sequences}: more text, or a smaller batch.global_sequences or data.sequence_length"
+            f"{dataset.info.source}: {len(dataset)} windows of {dataset.sequence_length} tokens, "
+            f"one step takes {global_sequences}: more text, or smaller batch.global_sequences or data.sequence_length"
         )

@@ -35,7 +35,7 @@ def exclusive(path: Path, *, stalled_after_s: float, progress: Callable[[], obje
                     os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "an unknown process"
                 )
                 raise BusyError(
-                    f"{path}: {holder} has prepared the same data without progress for {stalled_after_s:.0f} s"
+                    f"{path}: {holder} prepares the same data, without progress for {stalled_after_s:.0f} s"
                 )
             time.sleep(_POLL_S)
         os.ftruncate(descriptor, 0)

@@ -1,10 +1,11 @@
-"""The order of samples: a keyed permutation of any size, anew each epoch, at any position in constant time and memory.
+"""The order of samples: a keyed permutation of any size, another each epoch, at any position in O(1).
 
-A sample's index is encrypted by an unbalanced Feistel network over the smallest power of two that holds all samples.
-What falls outside is encrypted again until it falls inside (cycle walking, Black and Rogaway, "Ciphers with Arbitrary
-Finite Domains", 2002): less than two rounds of it on average, as the domain is less than twice the samples. Each of
-NUM_ROUNDS rounds xors one half with a hash of the other half and a round key, which can be undone, so the whole is a
-bijection whatever the hash. Round keys come from seed and epoch; epochs are unrelated permutations.
+A sample's index is encrypted by an unbalanced Feistel network over the smallest power of two that holds all
+samples. What falls outside is encrypted again until it falls inside (cycle walking, Black and Rogaway,
+"Ciphers with Arbitrary Finite Domains", 2002): less than two rounds of it on average, as the domain is less
+than twice the samples. Each of NUM_ROUNDS rounds xors one half with a hash of the other half and a round key,
+which can be undone, so the whole is a bijection whatever the hash. Round keys come from seed and epoch;
+epochs are unrelated permutations.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 NUM_ROUNDS = 12
-"""Fewer leave small sizes visibly uneven: see the test that counts every permutation of up to five samples."""
+"""Enough that all permutations of up to five samples are equally frequent, as a test counts."""
 
 
 class Order:

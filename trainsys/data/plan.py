@@ -1,4 +1,4 @@
-"""What is to be prepared, decided before any text is read: files, tokenizer, hold-out; and the key that names it."""
+"""What is to be prepared, decided before any text is read, and the key that names it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """Digest of everything that decides the shards: another listing, tokenizer or setting gives another key."""
+        """Digest of all that decides the shards: listing, tokenizer, settings."""
         description = {
             "layout": [
                 _LAYOUT_VERSION,

@@ -66,9 +66,9 @@ class PreparedInfo:
     empty_documents: int
     """Documents without text, left out."""
     replaced_documents: int
-    """Pieces of documents that were not UTF-8, with U+FFFD in place of the broken bytes; 0 for byte tokens."""
+    """Documents (pieces, of long ones) with broken UTF-8, replaced by U+FFFD; 0 for byte tokens."""
     unigram_entropy: float
-    """Nats per token of train under its own token frequencies: what a model must beat to have learnt anything."""
+    """Nats per token of train under its own token frequencies: what a model must beat to have learnt."""
 
     def split(self, name: Split) -> SplitInfo:
         """The split of that name."""
@@ -89,7 +89,8 @@ class PreparedInfo:
 def is_prepared(path: Path) -> bool:
     """Whether `path` is a folder that `prepare` finished."""
     try:
-        return _KIND in (path / META).read_text(encoding="utf-8", errors="replace")[:200]
+        with (path / META).open(encoding="utf-8", errors="replace") as file:
+            return _KIND in file.read(200)
     except (FileNotFoundError, NotADirectoryError):
         return False
 

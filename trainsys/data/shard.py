@@ -1,8 +1,9 @@
 """Token shards on disk: Arrow IPC files read in place, or Parquet; written beside, then renamed.
 
-A shard is a sequence of record batches of about BATCH_TOKENS tokens. A row is a document or a piece of one: `tokens`
-with the end-of-document token where the document ends, `document` its index within the split, `ends` whether it ends
-here. Nothing is compressed in an Arrow shard, so that its buffers are numpy arrays as they lie in the page cache.
+A shard is a sequence of record batches of about BATCH_TOKENS tokens. A row is a document or a piece of one:
+`tokens` with the end-of-document token where the document ends, `document` its index within the split, `ends`
+whether it ends here. Nothing is compressed in an Arrow shard, so that its buffers are numpy arrays as they
+lie in the page cache.
 """
 
 from __future__ import annotations

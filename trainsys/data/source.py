@@ -22,10 +22,10 @@ from trainsys.data.errors import NoSourceError, UnreadableSourceError
 
 Kind = Literal["text", "jsonl", "parquet"]
 
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .markdown .rst .org .tex .py .pyi .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .js .ts .rb .sh .lua"
-    " .jl .r .sql".split()
-)
+_PROSE = ("txt", "text", "md", "markdown", "rst", "org", "tex")
+_SYSTEMS_CODE = ("c", "h", "cc", "cpp", "hpp", "cu", "cuh", "rs", "go", "java")
+_SCRIPT_CODE = ("py", "pyi", "js", "ts", "rb", "sh", "lua", "jl", "r", "sql")
+TEXT_SUFFIXES = frozenset(f".{name}" for name in _PROSE + _SYSTEMS_CODE + _SCRIPT_CODE)
 """Files read whole, as they are: one file, one document."""
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PARQUET_SUFFIXES = frozenset({".parquet"})
@@ -80,8 +80,8 @@ class SourceFile:
 def find_files(path: str) -> list[SourceFile]:
     """Every file `path` means, sorted by path.
 
-    A folder is walked recursively; in it, hidden entries and files of unknown kinds are passed over. A file named
-    outright, or matched by a glob, must be of a known kind.
+    A folder is walked recursively; in it, hidden entries and files of unknown kinds are passed over. A file
+    named outright, or matched by a glob, must be of a known kind.
 
     Raises:
         NoSourceError: nothing there, an unknown kind, or a protocol that is unknown or not installed.
@@ -89,6 +89,7 @@ def find_files(path: str) -> list[SourceFile]:
     if path == "stdlib":
         return _stdlib_files()
     filesystem, root = _filesystem(path)
+    filesystem.invalidate_cache()
     try:
         return _find(path, filesystem, root)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -197,7 +198,7 @@ def _kind(name: str) -> Kind | None:
 
 
 def _known_kinds() -> str:
-    return "known are .jsonl, .parquet and plain text (.txt, .md, .py, ...), text and .jsonl also as .gz, .bz2, .xz, .zst"
+    return "known are .parquet, .jsonl and plain text (.txt, .md, .py, ...); the last two also as .gz, .bz2, .xz, .zst"
 
 
 def _is_hidden(relative: str) -> bool:

@@ -82,8 +82,8 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A `tokenizers.Tokenizer` with the name of its end-of-text token.
 
-    Text that spells a special token ("<|endoftext|>") is encoded as plain text, and a tokenizer's own truncation,
-    padding and leading tokens are off. Made by `load_tokenizer`.
+    Text that spells a special token ("<|endoftext|>") is encoded as plain text, and a tokenizer's own
+    truncation, padding and leading tokens are off. Made by `load_tokenizer`.
     """
 
     def __init__(self, backend: Any, end_name: str, spec: str) -> None:
@@ -118,7 +118,8 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer `spec` names: `bytes`, a tokenizer.json, or a Hugging Face tokenizer folder. Nothing is downloaded.
+    """The tokenizer `spec` names: `bytes`, a tokenizer.json, or a Hugging Face tokenizer folder. Nothing is
+    downloaded.
 
     Raises:
         TokenizerError: nothing there, unreadable, no end-of-text token, or the extra `hf` is not installed.
@@ -144,7 +145,7 @@ def _from_json(path: Path, config: Path, spec: str) -> Tokenizer:
         raise TokenizerError(f"{spec}: needs the package tokenizers; pip install 'trainsys[hf]'") from error
     try:
         backend = Backend.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception; carried on as the cause)
+    except Exception as error:
         raise TokenizerError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
     named = _end_name_of(config)
     names = [named] if named else [name for name in _END_NAMES if backend.token_to_id(name) is not None]

@@ -1,4 +1,4 @@
-"""Held-out sequences: the same ones every time, dealt over the data ranks so that all make the same number of forwards."""
+"""Held-out sequences: the same every time, and the same number of forwards on every data rank."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from trainsys.data.dataset import TokenDataset
 class ValidationSet:
     """The micro-batches of one data rank over a fixed choice of windows, spread evenly over the split.
 
-    Every rank yields `len(self)` micro-batches of `micro_sequences` rows. Where sequences do not fill them, rows
-    without targets do: a rank's last micro-batches may have num_targets = 0. Sum losses and targets over the ranks.
+    Every rank yields `len(self)` micro-batches of `micro_sequences` rows. Where sequences do not fill them,
+    rows without targets do: a rank's last micro-batches may have num_targets = 0. Sum losses and targets over
+    the ranks.
     """
 
     def __init__(
@@ -30,8 +31,8 @@ class ValidationSet:
         """
         if min(sequences, micro_sequences, data_ranks) < 1 or not 0 <= data_rank < data_ranks:
             raise ValueError(
-                f"evaluation.sequences: {sequences}, micro_sequences {micro_sequences}, data rank {data_rank} of {data_ranks}: "
-                "counts are at least 1, ranks below their number"
+                f"evaluation.sequences: {sequences}, micro_sequences {micro_sequences}, "
+                f"data rank {data_rank} of {data_ranks}: counts are at least 1, ranks below their number"
             )
         self.num_sequences = min(sequences, len(dataset))
         """Sequences of all ranks together; fewer than asked for where the split has no more."""
