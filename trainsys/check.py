@@ -17,7 +17,9 @@ Problem = tuple[str, str]
 _UNSUPPORTED_AXES = ("pipeline", "shard", "context", "tensor", "expert")
 
 
-def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None) -> None:
+def check(
+    config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None
+) -> None:
     """Raise if values contradict each other, or the number of ranks when `world_size` is given.
 
     Raises:
@@ -29,11 +31,16 @@ def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[
         *_parallel(config, world_size),
         *_batch(config),
         *_engine(config),
-        *(("schedule", message) for message in schedule.check(config.schedule, config.steps)),
+        *(_split(problem) for problem in schedule.check(config.schedule, config.steps)),
     ]
     known = sources or {}
     if problems:
         raise ConfigError(f"{known.get(key, 'config')}: {key}: {message}" for key, message in problems)
+
+
+def _split(problem: str) -> Problem:
+    key, _, message = problem.partition(": ")
+    return key, message
 
 
 def num_ranks(config: ParallelConfig) -> int:
@@ -77,8 +84,6 @@ _AT_LEAST_ZERO = (
     "optim.lr",
     "optim.muon_lr",
     "optim.weight_decay",
-    "schedule.warmup_steps",
-    "schedule.decay_steps",
     "engine.gradient_clip_norm",
     "evaluation.every",
     "evaluation.sequences",
@@ -111,7 +116,6 @@ _FRACTIONS = {
     "optim.beta1": 1.0,
     "optim.beta2": 1.0,
     "optim.muon_momentum": 1.0,
-    "schedule.final_ratio": 1.0,
 }
 
 
@@ -152,7 +156,10 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.num_heads < 1:
         return
     if not model.head_dim and model.dim % (2 * model.num_heads):
-        yield "model.dim", f"{model.dim} is not a multiple of 2 x num_heads ({model.num_heads}); or set head_dim"
+        yield (
+            "model.dim",
+            f"{model.dim} is not a multiple of 2 x num_heads ({model.num_heads}); or set head_dim",
+        )
     if model.head_dim % 2:
         yield "model.head_dim", f"{model.head_dim} is odd; rotary embeddings need an even width"
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
@@ -168,7 +175,10 @@ def _parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
     for axis in _UNSUPPORTED_AXES:
         degree = getattr(config.parallel, axis)
         if degree > 1:
-            yield f"parallel.{axis}", f"{degree}: the trainer runs data parallel (parallel.replicate) only; allowed: 1"
+            yield (
+                f"parallel.{axis}",
+                f"{degree}: the trainer runs data parallel (parallel.replicate) only; allowed: 1",
+            )
     ranks = num_ranks(config.parallel)
     if world_size is not None and ranks != world_size:
         yield (
@@ -199,13 +209,22 @@ def _engine(config: RunConfig) -> Iterator[Problem]:
     if engine.precision != "fp32" and engine.zero_stage == 0:
         # DeepSpeed 0.19.8 takes an Adam step on zero gradients while it builds this combination's optimizer,
         # so every later step has the wrong bias correction (losses off by 1e-2).
-        yield "engine.zero_stage", f"0 with {engine.precision} is numerically wrong in DeepSpeed; allowed: 1, 2, 3"
+        yield (
+            "engine.zero_stage",
+            f"0 with {engine.precision} is numerically wrong in DeepSpeed; allowed: 1, 2, 3",
+        )
     if engine.precision == "fp16" and engine.device == "cpu":
         yield "engine.precision", "fp16 does not train on CPU; use bf16 or fp32"
     if config.offload.optimizer == "cpu" and engine.zero_stage == 0:
-        yield "offload.optimizer", "cpu needs sharded optimizer state; allowed with engine.zero_stage = 1, 2, 3"
+        yield (
+            "offload.optimizer",
+            "cpu needs sharded optimizer state; allowed with engine.zero_stage = 1, 2, 3",
+        )
     if config.optim.kind == "muon" and engine.zero_stage > 0:
-        yield "optim.kind", "muon needs whole matrices, which ZeRO shards flatten; allowed with engine.zero_stage = 0"
+        yield (
+            "optim.kind",
+            "muon needs whole matrices, which ZeRO shards flatten; allowed with engine.zero_stage = 0",
+        )
     if config.profile.start_step > config.steps:
         yield "profile.start_step", f"{config.profile.start_step} lies behind the last step ({config.steps})"
     if config.faulttol.heartbeat_interval_s * 4 > config.launch.frozen_timeout_s:

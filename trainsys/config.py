@@ -95,7 +95,7 @@ class DataConfig:
     document_mask: bool = True
     """Attention, positions and targets stop at document boundaries inside a packed window."""
     cache_dir: str = ""
-    """Where prepared tokens are kept and found again; empty: `data/` beside the run's folder."""
+    """Where prepared tokens are kept and found again; empty: `.data/` beside the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

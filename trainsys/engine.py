@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainsys.check import accumulation_steps, data_ranks
+from trainsys.compat import quiet_deepspeed
 from trainsys.config import RunConfig
 from trainsys.errors import MissingExtraError, NumericsError
 from trainsys.partition import Slices, partition_of
@@ -110,7 +111,9 @@ class Engine:
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         if applied and not norm < float("inf"):
-            raise NumericsError(f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch")
+            raise NumericsError(
+                f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch"
+            )
         return Update(gradient_norm=norm, applied=applied, loss_scale=scale)
 
     def slices(self) -> Slices:
@@ -173,10 +176,13 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # While it is imported DeepSpeed warns that there is no GPU; the device is the recipe's choice and is shown.
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
     try:
         import deepspeed
     except ImportError as error:
         raise MissingExtraError("training", "train") from error
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    log.setLevel(logging.WARNING)
+    quiet_deepspeed(deepspeed)
     return deepspeed

@@ -169,13 +169,10 @@ class Sharded(Partition):
         for index, (group, (flat,)) in enumerate(self.groups()):
             state = self._base_optimizer.state[flat]
             for parameter in self._optimizer.bit16_groups[index]:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # this rank owns none of it
-                    continue
-                inside, place = mapping.hp_fragment_address, mapping.lp_fragment_address
-                kept = {key: state[key].narrow(0, inside.start, inside.numel) for key in STATE_KEYS[group["kind"]]}
-                master = flat.data.narrow(0, inside.start, inside.numel)
-                yield Fragment(self._names[parameter], tuple(parameter.shape), place.start, master, kept)
+                begin, length, start = self._place(parameter._hp_mapping)
+                kept = {key: state[key].narrow(0, begin, length) for key in STATE_KEYS[group["kind"]]}
+                master = flat.data.narrow(0, begin, length)
+                yield Fragment(self._names[parameter], tuple(parameter.shape), start, master, kept)
 
     def after_load(self) -> None:
         if self._separate_master:
@@ -185,6 +182,14 @@ class Sharded(Partition):
         for fragment in self.fragments():
             weights = by_name[fragment.name].data.reshape(-1)
             fragment.master.copy_(weights.narrow(0, fragment.start, fragment.master.numel()))
+
+    @staticmethod
+    def _place(mapping: Any) -> tuple[int, int, int]:
+        """Return (first element in this rank's range, elements, first element in the parameter)."""
+        if mapping is None:  # this rank owns none of it
+            return 0, 0, 0
+        inside = mapping.hp_fragment_address
+        return inside.start, inside.numel, mapping.lp_fragment_address.start
 
 
 class FullySharded(Partition):

@@ -66,7 +66,9 @@ def load(recipes: Sequence[str], overrides: Sequence[str] = ()) -> Resolved:
         raise ConfigError(problems)
     default_source = Path(recipes[-1]).name if recipes else COMMAND_LINE
     config = _validate(merged, sources, default_source)
-    return Resolved(config=config, sources={key: sources.get(key, DEFAULT) for key, _ in leaves(to_tree(config))})
+    return Resolved(
+        config=config, sources={key: sources.get(key, DEFAULT) for key, _ in leaves(to_tree(config))}
+    )
 
 
 def to_tree(config: RunConfig) -> Tree:
@@ -146,7 +148,9 @@ def _parse_toml(source: str, text: str) -> Tree:
         raise ConfigError([f"{source}: {message[0].lower()}{message[1:]}"]) from error
 
 
-def _merge(into: Tree, tree: Mapping[str, Any], source: str, sources: dict[str, str], prefix: str = "") -> None:
+def _merge(
+    into: Tree, tree: Mapping[str, Any], source: str, sources: dict[str, str], prefix: str = ""
+) -> None:
     """Lay `tree` over `into`, noting `source` for every leaf it sets."""
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
@@ -174,7 +178,9 @@ def _unknown_keys(tree: Mapping[str, Any], source: str) -> list[str]:
             elif isinstance(value, Mapping):
                 visit(value, f"{dotted}.")
             else:
-                problems.append(f"{source}: {dotted}: is a section; set one of its keys, e.g. '{_first(keys, dotted)}'")
+                problems.append(
+                    f"{source}: {dotted}: is a section; set one of its keys, e.g. '{_first(keys, dotted)}'"
+                )
 
     visit(tree, "")
     return problems
@@ -182,7 +188,11 @@ def _unknown_keys(tree: Mapping[str, Any], source: str) -> list[str]:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, [k for k in known if k], n=1, cutoff=0.75)
-    return f"unknown key; did you mean '{near[0]}'?" if near else "unknown key; `trainsys config` lists every key"
+    return (
+        f"unknown key; did you mean '{near[0]}'?"
+        if near
+        else "unknown key; `trainsys config` lists every key"
+    )
 
 
 def _first(keys: Mapping[str, Any], section: str) -> str:
@@ -245,14 +255,10 @@ def _validate(tree: Tree, sources: Mapping[str, str], default_source: str) -> Ru
         keys = schema()
         problems = []
         for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"] if part in _names(keys) or isinstance(part, int))
+            key = ".".join(part for part in item["loc"] if isinstance(part, str))
             source = sources.get(key, default_source)
             problems.append(f"{source}: {key}: {_translate(item, keys.get(key))}")
         raise ConfigError(problems) from error
-
-
-def _names(keys: Mapping[str, Any]) -> set[str]:
-    return {part for key in keys for part in key.split(".")}
 
 
 def _translate(item: Any, hint: Any) -> str:

@@ -1,0 +1,199 @@
+"""The folder of one run: what is in it, how a new one is chosen, and how an old one is taken up again.
+
+RUN/config.json      resolved configuration with sources, versions, commit and run id; a recipe in itself
+RUN/metrics.jsonl    one record a line
+RUN/checkpoints/     see `checkpoint`
+RUN/logs/            output of every rank
+RUN/model/           the trained model, written at the end
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from trainsys import recipe
+from trainsys.config import RunConfig
+from trainsys.errors import ConfigError, RunError
+
+_PACKAGES = ("trainsys", "torch", "deepspeed", "ray", "pyarrow", "fsspec", "transformers", "wandb")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside one run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    def exists(self) -> bool:
+        """Return whether a run was started here."""
+        return self.config.exists()
+
+    def write_record(self, resolved: recipe.Resolved) -> None:
+        """Write `config.json`: a new run, or a new start of the run that is here, whose identity stays.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        before = (
+            self.record() if self.exists() else {"run_id": uuid.uuid4().hex, "created": now, "starts": []}
+        )
+        record = {
+            "config": recipe.to_tree(resolved.config),
+            "sources": dict(resolved.sources),
+            "run_id": before["run_id"],
+            "created": before["created"],
+            "starts": [*before["starts"], now],
+            "versions": versions(),
+            "commit": _commit(),
+        }
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            temporary = self.config.with_suffix(".tmp")
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, self.config)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot hold a run: {error.strerror}; set --run_dir") from error
+
+    def record(self) -> dict[str, Any]:
+        """Return what `create` wrote.
+
+        Raises:
+            RunError: there is no run, or its record is damaged.
+        """
+        try:
+            found: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RunError(f"{self.path}: holds no run: {error.strerror} (config.json)") from error
+        except json.JSONDecodeError as error:
+            raise RunError(f"{self.config}: is damaged: {error}") from error
+        return found
+
+
+def open_run(resolved: recipe.Resolved, *, resume: bool) -> RunFolder:
+    """Return the folder for this start of a run, its record written.
+
+    Raises:
+        RunError: as `choose`; ConfigError: resuming would change what the run is (see `_IDENTITY`).
+    """
+    folder = choose(resolved.config, resume=resume)
+    if resume:
+        _require_same_run(folder, resolved)
+    folder.write_record(resolved)
+    return folder
+
+
+_IDENTITY = ("model.", "data.", "optim.kind", "engine.precision", "seed")
+_FREE = ("data.cache_dir",)
+
+
+def _require_same_run(folder: RunFolder, resolved: recipe.Resolved) -> None:
+    """Refuse a resume that would load a checkpoint into another model, precision or data order."""
+    before = dict(recipe.leaves(folder.record()["config"]))
+    problems = [
+        f"{resolved.sources[key]}: {key}: {value!r}, but the run in {folder.path} has {before.get(key)!r}; "
+        "a resumed run keeps it"
+        for key, value in recipe.leaves(recipe.to_tree(resolved.config))
+        if key.startswith(_IDENTITY) and key not in _FREE and before.get(key) != value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def choose(config: RunConfig, *, resume: bool) -> RunFolder:
+    """Return the folder for `config`: a new one, or with `resume` the one to continue.
+
+    Without `run_dir` a new run takes the first free of `runs/<name>`, `runs/<name>-2`, …; resuming takes the last.
+
+    Raises:
+        RunError: `run_dir` already holds a run and `resume` was not asked for, or there is no run to resume.
+    """
+    if config.run_dir:
+        folder = RunFolder(Path(config.run_dir).absolute())
+        if resume and not folder.exists():
+            raise RunError(f"{folder.path}: holds no run to resume; start one without --resume")
+        if not resume and folder.exists():
+            raise RunError(
+                f"{folder.path}: already holds a run; --resume continues it, another --run_dir starts one"
+            )
+        return folder
+    root = Path("runs").absolute()
+    taken = _numbered(root, config.name)
+    if not resume:
+        number = max(taken, default=0) + 1
+        return RunFolder(root / (config.name if number == 1 else f"{config.name}-{number}"))
+    if not taken:
+        raise RunError(f"{root}: holds no run named {config.name!r} to resume; start one without --resume")
+    return RunFolder(taken[max(taken)])
+
+
+def _numbered(root: Path, name: str) -> dict[int, Path]:
+    """Return the runs of this name under `root`, by number."""
+    pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found = {}
+    for entry in root.iterdir() if root.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match and RunFolder(entry).exists():
+            found[int(match[1] or 1)] = entry
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages a run depends on; absent ones are left out."""
+    import platform
+
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """Return the commit of the checkout this package was imported from, or "" outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

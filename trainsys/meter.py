@@ -1,0 +1,138 @@
+"""Time, throughput, utilisation and memory of the training loop."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16/fp16 matrix rate without sparsity, from the vendors' data sheets, by a part of the device's name.
+_GPU_PEAKS = {
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The rate that utilisation is measured against."""
+
+    flops_per_s: float
+    how: str
+    """`recipe`, `data sheet` or `measured`."""
+
+
+def peak_of(device: torch.device, dtype: torch.dtype, stated: float) -> Peak:
+    """Return `stated` if given, else the data sheet's figure of a known GPU, else a measured matrix product."""
+    if stated > 0:
+        return Peak(stated, "recipe")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in _GPU_PEAKS.items():
+            if part in name:
+                return Peak(rate if dtype != torch.float32 else rate / 2, "data sheet")
+    return Peak(_matmul_rate(device, dtype), "measured")
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, budget_s: float = 0.3) -> float:
+    """Return the best FLOP/s of a square matrix product over `budget_s`."""
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
+    best, end = float("inf"), time.perf_counter() + budget_s
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        left @ right
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Return the high-water mark: of CUDA allocations on a GPU, of the process's resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Phases:
+    """Seconds spent in named phases of one step.
+
+    On a GPU the phases are marked with events and read by `take`, so that nothing waits inside the step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds per phase since the last call; waits for the GPU."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        taken, self._seconds, self._events = self._seconds, {}, []
+        return taken
+
+
+class Throughput:
+    """Tokens per second and time to the end, over the last `window` steps."""
+
+    def __init__(self, total_steps: int, window: int = 20) -> None:
+        self._total = total_steps
+        self._window = window
+        self._marks: list[tuple[float, int]] = []
+        self._tokens = 0
+
+    def mark(self, tokens: int) -> None:
+        """Note that a step over `tokens` tokens (all ranks) just ended; the first call only starts the clock."""
+        self._tokens += tokens
+        self._marks = [*self._marks[-self._window :], (time.perf_counter(), self._tokens)]
+
+    def skip(self, seconds: float) -> None:
+        """Leave `seconds` that were no training (an evaluation) out of the rate."""
+        self._marks = [(at + seconds, tokens) for at, tokens in self._marks]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0 until two steps have ended."""
+        if len(self._marks) < 2:
+            return 0.0
+        (first, before), (last, after) = self._marks[0], self._marks[-1]
+        return (after - before) / max(last - first, 1e-9)
+
+    def eta_s(self, step: int) -> float:
+        """Return the seconds until the last step at the present rate; 0 where no rate is known."""
+        if len(self._marks) < 2:
+            return 0.0
+        per_step = (self._marks[-1][0] - self._marks[0][0]) / (len(self._marks) - 1)
+        return max(0.0, per_step * (self._total - step))

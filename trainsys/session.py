@@ -1,0 +1,73 @@
+"""Starting a run: in this process as one rank, through a launcher, or as a job on a Ray cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+
+import launch
+from launch import Job, JobResult, RankContext
+from trainsys import folder
+from trainsys.check import check, num_ranks
+from trainsys.config import RunConfig
+from trainsys.recipe import Resolved
+
+ENTRY = "trainsys.trainer:run_rank"
+
+
+def train_here(resolved: Resolved, *, resume: bool) -> str:
+    """Train as the one rank this process is (torchrun's, or the only one); return the outcome.
+
+    Raises:
+        ConfigError: the recipe's degrees do not multiply to the number of ranks, and what `check` finds.
+    """
+    from trainsys.trainer import train
+
+    with RankContext.open(os.environ) as context:
+        check(resolved.config, world_size=context.env.world_size, sources=resolved.sources)
+        os.environ.update(context.env.to_environ())
+        return train(
+            context,
+            resolved.config,
+            lambda: folder.open_run(resolved, resume=resume),
+            resume=resume,
+            threads=threads_per_rank(resolved.config),
+        ).outcome
+
+
+def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes], None]) -> JobResult:
+    """Start every rank with the launcher of the recipe, watch them, and return when all have left.
+
+    Raises:
+        ConfigError, RunError: before anything starts; launch.LaunchError: a rank failed, or none could start.
+    """
+    from trainsys.trainer import rank_payload
+
+    check(resolved.config, sources=resolved.sources)
+    run = folder.open_run(resolved, resume=resume)
+    config = _with_console(resolved.config)
+    job = Job(
+        entry=ENTRY,
+        payload=rank_payload(config, run, resume=resume, threads=threads_per_rank(config)),
+        world_size=num_ranks(config.parallel),
+        log_dir=run.logs,
+        name=config.name,
+    )
+    return launch.run(
+        job, config.launch, heartbeat_interval_s=config.faulttol.heartbeat_interval_s, on_output=on_output
+    )
+
+
+def threads_per_rank(config: RunConfig) -> int:
+    """Return the CPU threads one rank computes with: what the launcher reserves for it."""
+    return max(1, int(config.launch.cpus_per_rank))
+
+
+def _with_console(config: RunConfig) -> RunConfig:
+    """Settle `metrics.console = auto` here, where the terminal is; ranks only see a pipe."""
+    if config.metrics.console != "auto":
+        return config
+    console = "rich" if sys.stdout.isatty() else "plain"
+    return dataclasses.replace(config, metrics=dataclasses.replace(config.metrics, console=console))

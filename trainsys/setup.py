@@ -1,0 +1,153 @@
+"""What a trainer works with: device, groups, prepared data, agreed on by all ranks before the first step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import distributed as dist
+
+from launch import RankContext
+from parallel import Mesh
+from trainsys import data
+from trainsys.config import RunConfig
+from trainsys.errors import ConfigError, TrainsysError
+from trainsys.folder import RunFolder
+
+_CONTROL_TIMEOUT = timedelta(hours=24)
+"""While one rank prepares data or writes a model the others wait; the launcher notices a dead one long before."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Everything of a run that is not the model."""
+
+    config: RunConfig
+    folder: RunFolder
+    context: RankContext
+    device: torch.device
+    mesh: Mesh
+    control: dist.ProcessGroup
+    """gloo over all ranks, for small facts on the CPU."""
+    run_id: str
+    """Of the run, the same after every resume."""
+    launch_id: str
+    """Equal on all ranks, new at every start: names this process group's checkpoint attempts."""
+    prepared: data.PreparedInfo
+    tokenizer: data.Tokenizer
+
+    @property
+    def rank(self) -> int:
+        return self.context.env.rank
+
+
+def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: RankContext) -> Setup:
+    """Join the other ranks and agree on what all share; every rank calls it. Only rank 0 calls `choose_folder`.
+
+    Raises:
+        TrainsysError, data.DataError: naming the rank and the cause; on every rank alike.
+    """
+    device = device_of(config, context.env.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    context.init_process_group("nccl" if device.type == "cuda" else "gloo", config.engine.timeout_s)
+    control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    mine = all_or_none(lambda: _identify(choose_folder()) if context.env.rank == 0 else [], control)
+    path, run_id, launch_id = _from_rank_0(mine, control)
+    folder = RunFolder(Path(path))
+    prepared = _prepare(config, folder, context, control)
+    return Setup(
+        config=config,
+        folder=folder,
+        context=context,
+        device=device,
+        mesh=Mesh(config.parallel, context.env.world_size),
+        control=control,
+        run_id=run_id,
+        launch_id=launch_id,
+        prepared=prepared,
+        tokenizer=prepared.tokenizer(),
+    )
+
+
+def _identify(folder: RunFolder) -> list[str]:
+    return [str(folder.path), folder.record()["run_id"], f"{time.time_ns():x}"]
+
+
+def _from_rank_0(value: list[str], control: dist.ProcessGroup) -> list[str]:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control)
+    return box[0]
+
+
+def device_of(config: RunConfig, local_rank: int) -> torch.device:
+    """Return the device of a rank.
+
+    Raises:
+        ConfigError: CUDA was asked for, or gets too many ranks.
+    """
+    wanted, count = config.engine.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not count):
+        return torch.device("cpu")
+    if not count:
+        raise ConfigError(
+            ["config: engine.device: 'cuda' was asked for and this machine shows none; allowed: 'cpu'"]
+        )
+    # A launcher that reserves GPUs shows a rank its own alone; otherwise ranks of a machine take them in order.
+    index = 0 if count == 1 else local_rank
+    if index >= count:
+        raise ConfigError(
+            [
+                f"config: engine.device: local rank {local_rank} has no GPU of its own; this machine has {count}"
+            ]
+        )
+    return torch.device("cuda", index)
+
+
+def _prepare(
+    config: RunConfig, folder: RunFolder, context: RankContext, control: dist.ProcessGroup
+) -> data.PreparedInfo:
+    """Return the prepared data; the first rank of each machine makes it if it is not there yet."""
+    cache = Path(config.data.cache_dir).absolute() if config.data.cache_dir else folder.path.parent / ".data"
+
+    def show(progress: data.PrepareProgress) -> None:
+        context.heartbeat.beat(step=0, phase="prepare")
+
+    def prepare() -> Path:
+        return data.ensure_prepared(config.data, cache, on_progress=show)
+
+    context.heartbeat.beat(step=0, phase="prepare")
+    if context.env.local_rank == 0:
+        all_or_none(prepare, control)
+    else:
+        all_or_none(lambda: None, control)
+    return data.read_prepared(prepare())
+
+
+def all_or_none(action: Callable[[], T], control: dist.ProcessGroup) -> T:
+    """Return what `action` returns, once it has succeeded on every rank; a rank that raised alone would hang the rest.
+
+    Raises:
+        The rank's own error where it failed; TrainsysError naming the failed ranks elsewhere.
+    """
+    error: Exception | None = None
+    try:
+        value = action()
+    except Exception as caught:  # noqa: BLE001  raised below, after the others have heard of it
+        error = caught
+    verdicts: list[str | None] = [None] * control.size()
+    dist.all_gather_object(verdicts, str(error) if error else None, group=control)
+    if error:
+        raise error
+    failed = {rank: verdict for rank, verdict in enumerate(verdicts) if verdict is not None}
+    if failed:
+        raise TrainsysError("; ".join(f"rank {rank}: {verdict}" for rank, verdict in failed.items()))
+    return value

@@ -1,0 +1,116 @@
+"""What a checkpoint of a run holds beside weights and optimizer: generators, position, counters; and back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint as ck
+from trainsys.data import DataPosition, Order, TokenDataset
+from trainsys.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in the run a checkpoint was taken."""
+
+    step: int
+    """Optimizer steps done."""
+    data: DataPosition
+    """The next sample, and which data and order it counts in."""
+    tokens_seen: int
+    """Targets trained on so far, all ranks."""
+
+
+def save(checkpointer: ck.Checkpointer, engine: Engine, place: Place) -> ck.SaveHandle:
+    """Start a checkpoint of this rank's part; every rank calls it after the same step."""
+    generators = {f"generator.{name}": ck.RankLocal(state) for name, state in generator_states().items()}
+    return checkpointer.save(
+        place.step,
+        {**engine.slices(), **generators},
+        objects={"python_random": _python_state()},
+        shared={
+            "counters": engine.counters(),
+            "data": place.data.state_dict(),
+            "tokens_seen": place.tokens_seen,
+        },
+    )
+
+
+def load(
+    checkpointer: ck.Checkpointer,
+    info: ck.CheckpointInfo,
+    engine: Engine,
+    dataset: TokenDataset,
+    order: Order,
+) -> Place:
+    """Overwrite weights, optimizer state and random generators with a checkpoint's; every rank calls it.
+
+    With another number of ranks than at the save, ranks that have no generator state of their own keep their fresh,
+    seeded one; everything else is resharded.
+
+    Raises:
+        checkpoint.CheckpointError: it is damaged, or describes another model.
+        data.ResumeError: the tokens, the window length or the order changed since the save.
+    """
+    fresh = generator_states()
+    generators = {f"generator.{name}": ck.RankLocal(state) for name, state in fresh.items()}
+    loaded = checkpointer.load(info, {**engine.slices(), **generators})
+    engine.after_load(loaded.shared["counters"])
+    missing = {name.removeprefix("generator.") for name in loaded.missing_local}
+    _set_generator_states({name: state for name, state in fresh.items() if name not in missing})
+    if "python_random" in loaded.objects:
+        _set_python_state(loaded.objects["python_random"])
+    return Place(
+        step=loaded.step,
+        data=DataPosition.resume(loaded.shared["data"], dataset, order),
+        tokens_seen=loaded.shared["tokens_seen"],
+    )
+
+
+def seed_generators(seed: int, rank: int) -> None:
+    """Seed every generator of this process, differently on each rank (dropout must not repeat across replicas)."""
+    mixed = np.random.SeedSequence([seed, rank]).generate_state(3)
+    torch.manual_seed(int(mixed[0]))
+    random.seed(int(mixed[1]))
+    np.random.seed(int(mixed[2]))
+
+
+def generator_states() -> dict[str, Tensor]:
+    """Return the states of torch's and NumPy's generators as tensors on the CPU."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).astype(np.int64)),
+        "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generator_states(states: Mapping[str, Tensor]) -> None:
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "numpy.keys" in states:
+        position, has_gauss, gauss = states["numpy.rest"].tolist()
+        keys = states["numpy.keys"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _python_state() -> list[Any]:
+    version, numbers, gauss = random.getstate()
+    return [version, list(numbers), gauss]
+
+
+def _set_python_state(state: list[Any]) -> None:
+    version, numbers, gauss = state
+    random.setstate((version, tuple(numbers), gauss))

@@ -1,0 +1,333 @@
+"""The training loop: data, step, evaluation, checkpoint, metrics, composed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint as ck
+from launch import RankContext
+from trainsys import data, meter, metrics, models, recipe, schedule, setup, snapshot
+from trainsys.check import check, data_ranks, num_ranks
+from trainsys.config import RunConfig
+from trainsys.engine import DTYPES, Engine
+from trainsys.export import export_model, sample_text
+from trainsys.folder import RunFolder
+from trainsys.metrics import Metrics
+from trainsys.optim import build_optimizer
+from trainsys.snapshot import Place
+from trainsys.step import StepStats, agree, evaluate, train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How a run ended."""
+
+    outcome: str
+    """`completed`, or `stopped` as asked with steps left."""
+    step: int
+    loss: float
+    """Of the last step; not a number if none was made."""
+    validation_loss: float
+    """Of the last evaluation; not a number if none was made."""
+    unigram_entropy: float
+    """Nats per token of a model that only counts tokens: what both losses are read against."""
+
+
+def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Train on this rank and return its Summary as JSON; the entry of every launcher, see `rank_payload`."""
+    config = recipe.from_tree(payload["config"])
+    check(config, world_size=context.env.world_size)
+    folder = RunFolder(Path(payload["folder"]))
+    return dataclasses.asdict(
+        train(context, config, lambda: folder, resume=payload["resume"], threads=payload["threads"])
+    )
+
+
+def train(
+    context: RankContext,
+    config: RunConfig,
+    choose_folder: Callable[[], RunFolder],
+    *,
+    resume: bool,
+    threads: int,
+) -> Summary:
+    """Train on this rank of a checked `config`; every rank calls it, rank 0 alone calls `choose_folder`."""
+    torch.set_num_threads(threads)
+    shared = setup.build(config, choose_folder, context)
+    with contextlib.closing(Trainer(shared, resume=resume)) as trainer:
+        return trainer.run()
+
+
+def rank_payload(config: RunConfig, folder: RunFolder, *, resume: bool, threads: int = 1) -> dict[str, Any]:
+    """Return what `run_rank` needs, as JSON values; `threads` is the number of CPU threads a rank computes with."""
+    return {
+        "config": recipe.to_tree(config),
+        "folder": str(folder.path),
+        "resume": resume,
+        "threads": threads,
+    }
+
+
+class Trainer:
+    """One rank of a run, from its start or its newest checkpoint to its end."""
+
+    def __init__(self, shared: setup.Setup, *, resume: bool) -> None:
+        """Build model, engine, data and checkpointer; with `resume` continue from the newest checkpoint, if any."""
+        config = shared.config
+        self._shared, self._config = shared, config
+        self._dtype = DTYPES[config.engine.precision]
+        self._saved: ck.SaveHandle | None = None
+        self._saved_step = 0
+        self._validation = (0, float("nan"))
+        with contextlib.ExitStack() as stack:
+            self._build(stack, resume)
+            self._closing = stack.pop_all()
+
+    def _build(self, stack: contextlib.ExitStack, resume: bool) -> None:
+        config, shared = self._config, self._shared
+        shared.context.heartbeat.beat(step=0, phase="build")
+        snapshot.seed_generators(config.seed, shared.rank)
+        model = models.build(
+            config.model,
+            vocab_size=shared.prepared.vocab_size,
+            max_positions=config.data.sequence_length,
+            activation_checkpointing=config.engine.activation_checkpointing,
+            seed=config.seed,
+        ).to(device=shared.device, dtype=self._dtype)
+        self._parameters = models.num_parameters(model)
+        self._flops_per_token = models.flops_per_token(model, config.data.sequence_length)
+        if config.engine.compile:
+            for block in models.blocks(model):
+                block.compile()
+        self._engine = Engine(model, build_optimizer(model, config.optim), config)
+        stack.callback(self._engine.close)
+        self._dataset = data.TokenDataset(shared.prepared.path, "train", config.data.sequence_length)
+        self._order = data.Order(len(self._dataset), config.seed)
+        self._loader = self._open_loader()
+        stack.callback(self._loader.close)
+        self._checkpointer = ck.Checkpointer(
+            shared.folder.checkpoints,
+            config=config.checkpoint,
+            rank=shared.rank,
+            world_size=num_ranks(config.parallel),
+            run_id=shared.launch_id,
+        )
+        stack.callback(self._checkpointer.close)
+        self._place = Place(step=0, data=data.DataPosition.of(self._dataset, self._order, 0), tokens_seen=0)
+        if resume:
+            self._resume()
+        self._metrics = self._open_metrics()
+        stack.callback(self._metrics.close)
+        self._phases = meter.Phases(shared.device)
+        self._throughput = meter.Throughput(config.steps)
+        self._peak = meter.peak_of(shared.device, self._dtype, config.metrics.peak_flops_per_s)
+
+    def close(self) -> None:
+        """Wait for pending saves, flush metrics, release the engine; idempotent."""
+        self._closing.close()
+
+    def run(self) -> Summary:
+        """Train to the last step or until any rank is asked to stop; either way all is saved when this returns."""
+        self._greet()
+        stats: StepStats | None = None
+        stopped = False
+        self._throughput.mark(0)
+        with self._profile() as step_done:
+            while self._place.step < self._config.steps:
+                self._beat("data")
+                batch = self._loader.step(self._place.data.position)
+                targets, stopped = agree(
+                    self._shared.control, batch.num_targets, self._shared.context.stop_requested()
+                )
+                if stopped:
+                    break
+                stats = self._train(batch, targets)
+                step_done()
+                if _due(self._place.step, self._config.evaluation.every):
+                    self._evaluate()
+                if self._checkpointer.should_save(self._place.step):
+                    self._save()
+        if self._saved_step < self._place.step:
+            self._save()
+        if self._saved is not None:
+            self._saved.result(self._config.checkpoint.commit_timeout_s)
+        if stopped:
+            self._metrics.say(
+                f"stopped after step {self._place.step} as asked; --resume continues from there"
+            )
+        else:
+            self._finish()
+        return Summary(
+            outcome="stopped" if stopped else "completed",
+            step=self._place.step,
+            loss=stats.loss if stats else float("nan"),
+            validation_loss=self._validation[1],
+            unigram_entropy=self._shared.prepared.unigram_entropy,
+        )
+
+    def _train(self, batch: data.StepBatch, targets: int) -> StepStats:
+        config, step = self._config, self._place.step + 1
+        self._beat("train", step)
+        factor = schedule.factor(config.schedule, step, config.steps)
+        stats = train_step(
+            self._engine,
+            batch,
+            total_targets=targets,
+            lr=(factor, factor * config.optim.lr),
+            control=self._shared.control,
+            phases=self._phases,
+            before_update=self._checkpointer.fence,
+        )
+        self._place = Place(
+            step=step,
+            data=replace(
+                self._place.data, position=self._place.data.position + config.batch.global_sequences
+            ),
+            tokens_seen=self._place.tokens_seen + targets,
+        )
+        self._throughput.mark(targets)
+        if _due(step, config.metrics.every) or step == config.steps:
+            self._metrics.write(step, metrics.train_record(stats, self._pace()))
+        return stats
+
+    def _evaluate(self) -> None:
+        if not self._config.evaluation.sequences:
+            return
+        self._beat("evaluate")
+        started = time.perf_counter()
+        validation = data.ValidationSet(
+            data.TokenDataset(self._shared.prepared.path, "validation", self._config.data.sequence_length),
+            sequences=self._config.evaluation.sequences,
+            micro_sequences=self._config.batch.micro_sequences,
+            data_rank=self._shared.mesh.data_rank(self._shared.rank),
+            data_ranks=data_ranks(self._config.parallel),
+            document_mask=self._config.data.document_mask,
+        )
+        loss, tokens = evaluate(self._engine, validation, self._shared.control)
+        self._validation = (self._place.step, loss)
+        seconds = time.perf_counter() - started
+        self._throughput.skip(seconds)
+        self._metrics.write(self._place.step, metrics.validation_record(loss, tokens, seconds))
+
+    def _save(self) -> None:
+        self._beat("save")
+        started = time.perf_counter()
+        self._checkpointer.poll()
+        self._saved = snapshot.save(self._checkpointer, self._engine, self._place)
+        self._saved_step = self._place.step
+        blocked = time.perf_counter() - started
+        self._throughput.skip(blocked)
+        self._metrics.write(self._place.step, metrics.checkpoint_record(blocked))
+
+    def _resume(self) -> None:
+        self._shared.context.heartbeat.beat(step=0, phase="load")
+        info = self._checkpointer.latest()
+        if info is None:
+            return
+        self._place = snapshot.load(self._checkpointer, info, self._engine, self._dataset, self._order)
+        self._saved_step = self._place.step
+
+    def _finish(self) -> None:
+        """Evaluate, write the model folder and show a sample of what it says."""
+        if self._validation[0] < self._place.step:
+            self._evaluate()
+        self._beat("export")
+        setup.all_or_none(self._export if self._shared.rank == 0 else lambda: None, self._shared.control)
+
+    def _export(self) -> None:
+        config, shared = self._config, self._shared
+        entropy = shared.prepared.unigram_entropy
+        self._metrics.say(
+            f"done: {self._place.step} steps, {self._place.tokens_seen:,} tokens; validation loss "
+            f"{self._validation[1]:.4f} nats/token (counting tokens alone: {entropy:.4f})"
+        )
+        info = self._checkpointer.latest()
+        assert info is not None, "the last step was saved and waited for"
+        export_model(config, info, shared.prepared, shared.folder.model)
+        self._metrics.say(f"model: {shared.folder.model}")
+        if config.evaluation.sample_tokens:
+            text = sample_text(shared.folder.model, shared.tokenizer, config.evaluation, config.seed)
+            self._metrics.say(f"sample:\n{text}")
+
+    def _open_loader(self) -> data.BatchLoader:
+        config, shared = self._config, self._shared
+        return data.BatchLoader(
+            self._dataset,
+            self._order,
+            global_sequences=config.batch.global_sequences,
+            micro_sequences=config.batch.micro_sequences,
+            data_rank=shared.mesh.data_rank(shared.rank),
+            data_ranks=data_ranks(config.parallel),
+            sequence_length=config.data.sequence_length,
+            document_mask=config.data.document_mask,
+        )
+
+    def _open_metrics(self) -> Metrics:
+        if self._shared.rank != 0:
+            return Metrics([])
+        return metrics.open_metrics(
+            self._config,
+            self._shared.folder.path,
+            self._shared.run_id,
+            recipe.to_tree(self._config),
+            after_step=self._place.step,
+            stream=sys.stdout,
+        )
+
+    def _greet(self) -> None:
+        config, prepared = self._config, self._shared.prepared
+        start = f"resumes after step {self._place.step}" if self._place.step else "starts"
+        self._metrics.say(
+            f"{config.name} {start}: {self._parameters:,} parameters in {config.engine.precision}, "
+            f"ZeRO {config.engine.zero_stage}, {num_ranks(config.parallel)} rank(s) on {self._shared.device.type}, "
+            f"{prepared.train.tokens:,} tokens of {prepared.source}"
+        )
+        self._metrics.say(
+            f"counting tokens alone reaches {prepared.unigram_entropy:.4f} nats/token (unigram entropy); peak "
+            f"{self._peak.flops_per_s / 1e9:,.0f} GFLOP/s per rank ({self._peak.how}); folder {self._shared.folder.path}"
+        )
+
+    def _pace(self) -> metrics.Pace:
+        rate = self._throughput.tokens_per_s
+        return metrics.Pace(
+            tokens_seen=self._place.tokens_seen,
+            tokens_per_s=rate,
+            mfu=metrics.utilisation(
+                rate, self._flops_per_token, num_ranks(self._config.parallel), self._peak
+            ),
+            eta_s=self._throughput.eta_s(self._place.step),
+            data_wait_s=self._loader.wait_s,
+            memory_bytes=meter.memory_peak_bytes(self._shared.device),
+        )
+
+    def _beat(self, phase: str, step: int | None = None) -> None:
+        self._shared.context.heartbeat.beat(step=self._place.step if step is None else step, phase=phase)
+
+    @contextlib.contextmanager
+    def _profile(self) -> Iterator[Callable[[], None]]:
+        """Yield what to call after every step; records the window that `profile` asks for."""
+        window = self._config.profile
+        if not window.start_step or self._place.step >= window.start_step + window.num_steps - 1:
+            yield lambda: None
+            return
+        skipped = max(0, window.start_step - 1 - self._place.step)
+        target = self._shared.folder.profile / f"rank{self._shared.rank}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=skipped, warmup=0, active=window.num_steps, repeat=1),
+            on_trace_ready=lambda profile: profile.export_chrome_trace(str(target)),
+        ) as profile:
+            yield profile.step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
