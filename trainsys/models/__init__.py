@@ -13,6 +13,7 @@ from torch import nn
 
 from trainsys.config import ModelConfig
 from trainsys.models.decoder import Decoder, build_decoder
+from trainsys.models.size import flops_per_token, num_parameters
 
 __all__ = ["blocks", "build", "flops_per_token", "num_parameters"]
 
@@ -41,22 +42,3 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a built model, first to last."""
     assert isinstance(model, Decoder)
     return list(model.blocks)
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Elements of all parameters, a shared one counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops_per_token(model: nn.Module, sequence_length: int) -> int:
-    """Floating-point operations of forward and backward for one token of a causal sequence.
-
-    6 x parameters a token meets in a product (embedding rows are looked up, not multiplied; the head
-    counts, and so does its tied form) + 12 L T H E / 2 for scores and mixing, halved because a token sees
-    half the sequence. Recomputation is not counted, document boundaries neither.
-    """
-    assert isinstance(model, Decoder)
-    config = model.config
-    active = num_parameters(model) - (0 if config.tied_head else model.embedding.weight.numel())
-    attention = 6 * config.num_layers * sequence_length * config.num_heads * config.head_dim
-    return 6 * active + attention

@@ -37,6 +37,37 @@ class KVCache:
         return self.keys[layer][:, :end], self.values[layer][:, :end]
 
 
+_MOST_SCORES = 2**24
+"""Most scores (B x H x T x S) that `attend` keeps as a matrix for backward; 32 MiB in bf16."""
+
+
+def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention [B, H, T, E]; `mask` is additive, None is causal (all keys for a single query).
+
+    On a CPU in bf16 the fused kernel computes at the fp32 rate; three plain products, with the scores rounded
+    to bf16, take a third of its time while the scores are few enough to keep (T = 256: 13 ms for 39 ms).
+    """
+    (batch, heads, num_queries, _), num_keys = query_BHTE.shape, key_BKSE.shape[2]
+    bf16_on_cpu = query_BHTE.device.type == "cpu" and query_BHTE.dtype == torch.bfloat16
+    if not bf16_on_cpu or num_queries == 1 or batch * heads * num_queries * num_keys > _MOST_SCORES:
+        return functional.scaled_dot_product_attention(
+            query_BHTE,
+            key_BKSE,
+            value_BKSE,
+            attn_mask=mask,
+            is_causal=mask is None and num_queries > 1,
+            enable_gqa=heads != key_BKSE.shape[1],
+        )
+    if mask is None:
+        mask = query_BHTE.new_full((num_queries, num_keys), float("-inf")).triu_(1)
+    if (group := heads // key_BKSE.shape[1]) > 1:
+        key_BKSE, value_BKSE = key_BKSE.repeat_interleave(group, 1), value_BKSE.repeat_interleave(group, 1)
+    query, key, value = (x.flatten(0, 1) for x in (query_BHTE, key_BKSE, value_BKSE))
+    bias = mask.expand(batch, heads, num_queries, num_keys).flatten(0, 1)
+    scores = torch.baddbmm(bias, query, key.mT, alpha=query.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1), value).view(batch, heads, num_queries, -1)
+
+
 def document_mask(document_ids_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Additive mask [B, 1, T, T] of causal attention inside documents; None where causal says it all.
 
@@ -105,12 +136,7 @@ class Attention(nn.Module):
         query_BTHE, key_BSKE = torch.split(rotate(query_key, cos, sin), [heads, kv_heads], dim=2)
         if cache is not None:
             key_BSKE, value_BSKE = cache.append(layer, key_BSKE, value_BSKE)
-        mixed_BHTE = functional.scaled_dot_product_attention(
-            query_BTHE.transpose(1, 2),
-            key_BSKE.transpose(1, 2),
-            value_BSKE.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and num_tokens > 1,
-            enable_gqa=heads != kv_heads,
+        mixed_BHTE = attend(
+            query_BTHE.transpose(1, 2), key_BSKE.transpose(1, 2), value_BSKE.transpose(1, 2), mask
         )
         return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -16,31 +16,31 @@ from trainsys.errors import ConfigError
 from trainsys.models.attention import Attention, KVCache, continuation_mask, document_mask, rotation
 from trainsys.models.initialisation import initialise
 from trainsys.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from trainsys.models.moe import MoE
 
 
 def resolve(config: ModelConfig, vocab_size: int) -> ModelConfig:
     """The configuration with every size that 0 stands for filled in; `vocab_size` is the tokenizer's.
 
-    Raises: ConfigError naming every size that does not fit.
+    Raises: ConfigError if the model has fewer rows than the tokenizer has tokens.
     """
-    wrong = []
-    num_kv_heads = config.num_kv_heads or config.num_heads
-    if num_kv_heads < 1 or config.num_heads % num_kv_heads:
-        wrong.append(f"model.num_kv_heads: {num_kv_heads} does not divide num_heads = {config.num_heads}")
-    head_dim = config.head_dim or config.dim // max(1, config.num_heads)
-    if head_dim < 2 or head_dim % 2:
-        wrong.append(f"model.head_dim: {head_dim} is not an even number of at least 2")
-    if not config.head_dim and config.dim % max(1, config.num_heads):
-        wrong.append(
-            f"model.dim: {config.dim} is not a multiple of num_heads = {config.num_heads}; set head_dim"
-        )
     rows = config.vocab_size or -(-vocab_size // 64) * 64
     if rows < vocab_size:
-        wrong.append(f"model.vocab_size: {rows} is smaller than the tokenizer's vocabulary of {vocab_size}")
-    if wrong:
-        raise ConfigError(wrong)
+        problem = f"{rows} is under the tokenizer's {vocab_size} tokens; allowed: 0, or {vocab_size} and up"
+        raise ConfigError([f"config: model.vocab_size: {problem}"])
     ffn_dim = config.ffn_dim or -(-8 * config.dim // (3 * 64)) * 64
-    return replace(config, num_kv_heads=num_kv_heads, head_dim=head_dim, vocab_size=rows, ffn_dim=ffn_dim)
+    return replace(
+        config,
+        num_kv_heads=config.num_kv_heads or config.num_heads,
+        head_dim=config.head_dim or config.dim // config.num_heads,
+        ffn_dim=ffn_dim,
+        vocab_size=rows,
+        moe=replace(config.moe, ffn_dim=config.moe.ffn_dim or ffn_dim),
+    )
+
+
+def _no_loss(x: Tensor) -> Tensor:
+    return x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class Block(nn.Module):
@@ -53,7 +53,11 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config.dim, config.num_heads, config.num_kv_heads, config.head_dim)
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = SwiGLU(config.dim, config.ffn_dim)
+        self.feed_forward: SwiGLU | MoE
+        if config.moe.num_experts and layer >= config.moe.first_dense_layers:
+            self.feed_forward = MoE(config.moe, config.dim)
+        else:
+            self.feed_forward = SwiGLU(config.dim, config.ffn_dim)
 
     def forward(
         self,
@@ -63,11 +67,15 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream after this block, and its share of the auxiliary loss (a fp32 scalar)."""
+        """The residual stream after this block, and its share of the auxiliary loss."""
         mixed_BTD = self.attention(self.attention_norm(x_BTD), cos, sin, mask, cache, self.layer)
         x_BTD = x_BTD + self._drop(mixed_BTD)
-        mapped_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD + self._drop(mapped_BTD), x_BTD.new_zeros((), dtype=torch.float32)
+        normed_BTD = self.feed_forward_norm(x_BTD)
+        if isinstance(self.feed_forward, MoE):
+            mapped_BTD, aux_loss = self.feed_forward(normed_BTD)
+        else:
+            mapped_BTD, aux_loss = self.feed_forward(normed_BTD), _no_loss(x_BTD)
+        return x_BTD + self._drop(mapped_BTD), aux_loss
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
         return functional.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
@@ -96,12 +104,11 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] in the model's dtype, and the weighted auxiliary loss (a fp32 scalar, 0 when
-        dense).
+        """Logits [B, T, V] in the model's dtype, and the weighted auxiliary loss summed over the blocks.
 
-        Positions default to 0..T-1, or to what follows the cache. Attention never crosses a change of
-        document id; without ids a row is one document. With a `cache` (no document ids) the tokens continue
-        it.
+        The loss is a scalar of at least fp32, 0 when dense. Positions default to 0..T-1, or to what follows
+        the cache. Attention never crosses a change of document id; without ids a row is one document. With a
+        `cache` (then no document ids) the tokens continue it.
         """
         num_tokens = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
@@ -117,7 +124,7 @@ class Decoder(nn.Module):
         else:
             assert document_ids_BT is None, "a cache holds one document per row"
             mask = continuation_mask(num_tokens, start + num_tokens, x_BTD)
-        aux_loss = x_BTD.new_zeros((), dtype=torch.float32)
+        aux_loss = _no_loss(x_BTD)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD, aux = checkpoint(block, x_BTD, cos, sin, mask, use_reentrant=False)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,6 +34,32 @@ class Embedding(nn.Embedding):
         """Leaves the rows unset."""
 
 
+class _NormaliseOnCPU(torch.autograd.Function):
+    """x / rms(x) * gain with a backward in few passes: torch's own takes three times as long in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        ctx.eps = eps
+        return functional.rms_norm(x, gain.shape, gain, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain = ctx.saved_tensors
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide, grad = x.to(dtype), grad_outputs[0].to(dtype)
+        inverse_rms = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(ctx.eps).rsqrt_()[..., None]
+        unit = wide * inverse_rms
+        grad_gain = (grad * unit).flatten(0, -2).sum(0)
+        grad = grad * gain.to(dtype)
+        along = torch.linalg.vecdot(grad, unit).div_(x.shape[-1])[..., None]
+        return (
+            grad.addcmul_(unit, along, value=-1).mul_(inverse_rms).to(x.dtype),
+            grad_gain.to(gain.dtype),
+            None,
+        )
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation with a gain, computed in at least fp32."""
 
@@ -42,7 +70,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalises the last dimension."""
+        if x_BTD.device.type == "cpu":
+            normed_BTD: Tensor = _NormaliseOnCPU.apply(x_BTD, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            return normed_BTD
         return functional.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, the two being the halves of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -55,5 +92,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Maps each token by itself."""
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(functional.silu(gate_BTF) * up_BTF)  # type: ignore[no-any-return]
+        return self.down(swiglu(self.gate_up(x_BTD)))  # type: ignore[no-any-return]
