@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.ranks import warm_up
 
 _GRACE_S = 2.0
+
+# A busy machine is no failure. On CI the parent is hypothesis' own profile: the same examples each time.
+settings.register_profile("project", parent=settings.default, deadline=None, database=None)
+settings.load_profile("project")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
