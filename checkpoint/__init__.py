@@ -8,6 +8,7 @@ with Checkpointer("checkpoints") as ck:
     ck.load(info, {"weight": weight})
 """
 
+from checkpoint.access import VerifyReport, export, read, verify
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.checkpointer import Checkpointer, Loaded
 from checkpoint.config import CheckpointConfig
@@ -48,4 +49,8 @@ __all__ = [
     "StateMismatch",
     "StorageError",
     "UnsupportedFormat",
+    "VerifyReport",
+    "export",
+    "read",
+    "verify",
 ]

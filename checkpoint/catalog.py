@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from checkpoint.commit import AttemptName
+from checkpoint.commit import COMMIT, AttemptName
 from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage
@@ -45,7 +45,7 @@ class CheckpointInfo:
 
 
 def info_of(reader: Reader) -> CheckpointInfo:
-    """Returns the description of an open checkpoint."""
+    """Return the description of an open checkpoint."""
     record = reader.record
     return CheckpointInfo(
         path=reader.url,
@@ -61,106 +61,130 @@ def info_of(reader: Reader) -> CheckpointInfo:
     )
 
 
-class Catalog:
-    """Looks at a root's checkpoints and removes what is superseded."""
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a root holds."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def folders(self) -> list[AttemptName]:
-        """Returns every attempt, committed or not, by step."""
-        names = (AttemptName.parse(e.name) for e in self._storage.entries("") if e.is_folder)
-        return sorted((n for n in names if n), key=lambda n: (n.step, n.launch, n.ordinal))
-
-    def scan(self) -> tuple[list[Reader], list[tuple[AttemptName, CheckpointError]], list[AttemptName]]:
-        """Returns committed checkpoints in the order of their commits, broken ones with why, and uncommitted ones."""
-        good, broken, uncommitted = [], [], []
-        for name in self.folders():
-            try:
-                good.append(Reader(self._storage, name.folder))
-            except CheckpointNotFound:
-                uncommitted.append(name)
-            except CheckpointError as error:
-                broken.append((name, error))
-        return sorted(good, key=lambda r: (r.record.sequence, r.folder)), broken, uncommitted
-
-    def list(self) -> list[CheckpointInfo]:
-        """Returns the checkpoints whose commit record verifies, oldest commit first."""
-        good, broken, _ = self.scan()
-        for name, error in broken:
-            _log.warning("%s is skipped: %s", name.folder, error)
-        return [info_of(reader) for reader in good]
-
-    def latest(self, verify: Verify = "quick") -> CheckpointInfo | None:
-        """Returns the newest checkpoint that verifies; logs a warning with the reason for each that it skips."""
-        good, broken, _ = self.scan()
-        for name, error in broken:
-            _log.warning("%s is skipped: %s", name.folder, error)
-        for reader in reversed(good):
-            try:
-                check(reader, verify)
-                return info_of(reader)
-            except CheckpointError as error:
-                _log.warning("%s is skipped, an older checkpoint is taken: %s", reader.folder, error)
-        return None
-
-    def next_sequence(self) -> int:
-        """Returns the sequence of the next commit."""
-        good, _, _ = self.scan()
-        return 1 + max((r.record.sequence for r in good), default=0)
-
-    def remove(self, folder: str) -> None:
-        """Removes a checkpoint: first its commit record, so that no half of it is ever taken for one."""
-        from checkpoint.commit import COMMIT
-
-        self._storage.remove(f"{folder}/{COMMIT}")
-        self._storage.remove(folder)
-
-    def collect(self, *, keep_last: int, keep_every: int, abandoned: Sequence[AttemptName]) -> list[str]:
-        """Removes superseded checkpoints and the given abandoned attempts; returns the folders removed."""
-        good, _, _ = self.scan()
-        sound = {reader.folder for reader in good if _verifies(reader)}
-        steps = [(reader.folder, reader.record.step) for reader in good]
-        removed = superseded(steps, sound, keep_last=keep_last, keep_every=keep_every)
-        removed += [name.folder for name in abandoned]
-        for folder in removed:
-            self.remove(folder)
-        return removed
+    committed: tuple[Reader, ...]
+    """Checkpoints whose commit record verifies, oldest commit first."""
+    broken: tuple[tuple[AttemptName, CheckpointError], ...]
+    """Checkpoints whose commit record does not, and why."""
+    uncommitted: tuple[AttemptName, ...]
+    """Attempts under way or abandoned."""
 
 
-def superseded(
-    checkpoints: Sequence[tuple[str, int]], sound: set[str], *, keep_last: int, keep_every: int
-) -> list[str]:
-    """Returns which (folder, step), oldest commit first, may go. Pure.
+def scan(storage: Storage) -> Scan:
+    """Look at every attempt of a root."""
+    committed, broken, uncommitted = [], [], []
+    names = (AttemptName.parse(entry.name) for entry in storage.entries("") if entry.is_folder)
+    for name in sorted((n for n in names if n), key=lambda n: (n.step, n.launch, n.ordinal)):
+        try:
+            committed.append(Reader(storage, name.folder))
+        except CheckpointNotFound:
+            uncommitted.append(name)
+        except CheckpointError as error:
+            broken.append((name, error))
+    committed.sort(key=lambda reader: reader.record.sequence)
+    return Scan(tuple(committed), tuple(broken), tuple(uncommitted))
 
-    The `keep_last` newest sound ones stay, and everything newer than the oldest of these, sound or not: a broken
-    checkpoint never pushes a good one out. Of the steps that `keep_every` divides, the newest commit stays.
-    """
-    kept_steps: set[int] = set()
-    num_sound = 0
-    gone = []
-    for folder, step in reversed(checkpoints):
-        milestone = keep_every > 0 and step % keep_every == 0 and step not in kept_steps
-        if num_sound >= keep_last and not milestone:
-            gone.append(folder)
-        if folder in sound:
-            num_sound += 1
-            kept_steps.add(step)
-    return gone[::-1]
+
+def checkpoints(storage: Storage) -> list[CheckpointInfo]:
+    """Return the checkpoints whose commit record verifies, oldest commit first; warn about the others."""
+    found = scan(storage)
+    _warn_broken(found)
+    return [info_of(reader) for reader in found.committed]
+
+
+def latest(storage: Storage, verify: Verify) -> Reader | None:
+    """Return the newest checkpoint that verifies; warn about each that is skipped, with the reason."""
+    found = scan(storage)
+    _warn_broken(found)
+    for reader in reversed(found.committed):
+        try:
+            check(reader, verify)
+        except CheckpointError as error:
+            _log.warning("%s is skipped, an older checkpoint is taken: %s", reader.folder, error)
+        else:
+            return reader
+    return None
+
+
+def next_sequence(storage: Storage) -> int:
+    """Return the sequence of the next commit."""
+    return 1 + max((reader.record.sequence for reader in scan(storage).committed), default=0)
 
 
 def check(reader: Reader, verify: Verify) -> None:
-    """Raises CorruptCheckpoint with the first fault found."""
-    if verify in ("quick", "deep"):
+    """Raise CorruptCheckpoint with the first fault found."""
+    if verify not in ("record", "quick", "deep"):
+        raise ValueError(f"verify: {verify!r}; allowed are 'record', 'quick' and 'deep'")
+    mark = reader.mark()
+    if mark:
+        raise CorruptCheckpoint(mark)
+    if verify != "record":
         reader.check_files()
     if verify == "deep":
         for problem in reader.problems():
             raise CorruptCheckpoint(problem)
 
 
-def _verifies(reader: Reader) -> bool:
+def collect(
+    storage: Storage, *, keep_last: int, keep_every: int, abandoned: Callable[[AttemptName], bool]
+) -> list[str]:
+    """Remove superseded checkpoints, and uncommitted attempts that are abandoned; return their folders."""
+    found = scan(storage)
+    gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every)
+    folders = [reader.folder for reader in gone]
+    folders += [name.folder for name in found.uncommitted if abandoned(name)]
+    for folder in folders:
+        remove(storage, folder)
+    return folders
+
+
+def superseded(
+    committed: Sequence[Reader], sound: Callable[[Reader], bool], *, keep_last: int, keep_every: int
+) -> list[Reader]:
+    """Return which checkpoints, given oldest commit first, may go. Pure.
+
+    The `keep_last` newest sound ones stay, and every newer one, sound or not: a broken checkpoint never
+    pushes a good one out. Of a step that `keep_every` divides, the newest sound commit stays.
+    """
+    milestones: set[int] = set()
+    num_kept = 0
+    gone = []
+    for reader in reversed(committed):
+        step = reader.record.step
+        is_milestone = keep_every > 0 and step % keep_every == 0 and step not in milestones
+        if num_kept >= keep_last and not is_milestone:
+            gone.append(reader)
+        elif sound(reader):
+            num_kept += 1
+            milestones.add(step)
+    return gone[::-1]
+
+
+def is_sound(reader: Reader) -> bool:
+    """Whether every file is there in its size and nobody found the checkpoint damaged."""
     try:
-        reader.check_files()
+        check(reader, "quick")
     except CorruptCheckpoint:
         return False
     return True
+
+
+def remove(storage: Storage, folder: str) -> None:
+    """Remove a checkpoint: its commit record first, so that no half of it is ever taken for one."""
+    storage.remove(f"{folder}/{COMMIT}")
+    storage.remove(folder)
+
+
+def is_idle_since(storage: Storage, name: AttemptName, time_s: float) -> bool:
+    """Whether nothing in an attempt's folder was written at or after a Unix time."""
+    folders: Iterable[str] = (name.folder, f"{name.folder}/parts")
+    times = [e.modified_s for folder in folders for e in storage.entries(folder) if not e.is_folder]
+    return all(t is not None and t < time_s for t in times)
+
+
+def _warn_broken(found: Scan) -> None:
+    for name, error in found.broken:
+        _log.warning("%s is skipped: %s", name.folder, error)

@@ -8,12 +8,13 @@
         COMMIT.json                             and writes the record: from here the checkpoint exists
         ABORT.json                     instead: the first rank that fails says so, and the others stop
 
-Ranks share nothing but the storage. The folder of an attempt is a function of what every rank knows: the step, how
-often this launch saved that step before, and the launch's `run_id`, which is equal on all ranks and new for every
-launch. So nothing is negotiated, and what a killed launch left behind lies under another name: it is neither waited
-for nor mistaken for a vote.
+Ranks share nothing but the storage. The folder of an attempt is a function of what every rank knows: the
+step, how often this launch saved that step before, and the launch's `run_id`, which is equal on all ranks and
+new for every launch. So nothing is negotiated, and what a killed launch left behind lies under another name:
+it is neither waited for nor mistaken for a vote.
 
-A rank that voted can no longer abort, and rank 0 alone commits: COMMIT and another rank's ABORT exclude each other.
+A rank that voted never takes its vote back, and rank 0 alone commits: so COMMIT and the ABORT of another rank
+exclude each other, and nobody removes a file that a commit may rely on.
 """
 
 from __future__ import annotations
@@ -32,18 +33,11 @@ import torch
 import xxhash
 
 from checkpoint import objects
-from checkpoint.errors import (
-    CheckpointError,
-    CommitTimeout,
-    CorruptCheckpoint,
-    CoverageError,
-    SaveAborted,
-    StorageError,
-)
+from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, StorageError
 from checkpoint.format import fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.reshard import coverage_problem
-from checkpoint.storage import Storage, write
+from checkpoint.storage import Storage, sizes, write
 from checkpoint.writer import Written, rank_name
 
 COMMIT = "COMMIT.json"
@@ -51,7 +45,8 @@ ABORT = "ABORT.json"
 TABLE = "slices.arrow"
 PARTS = "parts"
 
-_FOLDER = re.compile(r"step-(\d{8,})\.a(\d+)\.([0-9a-f]{16})")
+_FOLDER = re.compile(r"step-(\d{8,18})\.a(\d{1,9})\.([0-9a-f]{16})")
+_FIRST_PAUSE_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,7 @@ class AttemptName:
 
     @classmethod
     def parse(cls, folder: str) -> AttemptName | None:
-        """Returns the attempt a folder's name stands for; None if it is no attempt's."""
+        """Return the attempt a folder's name stands for; None if it is no attempt's."""
         match = _FOLDER.fullmatch(folder)
         return cls(int(match[1]), int(match[2]), match[3]) if match else None
 
@@ -90,18 +85,19 @@ class Attempt:
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
+        self._voted = False
 
     def begin(self) -> None:
-        """Raises if another rank has failed already, or if this rank's files of this attempt exist."""
+        """Raise if another rank has failed already, or if a launch before this one used the same name."""
         self._raise_if_aborted()
-        if self._storage.size(self._part(self._rank)) is not None:
+        if self._is_committed() or self._storage.size(self._part(self._rank)) is not None:
             raise StorageError(
-                f"{self.folder}: rank {self._rank} has voted in this attempt before; run_id must be new for every "
-                "launch, and only one process may be this rank"
+                f"{self.folder}: rank {self._rank} finds its own files in a new attempt; run_id must be new "
+                "for every launch, and one process alone may be this rank"
             )
 
     def vote(self, written: Written, replicated: str) -> None:
-        """Says that this rank's files are durable; `replicated` fingerprints what it takes for replicated."""
+        """Say that this rank's files are durable; `replicated` fingerprints what it takes for replicated."""
         metadata = {
             "rank": self._rank,
             "world_size": self._world_size,
@@ -109,22 +105,18 @@ class Attempt:
             "files": [[f.path, f.nbytes, f.head_bytes, f.fingerprint] for f in written.files],
             "replicated": replicated,
         }
-        table = SliceTable.of(written.rows, metadata)
-        write(self._storage, self._part(self._rank), table.to_bytes())
+        table = SliceTable.of(written.rows, metadata).to_bytes()
+        self._voted = True  # from the attempt to write it on: a vote whose write failed may still be there
+        write(self._storage, self._part(self._rank), table)
 
     def commit(self, run_id: str, shared: Any, sequence: Callable[[], int]) -> CommitRecord:
-        """Rank 0: waits for every vote, checks that they make one whole state, and commits it."""
+        """Rank 0: wait for every vote, check that they make one whole state, and commit it."""
         self._await_votes()
         parts = [self._read_part(rank) for rank in range(self._world_size)]
-        merged = SliceTable.merge(parts, {})
+        merged = SliceTable.merge(parts)
         check_votes(parts, merged)
         files = [FileRecord(*f) for part in parts for f in part.metadata["files"]]
-        for file in files:
-            size = self._storage.size(f"{self.folder}/{file.path}")
-            if size != file.nbytes:
-                raise StorageError(
-                    f"{self.folder}/{file.path}: {file.nbytes} bytes were written but the storage holds {size}"
-                )
+        self._check_sizes(files)
         table = merged.to_bytes()
         write(self._storage, f"{self.folder}/{TABLE}", table)
         files.append(FileRecord(TABLE, len(table), len(table), fingerprint(table)))
@@ -141,56 +133,50 @@ class Attempt:
         write(self._storage, f"{self.folder}/{COMMIT}", record.to_bytes())
         return record
 
-    def await_commit(self) -> CommitRecord:
-        """Other ranks: waits until rank 0 has committed."""
-
-        def committed() -> bool:
-            return self._storage.size(f"{self.folder}/{COMMIT}") is not None
-
-        if not self._wait(committed):
+    def await_commit(self) -> None:
+        """Other ranks: wait until rank 0 has committed."""
+        # Rank 0 may vote last, and only then starts to wait for the others.
+        timeout_s = 2 * self._timeout_s
+        if not self._wait(self._is_committed, timeout_s):
             missing = self._missing()
+            votes = f"; no vote from {_ranks(missing)}" if missing else ""
             raise CommitTimeout(
-                f"{self.folder}: rank 0 did not commit within {self._timeout_s:g} s"
-                + (f"; no vote from {_ranks(missing)}" if missing else ""),
-                missing or (0,),
+                f"{self.folder}: rank 0 did not commit within {timeout_s:g} s{votes}", missing or (0,)
             )
-        source = f"{self.folder}/{COMMIT}"
-        return CommitRecord.from_bytes(self._storage.read(source), source)
 
-    def abandon(self, error: BaseException) -> StorageError | None:
-        """After a failure: frees this rank's space and tells the other ranks, unless the commit may have happened.
+    def abandon(self, error: BaseException) -> None:
+        """After a failure: free this rank's space and tell the other ranks.
 
-        Returns the storage's error if even that failed; the other ranks then learn of it by their timeout.
+        Does nothing once a commit may rely on this rank's files: after the vote of any rank but 0, unless the
+        attempt was aborted by another, and after the commit itself. Raises StorageError if the storage does
+        not let the others know; they then learn of the failure by their timeout.
         """
-        try:
-            if self._storage.size(f"{self.folder}/{COMMIT}") is not None:
-                return None
-            stem = rank_name(self._rank)
-            for path in (f"{PARTS}/{stem}.arrow", f"{stem}.safetensors", f"{stem}.objects.json"):
-                self._storage.remove(f"{self.folder}/{path}")
-            if not isinstance(error, SaveAborted):
-                reason = f"{type(error).__name__}: {error}"
-                text = objects.canonical({"rank": self._rank, "reason": reason})
-                write(self._storage, f"{self.folder}/{ABORT}", text)
-        except StorageError as second:
-            return second
-        return None
+        aborted = isinstance(error, SaveAborted)
+        if (self._voted and self._rank and not aborted) or self._is_committed():
+            return
+        stem = rank_name(self._rank)
+        for path in (f"{PARTS}/{stem}.arrow", f"{stem}.safetensors", f"{stem}.objects.json"):
+            self._storage.remove(f"{self.folder}/{path}")
+        if not aborted:
+            reason = f"{type(error).__name__}: {error}"
+            text = objects.canonical({"rank": self._rank, "reason": reason})
+            write(self._storage, f"{self.folder}/{ABORT}", text)
 
     def _await_votes(self) -> None:
-        if not self._wait(lambda: not self._missing()):
+        if not self._wait(lambda: not self._missing(), self._timeout_s):
             missing = self._missing()
             raise CommitTimeout(
                 f"{self.folder}: no vote from {_ranks(missing)} within {self._timeout_s:g} s", missing
             )
 
     def _missing(self) -> tuple[int, ...]:
-        voted = {entry.name for entry in self._storage.entries(f"{self.folder}/{PARTS}")}
+        voted = sizes(self._storage, f"{self.folder}/{PARTS}")
         return tuple(r for r in range(self._world_size) if f"{rank_name(r)}.arrow" not in voted)
 
-    def _wait(self, ready: Callable[[], bool]) -> bool:
-        """Returns whether `ready` came true in time; raises SaveAborted as soon as a rank has failed."""
-        deadline = time.monotonic() + self._timeout_s
-        pause_s = 0.002
+    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Return whether `ready` came true in time; raise SaveAborted as soon as a rank has failed."""
+        deadline = time.monotonic() + timeout_s
+        pause_s = _FIRST_PAUSE_S
         while not ready():
             self._raise_if_aborted()
             left_s = deadline - time.monotonic()
@@ -207,6 +193,18 @@ class Attempt:
         record = objects.parse(self._storage.read(path), path)
         raise SaveAborted(f"{self.folder}: rank {record['rank']} failed: {record['reason']}", record["rank"])
 
+    def _check_sizes(self, files: Sequence[FileRecord]) -> None:
+        found = sizes(self._storage, self.folder)
+        for file in files:
+            if found.get(file.path) != file.nbytes:
+                raise StorageError(
+                    f"{self.folder}/{file.path}: {file.nbytes} bytes were written, "
+                    f"the storage holds {found.get(file.path, 'no such file')}"
+                )
+
+    def _is_committed(self) -> bool:
+        return self._storage.size(f"{self.folder}/{COMMIT}") is not None
+
     def _read_part(self, rank: int) -> SliceTable:
         path = self._part(rank)
         return SliceTable.from_bytes(self._storage.read(path), path)
@@ -216,23 +214,21 @@ class Attempt:
 
 
 def check_votes(parts: Sequence[SliceTable], merged: SliceTable) -> None:
-    """Raises CoverageError unless the ranks' slices make every tensor whole, exactly once. Pure."""
+    """Raise CoverageError unless the ranks' slices make every tensor whole, exactly once. Pure."""
     problems = []
     for rank, part in enumerate(parts):
-        if part.metadata["world_size"] != len(parts):
-            problems.append(
-                f"rank {rank} takes the world for {part.metadata['world_size']} ranks, rank 0 for {len(parts)}"
-            )
+        world_size = part.metadata["world_size"]
+        if world_size != len(parts):
+            problems.append(f"rank {rank} takes the world for {world_size} ranks, rank 0 for {len(parts)}")
         elif part.metadata["replicated"] != parts[0].metadata["replicated"]:
             problems.append(f"rank {rank} has other replicated tensors (names, shapes or dtypes) than rank 0")
     problems += tensor_problems(merged)
     if problems:
-        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CoverageError("the ranks' slices do not make one state: " + "; ".join(shown))
+        raise CoverageError(f"the ranks' slices do not make one state: {brief(problems)}")
 
 
 def tensor_problems(table: SliceTable) -> list[str]:
-    """Returns what is wrong with each tensor of a table, by name. Pure."""
+    """Return what is wrong with each tensor of a table, by name. Pure."""
     problems = []
     kinds: dict[str, bool] = {}
     for name, owner in table.keys():  # noqa: SIM118  not a mapping
@@ -240,20 +236,28 @@ def tensor_problems(table: SliceTable) -> list[str]:
         who = repr(name) if owner == SHARED else f"{name!r} of rank {owner}"
         if kinds.setdefault(name, owner == SHARED) != (owner == SHARED):
             problems.append(f"{who} is rank-local on some ranks and not on others")
-        problem = _disagreement(rows) or coverage_problem(rows[0].global_shape, [r.region for r in rows])
+        problem = rows_problem(rows)
         if problem:
             problems.append(f"{who} {problem}")
     return problems
 
 
-def _disagreement(rows: Sequence[SavedSlice]) -> str | None:
+def rows_problem(rows: Sequence[SavedSlice]) -> str | None:
+    """Say why the slices of one tensor do not make it whole; None if they do. Pure."""
+    first = rows[0]
     for row in rows[1:]:
-        if (row.dtype, row.global_shape) != (rows[0].dtype, rows[0].global_shape):
+        if (row.dtype, row.global_shape) != (first.dtype, first.global_shape):
             return (
-                f"is {rows[0].dtype} {list(rows[0].global_shape)} in {rows[0].file} "
+                f"is {first.dtype} {list(first.global_shape)} in {first.file} "
                 f"but {row.dtype} {list(row.global_shape)} in {row.file}"
             )
-    return None
+    return coverage_problem(first.global_shape, [row.region for row in rows])
+
+
+def brief(problems: Sequence[str], limit: int = 20) -> str:
+    """Return the problems as one line, the first `limit` of them in full."""
+    more = len(problems) - limit
+    return "; ".join([*problems[:limit], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _ranks(ranks: Sequence[int]) -> str:

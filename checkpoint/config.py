@@ -16,12 +16,14 @@ class CheckpointConfig:
     every: int = 100
     """Steps between two saves; 0 saves only at the end and when asked to stop."""
     keep_last: int = 2
-    """Newest committed checkpoints that stay; at least 1. Nothing is deleted before its successor is committed."""
+    """Newest sound checkpoints that stay; at least 1. Nothing goes before its successor is committed."""
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this stay for ever; 0 keeps none beyond `keep_last`."""
     on_error: Literal["raise", "warn"] = "raise"
     """What a failed save does to the training that asked for it."""
     commit_timeout_s: float = 600.0
-    """Seconds the coordinator waits for every rank's vote before the attempt fails, naming the missing ranks."""
+    """Seconds rank 0 waits for the other ranks' votes before the save fails, naming those missing; above 0.
+
+    The others wait twice as long for rank 0, so that it is the one who tells what is missing."""
     load_buffer_bytes: int = 4 << 30
-    """Host memory for chunks that are verified and wait until all are; a load that needs more reads the rest twice."""
+    """Host memory for bytes that a load has verified before all are; what exceeds it is read twice."""

@@ -1,10 +1,11 @@
 """Bytes on disk: safetensors shards whose data starts on a page, and digests per chunk. Pure.
 
-A shard is a plain safetensors file (`u64 header length | JSON header | tensors without holes`); its header is padded
-with spaces, which the format allows, so that the first tensor starts on a multiple of `ALIGN_BYTES` and aligned
-direct I/O and page-aligned mapping stay possible. Tensors are ordered by falling element size, so each is aligned to
-its own. Digests are xxh3-64 of the consecutive `CHUNK_BYTES` of each slice, counted from the slice's first byte: what
-a load reads it can verify alone, and an unchanged chunk keeps its digest when the file around it changes.
+A shard is a plain safetensors file (`u64 header length | JSON header | tensors without holes`); its header is
+padded with spaces, which the format allows, so that the first tensor starts on a multiple of `ALIGN_BYTES`
+and aligned direct I/O and page-aligned mapping stay possible. Tensors are ordered by falling element size, so
+each is aligned to its own. Digests are xxh3-64 of the consecutive `CHUNK_BYTES` of each slice, counted from
+the slice's first byte: what a load reads it can verify alone, and an unchanged chunk keeps its digest when
+the file around it changes.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Entry:
 
 
 def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Returns the length prefix and the padded header of a shard with these tensors, in this order."""
+    """Return the length prefix and the padded header of a shard with these tensors, in this order."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for entry in entries:
@@ -92,26 +93,27 @@ def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> byte
 
 
 def digest(data: Any) -> int:
-    """Returns the xxh3-64 of a buffer."""
+    """Return the xxh3-64 of a buffer."""
     return xxhash.xxh3_64_intdigest(data)
 
 
 def fingerprint(data: Any) -> str:
-    """Returns the xxh3-128 of a buffer, named: what records and small files are held by."""
+    """Return the xxh3-128 of a buffer, named: what records and small files are held by."""
     return "xxh3-128:" + xxhash.xxh3_128_hexdigest(data)
 
 
 def chunk_count(nbytes: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Returns how many digests a slice of `nbytes` has."""
+    """Return how many digests a slice of `nbytes` has."""
     return -(-nbytes // chunk_bytes)
 
 
 def check_version(found: object, source: str) -> None:
-    """Raises UnsupportedFormat unless `found` is the version that this code writes."""
+    """Raise UnsupportedFormat unless `found` is the version that this code writes."""
     if found == FORMAT:
         return
     if not isinstance(found, str) or not found.startswith("checkpoint/"):
         raise CorruptCheckpoint(f"{source}: format: {found!r} is not a format of this package")
     raise UnsupportedFormat(
-        f"{source}: format {found} is not known here (this code reads {FORMAT}); read it with the version that wrote it"
+        f"{source}: format {found} is not known here (this code reads {FORMAT}); "
+        "read it with the version of the package that wrote it"
     )

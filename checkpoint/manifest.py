@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +35,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _KEY = b"checkpoint"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class SavedSlice:
         return self.region.numel * self.itemsize
 
     def check(self, source: str) -> None:
-        """Raises CorruptCheckpoint unless the row makes sense by itself."""
+        """Raise CorruptCheckpoint unless the row makes sense by itself."""
         problem = None
         if self.dtype not in CODES:
             problem = f"unknown dtype {self.dtype!r}"
@@ -92,12 +94,14 @@ class SliceTable:
 
     def __init__(self, table: pa.Table, metadata: Mapping[str, Any], source: str) -> None:
         self.metadata = metadata
+        """What the writer said beside the rows."""
         self.source = source
-        self._table = table
+        """What messages call this table."""
+        self._table = table.combine_chunks()
 
     @classmethod
     def of(cls, rows: Iterable[SavedSlice], metadata: Mapping[str, Any]) -> SliceTable:
-        """Returns a table of these rows."""
+        """Return a table of these rows."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         for row in rows:
             columns["name"].append(row.name)
@@ -111,40 +115,38 @@ class SliceTable:
             columns["file"].append(row.file)
             columns["byte_start"].append(row.byte_start)
             columns["digests"].append(row.digests)
-        return cls(
-            pa.table(columns, schema=_SCHEMA), {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, **metadata}, ""
-        )
+        return cls(pa.table(columns, schema=_SCHEMA), metadata, "new slice table")
 
     @classmethod
-    def merge(cls, tables: Sequence[SliceTable], metadata: Mapping[str, Any]) -> SliceTable:
-        """Returns the rows of all tables."""
-        merged = pa.concat_tables([t._table for t in tables])
-        return cls(merged, {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, **metadata}, "")
+    def merge(cls, tables: Sequence[SliceTable]) -> SliceTable:
+        """Return the rows of all tables."""
+        return cls(pa.concat_tables([t._table for t in tables]), {}, "merged slice table")
 
     def to_bytes(self) -> bytes:
-        """Returns the table as an uncompressed Arrow IPC file."""
+        """Return the table as an uncompressed Arrow IPC file."""
+        header = {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, **self.metadata}
+        table = self._table.replace_schema_metadata({_KEY: json.dumps(header).encode()})
         sink = pa.BufferOutputStream()
-        schema = self._table.schema.with_metadata({_KEY: json.dumps(self.metadata).encode()})
-        with pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(self._table.replace_schema_metadata(schema.metadata))
-        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return bytes(sink.getvalue())
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> SliceTable:
-        """Returns the table that `to_bytes` wrote. Raises CorruptCheckpoint, UnsupportedFormat."""
+        """Return the table that `to_bytes` wrote. Raises CorruptCheckpoint, UnsupportedFormat."""
         try:
             table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
             table.validate(full=True)
             metadata = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
             if not isinstance(metadata, dict):
-                raise ValueError("no checkpoint metadata in its schema")
+                raise ValueError("its schema carries no metadata of this package")
             check_version(metadata.get("format"), source)
             if metadata.get("chunk_bytes") != CHUNK_BYTES:
                 raise ValueError(f"chunk_bytes is {metadata.get('chunk_bytes')}, not {CHUNK_BYTES}")
             table = table.select(_SCHEMA.names).cast(_SCHEMA)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptCheckpoint(f"{source}: is not a slice table ({error})") from error
-        if any(column.null_count for column in table.columns):
+        if any(_num_nulls(column) for column in table.columns):
             raise CorruptCheckpoint(f"{source}: has empty cells")
         return cls(table, metadata, source)
 
@@ -152,15 +154,15 @@ class SliceTable:
         return int(self._table.num_rows)
 
     def keys(self) -> list[tuple[str, int]]:
-        """Returns the (name, owner) pairs, in the order of first appearance."""
+        """Return the (name, owner) pairs, in the order of first appearance."""
         return list(self._index)
 
     def rows(self, name: str, owner: int = SHARED) -> list[SavedSlice]:
-        """Returns the checked slices of one tensor; none if there is no such tensor."""
+        """Return the checked slices of one tensor; none if there is no such tensor."""
         return [self._row(i) for i in self._index.get((name, owner), ())]
 
     def all_rows(self) -> list[SavedSlice]:
-        """Returns every checked slice."""
+        """Return every checked slice."""
         return [self._row(i) for i in range(len(self))]
 
     @functools.cached_property
@@ -178,21 +180,25 @@ class SliceTable:
         return {n: self._table.column(n).to_pylist() for n in plain}
 
     def _row(self, i: int) -> SavedSlice:
-        column = {name: values[i] for name, values in self._columns.items()}
+        cell = {name: values[i] for name, values in self._columns.items()}
         row = SavedSlice(
-            name=column["name"],
-            owner=column["owner"],
-            dtype=column["dtype"],
-            global_shape=tuple(column["global_shape"]),
-            region=Region(
-                tuple(column["box_offset"]), tuple(column["box_shape"]), column["start"], column["stop"]
-            ),
-            file=column["file"],
-            byte_start=column["byte_start"],
+            name=cell["name"],
+            owner=cell["owner"],
+            dtype=cell["dtype"],
+            global_shape=tuple(cell["global_shape"]),
+            region=Region(tuple(cell["box_offset"]), tuple(cell["box_shape"]), cell["start"], cell["stop"]),
+            file=cell["file"],
+            byte_start=cell["byte_start"],
             digests=tuple(self._table.column("digests")[i].as_py()),
         )
         row.check(self.source)
         return row
+
+
+def _num_nulls(column: pa.ChunkedArray) -> int:
+    nested = pa.types.is_list(column.type)
+    inner = sum(chunk.flatten().null_count for chunk in column.chunks) if nested else 0
+    return int(column.null_count + inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +207,7 @@ class CommitRecord:
 
     step: int
     sequence: int
-    """Position in the order in which the checkpoints of this root were committed; the newest has the largest."""
+    """Place in the order in which the checkpoints of this root were committed, from 1."""
     run_id: str
     world_size: int
     created: str
@@ -216,26 +222,48 @@ class CommitRecord:
         return sum(f.nbytes for f in self.files)
 
     def to_bytes(self) -> bytes:
-        """Returns the record's text, which carries its own fingerprint."""
+        """Return the record's text, which carries its own fingerprint."""
         tree = asdict(self) | {"format": FORMAT}
         tree["fingerprint"] = fingerprint(objects.canonical(tree))
         return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> CommitRecord:
-        """Returns the record. Raises CorruptCheckpoint, UnsupportedFormat."""
+        """Return the record. Raises CorruptCheckpoint, UnsupportedFormat."""
         tree = objects.parse(data, source)
         if not isinstance(tree, dict):
             raise CorruptCheckpoint(f"{source}: is not a commit record")
         check_version(tree.get("format"), source)
         claimed = tree.pop("fingerprint", None)
+        if claimed != fingerprint(objects.canonical(tree)):
+            raise CorruptCheckpoint(
+                f"{source}: was damaged or changed after the commit: its fingerprint does not match; "
+                "load another checkpoint"
+            )
+        del tree["format"]
         try:
-            if claimed != fingerprint(objects.canonical(tree)):
-                raise CorruptCheckpoint(
-                    f"{source}: was changed after the commit: its fingerprint does not match"
-                )
-            del tree["format"]
-            files = tuple(FileRecord(**record) for record in tree.pop("files"))
-            return cls(files=files, **tree)
-        except (TypeError, KeyError, ValueError) as error:
+            record = cls(**tree | {"files": tuple(FileRecord(**file) for file in tree["files"])})
+        except (TypeError, KeyError) as error:
             raise CorruptCheckpoint(f"{source}: is not a commit record ({error})") from error
+        problem = record.problem()
+        if problem:
+            raise CorruptCheckpoint(f"{source}: {problem}")
+        return record
+
+    def problem(self) -> str | None:
+        """Say which field cannot be what it claims; None if all can."""
+        for name in ("step", "sequence", "world_size"):
+            if not _is_count(getattr(self, name)):
+                return f"{name}: {getattr(self, name)!r} is not a count"
+        if not isinstance(self.run_id, str) or not isinstance(self.created, str):
+            return "run_id and created must be text"
+        for file in self.files:
+            if not isinstance(file.path, str) or not _PLAIN_NAME.fullmatch(file.path):
+                return f"files: {file.path!r} is not the name of a file in this folder"
+            if not (_is_count(file.nbytes) and _is_count(file.head_bytes) and file.head_bytes <= file.nbytes):
+                return f"files: {file.path}: sizes {file.nbytes!r} and {file.head_bytes!r} make no sense"
+        return None
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0

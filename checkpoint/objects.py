@@ -1,7 +1,8 @@
 """Plain Python values as JSON and back, equal to what they were: no pickle, nothing lossy.
 
-JSON keeps None, bool, int, finite floats, strings, lists and dicts with string keys as they are. Tuples, bytes, nan
-and the infinities, and dicts with other keys become `{"$": kind, "value": ...}`; so does a dict that has a "$" itself.
+JSON keeps None, bool, int, finite floats, strings, lists and dicts with string keys as they are. Tuples,
+bytes, nan and the infinities, and dicts with other keys become `{"$": kind, "value": ...}`; so does a dict
+that has a "$" itself.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ _TAG = "$"
 
 
 def encode(value: object, source: str) -> bytes:
-    """Returns the JSON text of a value. Raises InvalidState, naming the place of what cannot be kept."""
+    """Return the JSON text of a value. Raises InvalidState, naming the place of what cannot be kept."""
     return canonical(to_json(value, source))
 
 
 def canonical(tree: object) -> bytes:
-    """Returns the one JSON text of a tree of JSON values, so that equal trees have equal fingerprints."""
+    """Return the one JSON text of a tree of JSON values, so that equal trees have equal fingerprints."""
     return json.dumps(
         tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
 
 
 def decode(text: bytes, source: str) -> Any:
-    """Returns the value whose text `encode` made. Raises CorruptCheckpoint."""
+    """Return the value whose text `encode` made. Raises CorruptCheckpoint."""
     return from_json(parse(text, source), source)
 
 
 def parse(text: bytes, source: str) -> Any:
-    """Returns the tree of a JSON text. Raises CorruptCheckpoint."""
+    """Return the tree of a JSON text. Raises CorruptCheckpoint."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -44,7 +45,7 @@ def parse(text: bytes, source: str) -> Any:
 
 
 def to_json(value: object, source: str) -> Any:
-    """Returns a tree of JSON values that `from_json` turns back into an equal value."""
+    """Return a tree of JSON values that `from_json` turns back into an equal value."""
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
@@ -63,13 +64,13 @@ def to_json(value: object, source: str) -> Any:
             "value": [[to_json(k, source), to_json(v, f"{source}[{k!r}]")] for k, v in value.items()],
         }
     raise InvalidState(
-        f"{source}: is a {type(value).__name__}; allowed are None, bool, int, float, str, bytes, list, tuple and dict "
-        "(tensors go into tensors)"
+        f"{source}: is a {type(value).__name__}; allowed are None, bool, int, float, str, bytes, list, "
+        "tuple and dict (tensors go into tensors)"
     )
 
 
 def from_json(tree: Any, source: str) -> Any:
-    """Returns the value that `to_json` was given. Raises CorruptCheckpoint."""
+    """Return the value that `to_json` was given. Raises CorruptCheckpoint."""
     if isinstance(tree, list):
         return [from_json(v, source) for v in tree]
     if not isinstance(tree, dict):

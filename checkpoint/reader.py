@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +13,19 @@ import numpy as np
 import torch
 
 from checkpoint import objects
-from checkpoint.commit import COMMIT, TABLE, tensor_problems
+from checkpoint.commit import COMMIT, TABLE, brief, rows_problem, tensor_problems
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.format import CODES, DTYPES, digest, fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region
-from checkpoint.reshard import Read, coverage_problem, plan, view
+from checkpoint.reshard import Read, plan, view
 from checkpoint.state import Piece
-from checkpoint.storage import Storage
+from checkpoint.storage import Storage, sizes, write
 from checkpoint.writer import rank_name
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
+MARK = "BAD.json"
+"""Written beside a commit record by a rank that found the checkpoint damaged."""
 _RUN_BYTES = 16 << 20
 """Neighbouring chunks are read together up to this size."""
 
@@ -66,7 +69,7 @@ class Reader:
         return objects.from_json(self.record.shared, self._path(COMMIT))
 
     def objects(self, rank: int) -> dict[str, Any]:
-        """Returns a rank's objects; none if the saving world had no such rank."""
+        """Return a rank's objects; none if the saving world had no such rank."""
         if rank >= self.record.world_size:
             return {}
         path = f"{rank_name(rank)}.objects.json"
@@ -75,22 +78,39 @@ class Reader:
             raise CorruptCheckpoint(f"{self._path(path)}: does not hold objects by name")
         return value
 
+    def mark(self) -> str | None:
+        """Say who found this checkpoint damaged; None if nobody did."""
+        path = self._path(MARK)
+        if self._storage.size(path) is None:
+            return None
+        mark = objects.parse(self._storage.read(path), path)
+        who, reason = (mark.get("rank"), mark.get("reason")) if isinstance(mark, dict) else (None, None)
+        return f"{self.folder}: rank {who} found it damaged: {reason}; remove {MARK} there to use it again"
+
+    def condemn(self, rank: int, error: CorruptCheckpoint) -> None:
+        """Mark this checkpoint as damaged, so that no rank takes it for the latest again."""
+        text = objects.canonical({"rank": rank, "reason": str(error)})
+        write(self._storage, self._path(MARK), text)
+
     def check_files(self) -> None:
-        """Raises CorruptCheckpoint unless every file has its size and the slice table its fingerprint."""
+        """Raise CorruptCheckpoint unless every file has its size and the slice table its fingerprint."""
+        found = sizes(self._storage, self.folder)
         for file in self.record.files:
-            size = self._storage.size(self._path(file.path))
+            size = found.get(file.path)
             if size != file.nbytes:
-                found = "is missing" if size is None else f"has {size} bytes instead of {file.nbytes}"
+                what = "is missing" if size is None else f"has {size} bytes instead of {file.nbytes}"
                 raise CorruptCheckpoint(
-                    f"{self._path(file.path)}: {found}{self._tensors_of(file.path)}; {REMEDY}"
+                    f"{self._path(file.path)}{self._tensors_of(file.path)} {what}; {REMEDY}"
                 )
         len(self.table)
 
     def problems(self) -> Iterator[str]:
-        """Reads everything and yields what is wrong with it, one message a fault."""
+        """Read everything and yield what is wrong with it, one message a fault."""
         try:
             self.check_files()
             rows = self.table.all_rows()
+            for row in rows:
+                self._check_place(row)
         except CorruptCheckpoint as error:
             yield str(error)
             return
@@ -100,25 +120,20 @@ class Reader:
             except CorruptCheckpoint as error:
                 yield str(error)
         yield from (f"{self._path(TABLE)}: tensor {problem}" for problem in tensor_problems(self.table))
-        held = dict.fromkeys(self._files, 0)
+        held = Counter({file.path: file.head_bytes for file in self.record.files})
         for row in rows:
-            try:
-                self._check_place(row)
-            except CorruptCheckpoint as error:
-                yield str(error)
-                return
             held[row.file] += row.nbytes
         for file in self.record.files:
-            if file.head_bytes + held[file.path] != file.nbytes:
-                yield f"{self._path(file.path)}: {file.nbytes} bytes, of which the slice table explains {held[file.path]}"
+            if held[file.path] != file.nbytes:
+                yield f"{self._path(file.path)}: {file.nbytes} bytes, {held[file.path]} of them accounted for"
         reads = [read for row in rows for read in plan([row], row.region)]
         yield from (str(fault) for _, _, fault in self._chunks(reads) if fault)
 
     def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
-        """Fills the destinations in place, after every chunk they need has been verified.
+        """Fill the destinations in place, after every chunk they need has been verified.
 
-        Up to `buffer_bytes` of verified chunks are held in memory between the two; what exceeds it is read, and
-        verified, a second time.
+        Up to `buffer_bytes` of verified chunks are held in memory between the two; what exceeds it is read,
+        and verified, a second time.
         """
         report, reads = self._plan(wanted, rank, strict)
         held: list[tuple[Read, np.ndarray[Any, Any]]] = []
@@ -137,9 +152,8 @@ class Reader:
         return report
 
     def assemble(self, name: str, owner: int = SHARED) -> torch.Tensor:
-        """Returns a whole tensor in new memory."""
-        rows = self.table.rows(name, owner)
-        self._check_rows(name, rows)
+        """Return a whole tensor in new memory."""
+        rows = self._sound_rows(name, owner)
         whole = Region.whole(rows[0].global_shape)
         tensor = torch.empty(whole.shape, dtype=CODES[rows[0].dtype])
         for read, data in self._verified(list(plan(rows, whole))):
@@ -147,48 +161,47 @@ class Reader:
         return tensor
 
     def _plan(self, wanted: Sequence[Piece], rank: int, strict: bool) -> tuple[LoadReport, list[Read]]:
-        """Joins what is wanted with what is saved. Raises StateMismatch with every difference."""
-        keys = set(self.table.keys())
-        names = {name for name, _ in keys}
-        missing, missing_local, problems, reads = [], [], [], []
+        """Join what is wanted with what is saved. Raises StateMismatch with every difference."""
+        saved = set(self.table.keys())
+        names = {name for name, _ in saved}
+        missing: list[str] = []
+        missing_local: list[str] = []
+        problems: list[str] = []
+        reads: list[Read] = []
         for piece in wanted:
             owner = rank if piece.kind == "local" else SHARED
-            if (piece.name, owner) in keys:
-                rows = self.table.rows(piece.name, owner)
-                self._check_rows(piece.name, rows)
+            if (piece.name, owner) in saved:
+                rows = self._sound_rows(piece.name, owner)
                 problem = _difference(piece, rows[0])
                 if problem:
                     problems.append(f"{piece.name!r} {problem}")
                 else:
                     reads += plan(rows, piece.region)
-            elif piece.name in names and (piece.kind == "local") == ((piece.name, SHARED) in keys):
-                saved = "as a tensor of all ranks" if piece.kind == "local" else "rank-local"
-                problems.append(f"{piece.name!r} was saved {saved}, and is wanted otherwise")
-            elif piece.kind == "local":
-                missing_local.append(piece.name)
+            elif piece.name in names and (piece.kind != "local" or (piece.name, SHARED) in saved):
+                how = "shared by all ranks" if piece.kind == "local" else "rank-local"
+                problems.append(f"{piece.name!r} was saved {how}, the destination is not")
             else:
-                missing.append(piece.name)
-        asked = {piece.name for piece in wanted}
-        mine = {name for name, owner in keys if owner in (SHARED, rank)}
-        unexpected = sorted(mine - asked)
+                (missing_local if piece.kind == "local" else missing).append(piece.name)
+        unexpected = {name for name, owner in saved if owner in (SHARED, rank)} - {p.name for p in wanted}
         if strict:
-            problems += [f"{name!r} is not in the checkpoint" for name in missing]
-            problems += [f"{name!r} is in the checkpoint and was not asked for" for name in unexpected]
+            extra = [f"{name!r} is not in the checkpoint" for name in missing]
+            extra += [f"{name!r} is in the checkpoint and has no destination" for name in unexpected]
+            if extra:
+                problems += [*sorted(extra), "strict=False loads what both have"]
         if problems:
-            shown = sorted(problems)[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            remedy = "" if not strict else "; strict=False allows missing and additional names"
-            raise StateMismatch(f"{self.url}: {'; '.join(shown)}{remedy}")
-        return LoadReport(tuple(sorted(missing)), tuple(unexpected), tuple(sorted(missing_local))), reads
+            raise StateMismatch(f"{self.url}: {brief(problems)}")
+        report = LoadReport(tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(sorted(missing_local)))
+        return report, reads
 
-    def _check_rows(self, name: str, rows: Sequence[SavedSlice]) -> None:
-        """Raises CorruptCheckpoint unless the rows lie inside their files and make the tensor whole."""
+    def _sound_rows(self, name: str, owner: int) -> list[SavedSlice]:
+        """Return the slices of a tensor, which make it whole and lie inside their files."""
+        rows = self.table.rows(name, owner)
         for row in rows:
             self._check_place(row)
-        problem = coverage_problem(rows[0].global_shape, [row.region for row in rows])
-        if problem or len({(row.dtype, row.global_shape) for row in rows}) != 1:
-            raise CorruptCheckpoint(
-                f"{self._path(TABLE)}: tensor {name!r} {problem or 'has rows that disagree'}"
-            )
+        problem = rows_problem(rows)
+        if problem:
+            raise CorruptCheckpoint(f"{self._path(TABLE)}: tensor {name!r} {problem}")
+        return rows
 
     def _check_place(self, row: SavedSlice) -> None:
         file = self._files.get(row.file)
@@ -206,14 +219,14 @@ class Reader:
     def _chunks(
         self, reads: Sequence[Read]
     ) -> Iterator[tuple[Read, np.ndarray[Any, Any], CorruptCheckpoint | None]]:
-        """Yields every chunk with its bytes, in file order, and what is wrong with it."""
+        """Yield every chunk with its bytes, in file order, and what is wrong with it."""
         ordered = sorted(reads, key=lambda r: (r.file, r.byte_start))
         for file, group in itertools.groupby(ordered, key=lambda r: r.file):
             with self._storage.open(self._path(file)) as source:
                 for run in _runs(group):
                     start = run[0].byte_start
                     buffer = np.empty(run[-1].byte_start + run[-1].nbytes - start, dtype=np.uint8)
-                    count = source.read_into(start, memoryview(buffer))
+                    count = source.read_into(start, buffer.data)
                     for read in run:
                         first = read.byte_start - start
                         data = buffer[first : first + read.nbytes]
@@ -229,7 +242,7 @@ class Reader:
         )
 
     def _head(self, path: str) -> bytes:
-        """Returns the part of a file that the commit record proves."""
+        """Return the part of a file that the commit record proves."""
         file = self._files.get(path)
         if file is None:
             raise CorruptCheckpoint(f"{self._path(COMMIT)}: does not list {path}")
@@ -248,7 +261,7 @@ class Reader:
         return bytes(buffer)
 
     def _tensors_of(self, path: str) -> str:
-        """Returns " (tensors …)" for a shard, as far as the slice table can be read."""
+        """Return " (tensors …)" for a shard, as far as the slice table can be read."""
         if path == TABLE:
             return ""
         try:
@@ -274,7 +287,7 @@ def _difference(piece: Piece, row: SavedSlice) -> str | None:
 
 
 def _runs(reads: Iterable[Read]) -> Iterator[list[Read]]:
-    """Groups reads of one file, in order, that follow each other without a gap."""
+    """Group reads of one file, in order, that follow each other without a gap."""
     run: list[Read] = []
     for read in reads:
         if run:
@@ -289,7 +302,7 @@ def _runs(reads: Iterable[Read]) -> Iterator[list[Read]]:
 
 @torch.no_grad()
 def _scatter(read: Read, data: np.ndarray[Any, Any], tensor: torch.Tensor, region: Region) -> None:
-    """Copies what `region` wants of a chunk into the tensor that holds it."""
+    """Copy what `region` wants of a chunk into the tensor that holds it."""
     source = torch.from_numpy(data).view(CODES[read.row.dtype])
     for offset, shape in read.boxes:
         view(tensor, region, offset, shape).copy_(view(source, read.region, offset, shape))

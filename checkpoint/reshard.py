@@ -1,4 +1,4 @@
-"""Saved slices joined with wanted regions, as pure interval arithmetic: no storage, no ranks, no tensors' values."""
+"""Saved slices joined with wanted regions: interval arithmetic, without storage or ranks. Pure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Read:
 
 
 def plan(rows: Sequence[SavedSlice], wanted: Region) -> Iterator[Read]:
-    """Yields the chunks of one tensor's saved slices that hold elements of `wanted`."""
+    """Yield the chunks of one tensor's saved slices that hold elements of `wanted`."""
     for row in rows:
         if not _may_touch(row.region, wanted):
             continue
@@ -60,7 +60,7 @@ def plan(rows: Sequence[SavedSlice], wanted: Region) -> Iterator[Read]:
 
 
 def coverage_problem(global_shape: Shape, regions: Sequence[Region]) -> str | None:
-    """Says which elements of a tensor the regions leave out or hold twice; None if each is there exactly once."""
+    """Say which elements of a tensor the regions leave out or hold twice; None if each is held once."""
     total = math.prod(global_shape)
     if total == 0:
         return None if regions else "is held by no rank"
@@ -82,10 +82,10 @@ def coverage_problem(global_shape: Shape, regions: Sequence[Region]) -> str | No
 
 
 def view(tensor: torch.Tensor, region: Region, offset: Shape, shape: Shape) -> torch.Tensor:
-    """Returns the box (offset, shape) of the whole tensor as a view of `tensor`, which holds `region`.
+    """Return the box (offset, shape) of the whole tensor as a view of `tensor`, which holds `region`.
 
-    `tensor` has the shape of the region's box, or one dimension with the region's elements in order; the box must
-    lie inside the region.
+    `tensor` has the shape of the region's box, or one dimension with the region's elements in order; the box
+    must lie inside the region.
     """
     local = tuple(o - r for o, r in zip(offset, region.offset, strict=True))
     if tuple(tensor.shape) == region.shape and region.is_box:

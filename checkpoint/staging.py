@@ -14,26 +14,43 @@ from checkpoint.state import Piece
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Staged:
-    """A piece of the state whose values are held in host memory of its own."""
+    """A piece of the state, its values held in host memory of their own."""
 
     piece: Piece
-    data: torch.Tensor
-    """uint8, one dimension, contiguous."""
+    """Its tensor is the copy, contiguous, not the one handed to save."""
 
     def chunks(self) -> Iterator[Any]:
-        """Yields the bytes, CHUNK_BYTES at a time, as buffers over the staged memory."""
-        flat = self.data.numpy()
+        """Yield the bytes, CHUNK_BYTES at a time, as buffers over the staged memory."""
+        flat = self.piece.tensor.reshape(-1).view(torch.uint8).numpy()
         for start in range(0, len(flat), CHUNK_BYTES):
             yield flat[start : start + CHUNK_BYTES]
 
 
-def stage(pieces: Sequence[Piece]) -> list[Staged]:
-    """Copies the pieces to host memory; their tensors may be mutated when this returns."""
-    with torch.no_grad():
-        return [Staged(piece, _host_bytes(piece.tensor)) for piece in pieces]
+class Staging:
+    """Host memory for one save at a time, kept from save to save: touching fresh pages costs most."""
 
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
 
-def _host_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    copy.copy_(tensor)
-    return copy.reshape(-1).view(torch.uint8)
+    def copy(self, pieces: Sequence[Piece]) -> list[Staged]:
+        """Copy the pieces; their tensors may be mutated when this returns.
+
+        The copies of the call before are overwritten: its save must have ended.
+        """
+        old, self._buffers = self._buffers, {}
+        staged = []
+        with torch.no_grad():
+            for piece in pieces:
+                tensor = piece.tensor
+                copy = old.get(piece.name)
+                if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                copy.copy_(tensor)
+                self._buffers[piece.name] = copy
+                held = Piece(piece.name, piece.kind, copy, piece.global_shape, piece.region)
+                staged.append(Staged(held))
+        return staged
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._buffers = {}

@@ -6,6 +6,7 @@ Names are opaque: nothing here or below joins or parses them.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -44,7 +45,7 @@ class BoxSlice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankLocal:
-    """A tensor that belongs to this rank alone, such as a random generator's state; kept under (name, rank)."""
+    """A tensor of this rank alone, such as a random generator's state; kept under (name, rank)."""
 
     tensor: torch.Tensor
     """The tensor."""
@@ -69,9 +70,14 @@ class Piece:
     def nbytes(self) -> int:
         return self.region.numel * self.tensor.element_size()
 
+    @property
+    def is_empty_part(self) -> bool:
+        """Whether this holds nothing of a tensor that is not empty itself: other ranks hold all of it."""
+        return self.kind == "sliced" and not self.region.numel and math.prod(self.global_shape) > 0
+
 
 def pieces_of(tensors: Mapping[str, TensorLike]) -> list[Piece]:
-    """Returns the entries of a state in the order given.
+    """Return the entries of a state in the order given.
 
     Raises InvalidState, naming every offending entry.
     """
@@ -87,7 +93,7 @@ def pieces_of(tensors: Mapping[str, TensorLike]) -> list[Piece]:
 
 
 def owners(pieces: Iterable[Piece], world_size: int) -> dict[str, int]:
-    """Returns which rank writes each replicated tensor: largest first, to the rank with the fewest bytes so far.
+    """Return which rank writes each replicated tensor: largest first, to the least loaded rank.
 
     Every rank computes the same answer from the same tensors; nothing is communicated.
     """

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a local file system, or anything fsspec opens. Paths are relative to the root, with "/"."""
+"""Where checkpoints lie: a local file system, or anything fsspec opens; paths are relative to a root."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ class Sink(Protocol):
     """A file being written."""
 
     def write(self, data: Any) -> None:
-        """Appends all bytes of a buffer."""
+        """Append all bytes of a buffer."""
 
 
 class Source(Protocol):
     """A file being read; safe to share between threads."""
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills the buffer from `offset`; returns the bytes read, fewer only at the end of the file."""
+        """Fill the buffer from `offset`; returns the bytes read, fewer only at the end of the file."""
 
 
 class Storage(Protocol):
     """What commit and readers need of a storage.
 
-    A file appears whole or not at all, and is durable when `create` ends. Every failure is a StorageError that names
-    the file; an absent file or folder is not a failure where the method says what it returns for it.
+    A file appears whole or not at all, and is durable when `create` ends. Every failure is a StorageError
+    that names the file; an absent file or folder is not a failure where the method says what it returns for
+    it.
     """
 
     @property
@@ -58,26 +59,26 @@ class Storage(Protocol):
         """Longest pause between two looks at the storage."""
 
     def entries(self, folder: str) -> list[Entry]:
-        """Returns what a folder holds, by name; nothing if there is no such folder."""
+        """Return what a folder holds, by name; nothing if there is no such folder."""
 
     def size(self, path: str) -> int | None:
-        """Returns the bytes of a file; None if there is no such file."""
+        """Return the bytes of a file; None if there is no such file."""
 
     def read(self, path: str) -> bytes:
-        """Returns a whole file."""
+        """Return a whole file."""
 
     def open(self, path: str) -> contextlib.AbstractContextManager[Source]:
-        """Opens a file for reading."""
+        """Open a file for reading."""
 
     def create(self, path: str) -> contextlib.AbstractContextManager[Sink]:
-        """Opens a new file, with its folders; discarded if the block raises, durable under its name when it ends."""
+        """Open a new file, making its folders; durable when the block ends, discarded if it raises."""
 
     def remove(self, path: str) -> None:
-        """Removes a file or a whole folder; nothing happens if it is absent."""
+        """Remove a file or a whole folder; nothing happens if it is absent."""
 
 
 def open_storage(root: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
-    """Returns the storage at a path or fsspec URL; `options` go to the fsspec file system."""
+    """Return the storage at a path or fsspec URL; `options` go to the fsspec file system."""
     try:
         fs, path = fsspec.core.url_to_fs(os.fspath(root), **dict(options or {}))
     except (ImportError, ValueError) as error:
@@ -87,15 +88,20 @@ def open_storage(root: str | os.PathLike[str], options: Mapping[str, Any] | None
     return FsspecStorage(fs, path)
 
 
+def sizes(storage: Storage, folder: str) -> dict[str, int]:
+    """Return the bytes of each file in a folder, by one listing."""
+    return {entry.name: entry.nbytes for entry in storage.entries(folder) if not entry.is_folder}
+
+
 def write(storage: Storage, path: str, data: bytes) -> None:
-    """Writes a small file, whole and durable."""
+    """Write a small file, whole and durable."""
     with storage.create(path) as sink:
         sink.write(data)
 
 
 @contextlib.contextmanager
 def _named(path: object, verb: str) -> Iterator[None]:
-    """Turns the storage's errors into StorageError with the file's name and, where there is one, the remedy."""
+    """Turn the storage's errors into StorageError with the file's name and, if there is one, the remedy."""
     try:
         yield
     except OSError as error:
@@ -220,7 +226,7 @@ class LocalStorage:
                 _sync_folder(full.parent)
 
     def _make_folder(self, folder: Path) -> None:
-        """Makes a folder and its parents, each durable in its own parent."""
+        """Make a folder and its parents, each durable in its own parent."""
         missing = []
         while not folder.exists():
             missing.append(folder)
@@ -261,7 +267,7 @@ class _FsspecSink:
 
 
 class FsspecStorage:
-    """Any fsspec file system: an object appears when its upload is complete, which is what closing it means."""
+    """Any fsspec file system: an object appears when its upload is complete."""
 
     longest_poll_s = 1.0
 

@@ -21,12 +21,12 @@ class Written:
 
 
 def rank_name(rank: int) -> str:
-    """Returns the stem of a rank's file names."""
+    """Return the stem of a rank's file names."""
     return f"r{rank:05d}"
 
 
 def write_rank(storage: Storage, folder: str, rank: int, staged: Sequence[Staged], objects: bytes) -> Written:
-    """Writes this rank's shard and objects into an attempt's folder, durable when it returns."""
+    """Write this rank's shard and objects into an attempt's folder, durable when it returns."""
     rows, shard = _write_shard(storage, folder, rank, staged)
     path = f"{rank_name(rank)}.objects.json"
     write(storage, f"{folder}/{path}", objects)
@@ -81,7 +81,7 @@ def _is_whole(item: Staged) -> bool:
 
 
 def _keys(names: Iterable[str], whole: Iterable[bool], rank: int) -> list[str]:
-    """Returns the names tensors have inside the shard: for other tools only, never read back here."""
+    """Return the names tensors have inside the shard: for other tools only, never read back here."""
     pairs = list(zip(names, whole, strict=True))
     used = {"__metadata__"} | {name for name, is_whole in pairs if is_whole}
     keys = []
