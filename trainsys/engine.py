@@ -177,12 +177,14 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 
 def _import_deepspeed() -> Any:
     # While it is imported DeepSpeed warns that there is no GPU; the device is the recipe's choice and is shown.
-    log = logging.getLogger("DeepSpeed")
-    log.setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_says_more_than_no_gpu)
     try:
         import deepspeed
     except ImportError as error:
         raise MissingExtraError("training", "train") from error
-    log.setLevel(logging.WARNING)
     quiet_deepspeed(deepspeed)
     return deepspeed
+
+
+def _says_more_than_no_gpu(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()

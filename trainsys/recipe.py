@@ -62,10 +62,8 @@ def load(recipes: Sequence[str], overrides: Sequence[str] = ()) -> Resolved:
     tree, override_problems = _parse_overrides(overrides)
     problems += override_problems
     _merge(merged, tree, COMMAND_LINE, sources)
-    if problems:
-        raise ConfigError(problems)
-    default_source = Path(recipes[-1]).name if recipes else COMMAND_LINE
-    config = _validate(merged, sources, default_source)
+    last = _source_of(recipes[-1]) if recipes else COMMAND_LINE
+    config = _validate(_known(merged), sources, last, problems)
     return Resolved(
         config=config, sources={key: sources.get(key, DEFAULT) for key, _ in leaves(to_tree(config))}
     )
@@ -82,10 +80,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "config") -> RunConfig:
     Raises:
         ConfigError: as `load`.
     """
-    problems = _unknown_keys(dict(tree), source)
-    if problems:
-        raise ConfigError(problems)
-    return _validate(dict(tree), {}, source)
+    return _validate(_known(tree), {}, source, _unknown_keys(tree, source))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -109,6 +104,12 @@ def schema(section: type[Any] = RunConfig, prefix: str = "") -> dict[str, Any]:
         else:
             keys[f"{prefix}{field.name}"] = hint
     return keys
+
+
+def _source_of(recipe: str) -> str:
+    """Return how messages call a recipe."""
+    path = Path(recipe)
+    return path.name if path.suffix in (".toml", ".json") else f"{recipe}.toml"
 
 
 def _read_recipe(recipe: str) -> tuple[str, Tree]:
@@ -145,7 +146,7 @@ def _parse_toml(source: str, text: str) -> Tree:
         message = str(error)
         if "overwrite" in message or "declare" in message:
             message = f"duplicate key: {message}"
-        raise ConfigError([f"{source}: {message[0].lower()}{message[1:]}"]) from error
+        raise ConfigError([f"{source}: {message}"]) from error
 
 
 def _merge(
@@ -186,8 +187,21 @@ def _unknown_keys(tree: Mapping[str, Any], source: str) -> list[str]:
     return problems
 
 
+def _known(tree: Mapping[str, Any], prefix: str = "") -> Tree:
+    """Return `tree` without unknown keys, so that the rest can be checked as well."""
+    keys = schema()
+    kept: Tree = {}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if dotted in keys:
+            kept[key] = value
+        elif isinstance(value, Mapping) and any(known.startswith(f"{dotted}.") for known in keys):
+            kept[key] = _known(value, f"{dotted}.")
+    return kept
+
+
 def _unknown(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, [k for k in known if k], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(key, [k for k in known if k], n=1, cutoff=0.8)
     return (
         f"unknown key; did you mean '{near[0]}'?"
         if near
@@ -243,22 +257,26 @@ def _graft(tree: Tree, key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _validate(tree: Tree, sources: Mapping[str, str], default_source: str) -> RunConfig:
+def _validate(
+    tree: Tree, sources: Mapping[str, str], default_source: str, problems: Sequence[str]
+) -> RunConfig:
+    """Return `tree` as a RunConfig if it is one and there are no other `problems`."""
     try:
         from pydantic import TypeAdapter, ValidationError
     except ImportError as error:
         raise MissingExtraError("reading a recipe", "train") from error
     try:
         # JSON mode: strict about values, yet builds the nested dataclasses from plain tables.
-        return TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
+        config: RunConfig = TypeAdapter(RunConfig).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        keys = schema()
-        problems = []
+        keys, found = schema(), list(problems)
         for item in error.errors():
             key = ".".join(part for part in item["loc"] if isinstance(part, str))
-            source = sources.get(key, default_source)
-            problems.append(f"{source}: {key}: {_translate(item, keys.get(key))}")
-        raise ConfigError(problems) from error
+            found.append(f"{sources.get(key, default_source)}: {key}: {_translate(item, keys.get(key))}")
+        raise ConfigError(found) from error
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def _translate(item: Any, hint: Any) -> str:

@@ -1,0 +1,136 @@
+"""Whole runs from the command line, in processes of their own, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from trainsys import metrics
+
+SMALL = (
+    "--launch.kind=local",
+    "--steps=12",
+    "--model.num_layers=2",
+    "--model.dim=32",
+    "--model.num_heads=4",
+    "--model.num_kv_heads=2",
+    "--model.ffn_dim=64",
+    "--data.sequence_length=32",
+    "--batch.global_sequences=8",
+    "--batch.micro_sequences=2",
+    "--engine.precision=fp32",
+    "--engine.device=cpu",
+    "--schedule.warmup_steps=3",
+    "--checkpoint.every=3",
+    "--evaluation.every=6",
+    "--evaluation.sequences=6",
+    "--evaluation.sample_tokens=8",
+    # A slow machine, or a debugger, must not look like a fault.
+    "--launch.start_timeout_s=300",
+    "--launch.frozen_timeout_s=60",
+)
+"""Settings that make `tiny` a run of seconds; combine with `--data.path`."""
+
+
+def arguments(*overrides: str) -> list[str]:
+    """`tiny` made small, with `overrides` in place of settings of the same key."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return ["tiny", *(setting for setting in SMALL if setting.partition("=")[0] not in keys), *overrides]
+
+
+def write_text(folder: Path, *, documents: int = 40) -> Path:
+    """A folder of small text files with enough regularity to be learnt from."""
+    folder.mkdir(parents=True)
+    for index in range(documents):
+        lines = [
+            f"line {index * 7 % 13} of {index}: the quick brown fox jumps over {index % 5} dogs"
+            for _ in range(6)
+        ]
+        (folder / f"{index:03d}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def run(command: str, *args: str, cwd: Path, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run `trainsys COMMAND ARGS` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainsys", command, *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def succeed(command: str, *args: str, cwd: Path, timeout_s: float = 180) -> str:
+    """Run `trainsys COMMAND ARGS`, which must exit with 0, and return its standard output."""
+    done = run(command, *args, cwd=cwd, timeout_s=timeout_s)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def running(command: str, *args: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """`trainsys COMMAND ARGS` in the background; its whole process tree is gone afterwards."""
+    with (cwd / "background.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainsys", command, *args], cwd=cwd, stdout=log, stderr=log, text=True
+        )
+        try:
+            yield process
+        finally:
+            kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the process and all its descendants, as a power cut would."""
+    try:
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.kill(member.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    psutil.wait_procs(family, timeout=30)
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_s: float = 120) -> None:
+    """Return when the run has recorded `step`."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if last_step(run_dir) >= step:
+            return
+        assert process.poll() is None, f"ended early with {process.returncode}: {logs(run_dir)}"
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} not reached in {timeout_s} s: {logs(run_dir)}")
+
+
+def last_step(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return max((record["step"] for record in metrics.read(path)), default=0) if path.exists() else 0
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss by step; a step that is recorded twice fails."""
+    found: dict[int, float] = {}
+    for record in metrics.read(run_dir / "metrics.jsonl"):
+        if "train/loss" in record:
+            assert record["step"] not in found, f"step {record['step']} is recorded twice"
+            found[record["step"]] = record["train/loss"]
+    return found
+
+
+def logs(run_dir: Path) -> str:
+    texts: Sequence[str] = [
+        path.read_text(errors="replace")[-3000:] for path in sorted(run_dir.glob("logs/*.log"))
+    ]
+    return "\n".join(texts)

@@ -1,0 +1,108 @@
+"""Conflicts between settings, and the exact words for each."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainsys import ConfigError, recipe
+from trainsys.check import accumulation_steps, check, num_ranks
+
+
+def problems(*overrides: str, world_size: int | None = None) -> list[str]:
+    resolved = recipe.load(["tiny"], overrides)
+    try:
+        check(resolved.config, world_size=world_size, sources=resolved.sources)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize("name", sorted(recipe.shipped()))
+def test_every_shipped_recipe_holds_together(name: str) -> None:
+    check(recipe.load([name]).config)
+
+
+def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
+    config = recipe.load(
+        ["tiny"], ["--parallel.replicate=2", "--batch.global_sequences=24", "--batch.micro_sequences=4"]
+    ).config
+    assert num_ranks(config.parallel) == 2
+    assert accumulation_steps(config) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["--batch.global_sequences=20"],
+            "command line: batch.global_sequences: 20 is not a multiple of micro_sequences x data ranks (8 x 2 = 16)",
+        ),
+        (
+            ["--engine.zero_stage=0", "--engine.precision=bf16"],
+            "command line: engine.zero_stage: 0 with bf16 is numerically wrong in DeepSpeed; allowed: 1, 2, 3",
+        ),
+        (
+            ["--engine.precision=fp16", "--engine.device=cpu"],
+            "command line: engine.precision: fp16 does not train on CPU; use bf16 or fp32",
+        ),
+        (
+            ["--parallel.tensor=2"],
+            "command line: parallel.tensor: 2: the trainer runs data parallel (parallel.replicate) only; allowed: 1",
+        ),
+        (
+            ["--model.dim=100"],
+            "command line: model.dim: 100 is not a multiple of 2 x num_heads (6); or set head_dim",
+        ),
+        (
+            ["--model.num_kv_heads=4"],
+            "command line: model.num_kv_heads: 4 does not divide num_heads (6)",
+        ),
+        (
+            ["--model.moe.num_experts=2", "--model.moe.top_k=3"],
+            "command line: model.moe.top_k: 3 is out of range; allowed: 1 to num_experts (2)",
+        ),
+        (
+            ["--model.kind=hf"],
+            "default: model.path: missing; kind = 'hf' needs a folder with config.json",
+        ),
+        (["--steps=0"], "command line: steps: 0 is out of range; allowed: 1 or more"),
+        (["--optim.beta1=1.5"], "command line: optim.beta1: 1.5 is out of range; allowed: 0 to 1"),
+        (["--optim.lr=inf"], "command line: optim.lr: infinity is no setting; give a number"),
+        (["--optim.lr=nan"], "command line: optim.lr: nan is out of range; allowed: 0 or more"),
+        (["--name=a/b"], "command line: name: 'a/b' cannot name a folder; give a text without '/'"),
+        (
+            ["--schedule.warmup_steps=500"],
+            "command line: schedule.warmup_steps: 500 does not fit a cosine run of 100 steps; allowed: 0 to 99",
+        ),
+        (
+            ["--profile.start_step=500"],
+            "command line: profile.start_step: 500 lies behind the last step (100)",
+        ),
+        (
+            ["--launch.frozen_timeout_s=1"],
+            "command line: launch.frozen_timeout_s: 1 s is under four heartbeats (faulttol.heartbeat_interval_s = 0.5 s)",
+        ),
+    ],
+)
+def test_a_conflict_gets_one_line(overrides: list[str], expected: str) -> None:
+    found = problems(*overrides, "--steps=100") if "--steps=0" not in overrides else problems(*overrides)
+    assert expected in found
+
+
+def test_the_number_of_ranks_must_be_the_product_of_the_degrees() -> None:
+    assert problems(world_size=1) == [
+        "config: parallel: degrees multiply to 2 but there is 1 rank; set --parallel.replicate=1, or start the ranks "
+        "with `trainsys launch`"
+    ]
+    assert problems("--parallel.replicate=1", world_size=1) == []
+
+
+def test_all_conflicts_are_reported_at_once() -> None:
+    assert len(problems("--model.dim=100", "--batch.global_sequences=20", "--optim.beta2=2")) == 3
+
+
+def test_offload_needs_sharded_state() -> None:
+    assert any(
+        "offload.optimizer" in line for line in problems("--offload.optimizer=cpu", "--engine.zero_stage=0")
+    )
+    assert not problems("--offload.optimizer=cpu", "--engine.zero_stage=1")

@@ -1,0 +1,138 @@
+"""A run that is killed or stopped and taken up again equals one that never was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint as ck
+from tests.test_trainsys import runs
+
+
+def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, which must be whole and undamaged."""
+    with ck.Checkpointer(run_dir / "checkpoints") as checkpointer:
+        info = checkpointer.latest(verify="deep")
+    assert info is not None
+    return ck.read(info, "*")
+
+
+def assert_equal_state(left: Path, right: Path) -> None:
+    expected, found = final_state(left), final_state(right)
+    assert expected.keys() == found.keys()
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in expected)
+    assert any(name.startswith("generator.") for name in expected)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), f"{name} differs"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_text(tmp_path_factory.mktemp("text") / "corpus")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_stopped_once_and_killed_once_ends_with_the_same_bits(
+    tmp_path: Path, text: Path, stage: int
+) -> None:
+    """fp32 with dropout: weights, optimizer, schedule, generators and data position all come back."""
+    settings = runs.arguments(f"--data.path={text}", f"--engine.zero_stage={stage}", "--model.dropout=0.1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    runs.succeed("launch", *settings, f"--run_dir={whole}", cwd=tmp_path)
+
+    args = [*settings, f"--run_dir={broken}"]
+    with runs.running("launch", *args, cwd=tmp_path) as process:
+        runs.wait_for_step(process, broken, 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 3, runs.logs(broken)
+    stopped_at = runs.last_step(broken)
+    assert stopped_at < 12
+    assert final_state(broken), "a stopped run has saved where it stopped"
+
+    with runs.running("launch", *args, "--resume", cwd=tmp_path) as process:
+        runs.wait_for_step(process, broken, min(stopped_at + 4, 11))
+        runs.kill_tree(process)
+    runs.succeed("launch", *args, "--resume", cwd=tmp_path)
+
+    assert runs.losses(broken) == runs.losses(whole)
+    assert_equal_state(whole, broken)
+    assert (broken / "model/model.safetensors").read_bytes() == (
+        whole / "model/model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_another_number_of_ranks_and_another_stage(tmp_path: Path, text: Path) -> None:
+    settings = runs.arguments(f"--data.path={text}")
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    runs.succeed("launch", *settings, f"--run_dir={whole}", cwd=tmp_path)
+    with runs.running("launch", *settings, f"--run_dir={changed}", cwd=tmp_path) as process:
+        runs.wait_for_step(process, changed, 4)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    runs.succeed(
+        "launch",
+        *settings,
+        f"--run_dir={changed}",
+        "--parallel.replicate=1",
+        "--engine.zero_stage=3",
+        "--resume",
+        cwd=tmp_path,
+    )
+    expected, found = runs.losses(whole), runs.losses(changed)
+    assert expected.keys() == found.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_run(tmp_path: Path, text: Path) -> None:
+    settings = runs.arguments(f"--data.path={text}")
+    runs.succeed("launch", *settings, f"--run_dir={tmp_path / 'ours'}", cwd=tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-port=0",
+            "-m",
+            "trainsys",
+        ]
+        + ["train", *settings, f"--run_dir={tmp_path / 'torchrun'}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert runs.losses(tmp_path / "torchrun") == runs.losses(tmp_path / "ours")
+    assert_equal_state(tmp_path / "ours", tmp_path / "torchrun")
+
+
+def test_resuming_as_another_run_is_refused_before_anything_starts(tmp_path: Path, text: Path) -> None:
+    settings = runs.arguments(
+        f"--data.path={text}", "--steps=4", "--parallel.replicate=1", f"--run_dir={tmp_path / 'r'}"
+    )
+    runs.succeed("launch", *settings, cwd=tmp_path)
+    again = runs.run("launch", *settings, cwd=tmp_path)
+    assert again.returncode == 1
+    assert again.stderr == (
+        f"{tmp_path / 'r'}: already holds a run; --resume continues it, another --run_dir starts one\n"
+    )
+    other = runs.run("launch", *settings, "--seed=5", "--resume", cwd=tmp_path)
+    assert other.returncode == 2
+    assert other.stderr == (
+        f"command line: seed: 5, but the run in {tmp_path / 'r'} has 0; a resumed run keeps it\n"
+    )
+    missing = runs.run("launch", *runs.arguments(f"--run_dir={tmp_path / 'none'}"), "--resume", cwd=tmp_path)
+    assert missing.returncode == 1
+    assert missing.stderr == f"{tmp_path / 'none'}: holds no run to resume; start one without --resume\n"
