@@ -2,15 +2,15 @@
 
 Two writers per rank, each with a record of its own: a daemon thread stamps that the process lives, the
 training loop stamps where it is. A record is two slots written in turn, each sealed by a checksum: at any
-instant one slot at most is being written, so a reader finds the other whole, also when the rank was stopped or
-killed mid-write.
+instant one slot at most is being written, so a reader finds the other whole, also when the rank was stopped
+or killed mid-write.
 
 What the two records tell apart, and what they cannot:
 
     process gone          no new sign of life; only the process table tells death from a freeze
     SIGSTOP, swap, D      no new sign of life
     GIL held by C code    no new sign of life: the thread needs the GIL. Reads as frozen, though the code runs
-    loop blocked          signs of life, no progress: a waiting collective, an endless loop, a deadlock, slow I/O
+    loop blocked          signs of life, no progress: a waiting collective, an endless loop, slow I/O
     loop slow             signs of life, slow progress
 """
 
@@ -48,7 +48,7 @@ class HeartbeatView:
     """What a heartbeat file said at one moment.
 
     Times are `time.monotonic_ns()` of the rank's machine: compare them only on that machine, under `boot_id`.
-    The counts need no clock: a reader that sees one change knows that the rank did something since its last look.
+    The counts need no clock: a reader that sees one change knows that the rank did something since.
     """
 
     pid: int

@@ -94,7 +94,7 @@ class RankContext:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and SIGINT set `stop`; do nothing outside the main thread, where Python allows no handler."""
+    """Let SIGTERM and SIGINT set `stop`; only the main thread can, elsewhere the block changes nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from faulttol import Heartbeat
 from launch.context import RankContext
+from launch.rankenv import RankEnv
 
 Entry = Callable[[RankContext, Any], Any]
 
@@ -43,8 +47,27 @@ class Raised:
 Outcome = Returned | Raised
 
 
-def load(entry: str) -> Entry:
-    """The function named `package.module:function`."""
+def execute(
+    entry: str, payload: Any, *, heartbeat_path: Path, heartbeat_interval_s: float, stop: threading.Event
+) -> Outcome:
+    """Import `entry`, call it in this process with its context, and tell how it ended; raises nothing.
+
+    The rank's place is read from the environment. The heartbeat begins once the entry is imported: that is
+    when the rank has joined.
+    """
+    try:
+        function = _load(entry)
+        env = RankEnv.from_environ(os.environ)
+        with (
+            Heartbeat(heartbeat_path, heartbeat_interval_s) as heartbeat,
+            RankContext(env, heartbeat, stop) as context,
+        ):
+            return Returned(_as_json(function(context, payload)))
+    except BaseException as error:  # noqa: BLE001 - carried to the launcher, SystemExit included
+        return raised(error)
+
+
+def _load(entry: str) -> Entry:
     module, _, name = entry.partition(":")
     function = getattr(importlib.import_module(module), name)
     if not callable(function):
@@ -52,14 +75,12 @@ def load(entry: str) -> Entry:
     return function  # type: ignore[no-any-return]
 
 
-def call(function: Entry, context: RankContext, payload: Any) -> Any:
-    """What `function(context, payload)` returns, as the launcher will see it: after a trip through JSON."""
-    with context:
-        value = function(context, payload)
-        try:
-            return json.loads(json.dumps(value))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"the entry returned what JSON cannot hold: {error}") from error
+def _as_json(value: Any) -> Any:
+    """`value` as every launcher will see it: after a trip through JSON."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the entry returned what JSON cannot hold: {error}") from error
 
 
 def raised(error: BaseException) -> Raised:

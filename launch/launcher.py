@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
-from launch import local
+from launch import local, ray_actors
 from launch.config import LaunchConfig
 from launch.job import Job, JobResult
-from launch.supervisor import Ranks, supervise
+from launch.supervisor import Ranks, log_path, supervise
 from launch.verdict import Limits
 
 Start = Callable[[Job, LaunchConfig, float], AbstractContextManager[Ranks]]
 
-_START_BY_KIND: Mapping[str, Start] = {"local": local.start}
+_START_BY_KIND: Mapping[str, Start] = {"local": local.start, "ray": ray_actors.start}
 
 
 def run(
@@ -26,15 +26,15 @@ def run(
     """Run `job` on all its ranks and block until it ended; no rank outlives the call or the calling process.
 
     `on_output` gets what rank 0 prints, as it appears. SIGTERM or SIGINT asks every rank to stop, kills what
-    is left after `config.stop_grace_s`, and ends in the outcome "stopped"; a second SIGINT kills at once. That
-    needs the main thread: called from another one, signals are the caller's.
+    is left after `config.stop_grace_s`, and ends in the outcome "stopped"; a second SIGINT kills at once.
+    That needs the main thread: called from another one, signals are the caller's.
 
     Raises: RankFailed for a rank that raised, died, froze, hung or never joined; ValueError for a job or
     configuration that cannot run; LaunchError when the ranks cannot be started.
     """
     job.check()
     _check(config, heartbeat_interval_s)
-    job.log_dir.mkdir(parents=True, exist_ok=True)
+    _empty_logs(job)
     limits = Limits(
         start_timeout_s=config.start_timeout_s,
         frozen_timeout_s=config.frozen_timeout_s,
@@ -44,6 +44,15 @@ def run(
     )
     with _START_BY_KIND[config.kind](job, config, heartbeat_interval_s) as ranks:
         return supervise(ranks, job, limits, stop_grace_s=config.stop_grace_s, on_output=on_output)
+
+
+def _empty_logs(job: Job) -> None:
+    """Make the folder, with an empty log for each rank and no log of an earlier run."""
+    job.log_dir.mkdir(parents=True, exist_ok=True)
+    for path in job.log_dir.glob("rank*.log"):
+        path.unlink()
+    for rank in range(job.world_size):
+        log_path(job.log_dir, rank).touch()
 
 
 def _check(config: LaunchConfig, heartbeat_interval_s: float) -> None:

@@ -38,8 +38,8 @@ class RankEnv:
         missing = sorted(set(_REQUIRED) - set(present))
         if missing:
             raise ValueError(
-                f"environment: {', '.join(missing)}: not set, though {', '.join(present)} "
-                f"{'is' if len(present) == 1 else 'are'}; start ranks with torchrun or `launch`, or unset them all"
+                f"environment: {', '.join(missing)}: not set beside {', '.join(present)}; "
+                "start ranks with torchrun or `launch`, or unset them all"
             )
         numbers = _integers(
             environ,

@@ -193,10 +193,7 @@ class _Watch:
         )
 
     def _read_new(self) -> bytes:
-        path = log_path(self._job.log_dir, 0)
-        if not path.exists():
-            return b""
-        with open(path, "rb") as log:
+        with open(log_path(self._job.log_dir, 0), "rb") as log:
             log.seek(self._read_bytes)
             new = log.read()
         self._read_bytes += len(new)
@@ -204,9 +201,7 @@ class _Watch:
 
 
 def _tail(path: Path) -> str:
-    """The last whole lines of a log; empty when there is none."""
-    if not path.exists():
-        return ""
+    """The last whole lines of a log."""
     with open(path, "rb") as log:
         size = log.seek(0, os.SEEK_END)
         log.seek(max(0, size - _TAIL_BYTES))

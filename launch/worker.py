@@ -15,10 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from faulttol import Heartbeat
 from launch import entry
-from launch.context import RankContext, stop_on_signals
-from launch.rankenv import RankEnv
+from launch.context import stop_on_signals
 
 
 def main(description_path: str, control_fd: str) -> int:
@@ -28,26 +26,19 @@ def main(description_path: str, control_fd: str) -> int:
     stop = threading.Event()
     threading.Thread(target=_obey, args=(int(control_fd), stop), name="launch-control", daemon=True).start()
     entry.extend_path(description["sys_path"])
-    outcome = _run(description, stop)
+    with stop_on_signals(stop):
+        outcome = entry.execute(
+            description["entry"],
+            description["payload"],
+            heartbeat_path=Path(description["heartbeat_path"]),
+            heartbeat_interval_s=description["heartbeat_interval_s"],
+            stop=stop,
+        )
     _publish(Path(description["outcome_path"]), entry.to_json(outcome))
     if isinstance(outcome, entry.Raised):
         sys.stderr.write(outcome.traceback)
         return 1
     return 0
-
-
-def _run(description: dict[str, Any], stop: threading.Event) -> entry.Outcome:
-    with stop_on_signals(stop):
-        try:
-            function = entry.load(description["entry"])
-            env = RankEnv.from_environ(os.environ)
-            with Heartbeat(
-                Path(description["heartbeat_path"]), description["heartbeat_interval_s"]
-            ) as heartbeat:
-                context = RankContext(env, heartbeat, stop)
-                return entry.Returned(entry.call(function, context, description["payload"]))
-        except BaseException as error:  # noqa: BLE001 - carried to the launcher, SystemExit included
-            return entry.raised(error)
 
 
 def _obey(control_fd: int, stop: threading.Event) -> None:
