@@ -1,0 +1,255 @@
+"""How fast the memory, the disk and the processors of this machine are, measured.
+
+Every figure is the median of several repeats after a first one that does not count, on memory that was
+touched before. The figures of tiers go through `CpuTier` and `NvmeTier` themselves, so what those cost is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from offload.cpu import CpuTier
+from offload.errors import TierError
+from offload.numa import NumaNode, numa_nodes
+from offload.nvme import NvmeTier
+from offload.tier import Tier, TierSpec
+
+_NUM_BLOCKS = 4
+_SMALL_BYTES = 4096
+_PARAMETER_BYTES = 16
+"""An fp32 parameter with its gradient and two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One figure, or the reason why there is none."""
+
+    metric: str
+    unit: str
+    samples: list[float]
+    how: str
+    """How it was measured; without samples, why it was not."""
+
+    @property
+    def value(self) -> float | None:
+        """The median, or None where nothing was measured."""
+        return median(self.samples) if self.samples else None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `probe` found."""
+
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    parameters: dict[str, str | int]
+    measurements: list[Measurement]
+    tiers: list[TierSpec]
+    """The tiers that can be made here, with the measured rates and the room that was free."""
+    numa_nodes: list[NumaNode]
+
+
+def probe(folder: Path, *, size_bytes: int, repeats: int) -> Report:
+    """Measure this machine, and its disk in `folder`; needs 2 x `size_bytes` of memory and one of disk."""
+    clock = Clock(repeats)
+    memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpu, cpu_rows = _tier(clock, "cpu", CpuTier, memory_bytes, size_bytes)
+    nvme, nvme_rows = _tier(
+        clock, "nvme", lambda spec: NvmeTier(spec, folder), shutil.disk_usage(folder).free, size_bytes
+    )
+    return Report(
+        machine=_machine(),
+        versions={"python": platform.python_version(), "torch": torch.__version__},
+        parameters={"path": str(folder), "size_bytes": size_bytes, "repeats": repeats},
+        measurements=[
+            *_copies(clock, size_bytes),
+            _adamw(clock, "cpu", size_bytes),
+            *cpu_rows,
+            _write_and_fsync(clock, folder, size_bytes),
+            *nvme_rows,
+            *_cuda(clock, size_bytes),
+        ],
+        tiers=[spec for spec in (cpu, nvme) if spec is not None],
+        numa_nodes=numa_nodes(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Times repeats of a piece of work."""
+
+    repeats: int
+    now_s: Callable[[], float] = time.perf_counter
+
+    def times_s(self, work: Callable[[], object]) -> list[float]:
+        """Return how long each repeat took, after one that does not count."""
+        samples = []
+        for _ in range(1 + self.repeats):
+            start_s = self.now_s()
+            work()
+            samples.append(self.now_s() - start_s)
+        return samples[1:]
+
+    def rate(
+        self, metric: str, unit: str, amount: float, work: Callable[[], object], how: str
+    ) -> Measurement:
+        """Measure how much of `amount` a second does."""
+        return Measurement(metric, unit, [amount / sample for sample in self.times_s(work)], how)
+
+
+def _copies(clock: Clock, size_bytes: int) -> list[Measurement]:
+    """Memory to memory; a byte that is read and written counts once."""
+    source, target = (torch.ones(size_bytes, dtype=torch.uint8) for _ in range(2))
+    rows = []
+    for num_threads in sorted({1, torch.get_num_threads()}):
+        with _torch_threads(num_threads):
+            threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+            how = f"Tensor.copy_ of {_mib(size_bytes)}, {threads}"
+            metric = f"memory.copy_{num_threads}"
+            rows.append(clock.rate(metric, "B/s", size_bytes, lambda: target.copy_(source), how))
+    return rows
+
+
+def _adamw(clock: Clock, device: str, size_bytes: int) -> Measurement:
+    """An optimizer step over fp32 parameters, all threads."""
+    count = max(1, size_bytes // _PARAMETER_BYTES)
+    parameter = torch.ones(count, device=device, requires_grad=True)
+    parameter.grad = torch.ones(count, device=device)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+
+    def step() -> None:
+        optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    how = f"torch.optim.AdamW(fused=True), {count / 1e6:.3g}M fp32 parameters"
+    if device == "cpu":
+        how += f", {torch.get_num_threads()} threads"
+    return clock.rate(f"{device}.adamw", "parameters/s", count, step, how)
+
+
+def _tier(
+    clock: Clock, name: str, make: Callable[[TierSpec], Tier], capacity_bytes: int, size_bytes: int
+) -> tuple[TierSpec | None, list[Measurement]]:
+    """Measure writes, reads and the latency of a tier; return its spec, or None where it cannot be made."""
+    part_bytes = max(_SMALL_BYTES, size_bytes // _NUM_BLOCKS // _SMALL_BYTES * _SMALL_BYTES)
+    # The rates are what we are about to learn; nothing that runs here looks at them.
+    blank = TierSpec(
+        name=name, capacity_bytes=capacity_bytes, read_bytes_per_s=1.0, write_bytes_per_s=1.0, latency_s=0.0
+    )
+    try:
+        tier = make(blank)
+    except TierError as error:
+        units = {"write": "B/s", "read": "B/s", "latency": "s"}
+        return None, [Measurement(f"{name}.{what}", unit, [], str(error)) for what, unit in units.items()]
+    with tier:
+        data = torch.ones(part_bytes, dtype=torch.uint8)
+        targets = [torch.ones(part_bytes, dtype=torch.uint8) for _ in range(_NUM_BLOCKS)]
+        blocks = [tier.allocate(part_bytes) for _ in range(_NUM_BLOCKS)]
+
+        def write() -> None:
+            for future in [tier.write(block, data) for block in blocks]:
+                future.result()
+
+        def read() -> None:
+            pairs = zip(blocks, targets, strict=True)
+            for future in [tier.read(block, target) for block, target in pairs]:
+                future.result()
+
+        what = type(tier).__name__ + (", past the page cache" if isinstance(tier, NvmeTier) else "")
+        how = f"{what}, {_NUM_BLOCKS} blocks of {_mib(part_bytes)} at once"
+        total = _NUM_BLOCKS * part_bytes
+        writes = clock.rate(f"{name}.write", "B/s", total, write, how)
+        reads = clock.rate(f"{name}.read", "B/s", total, read, how)
+        small = tier.allocate(_SMALL_BYTES)
+        tier.write(small, data[:_SMALL_BYTES]).result()
+        times_s = clock.times_s(lambda: tier.read(small, targets[0][:_SMALL_BYTES]).result())
+        latency = Measurement(f"{name}.latency", "s", times_s, f"{what}, one read of 4 KiB")
+    spec = TierSpec(
+        name=name,
+        capacity_bytes=capacity_bytes,
+        read_bytes_per_s=median(reads.samples),
+        write_bytes_per_s=median(writes.samples),
+        latency_s=median(times_s),
+    )
+    return spec, [writes, reads, latency]
+
+
+def _write_and_fsync(clock: Clock, folder: Path, size_bytes: int) -> Measurement:
+    """What a checkpoint writer meets: through the page cache, over when the disk has it."""
+    data = memoryview(bytes(min(size_bytes, 8 << 20)))
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+
+        def write() -> None:
+            file.seek(0)
+            file.truncate()
+            left = size_bytes
+            while left:
+                left -= file.write(data[:left])
+            os.fsync(file.fileno())
+
+        how = f"write of {_mib(size_bytes)} through the page cache, then fsync, 1 thread"
+        return clock.rate("disk.write_fsync", "B/s", size_bytes, write, how)
+
+
+def _cuda(clock: Clock, size_bytes: int) -> list[Measurement]:
+    """Copies between pinned memory and the current CUDA device, and its optimizer step."""
+    if not torch.cuda.is_available():
+        return []
+    host_out, host_in = (torch.ones(size_bytes, dtype=torch.uint8).pin_memory() for _ in range(2))
+    device_out, device_in = (torch.ones(size_bytes, dtype=torch.uint8, device="cuda") for _ in range(2))
+    up, down = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def move(upwards: bool, downwards: bool) -> None:
+        if upwards:
+            with torch.cuda.stream(up):
+                device_in.copy_(host_out, non_blocking=True)
+        if downwards:
+            with torch.cuda.stream(down):
+                host_in.copy_(device_out, non_blocking=True)
+        torch.cuda.synchronize()
+
+    name = torch.cuda.get_device_name()
+    rows = []
+    for metric, ways in (
+        ("host_to_device", (True, False)),
+        ("device_to_host", (False, True)),
+        ("both", (True, True)),
+    ):
+        how = f"pinned, {_mib(size_bytes)} {'each way at once, sum' if all(ways) else 'one way'}, {name}"
+        amount = size_bytes * sum(ways)
+        rows.append(clock.rate(f"cuda.{metric}", "B/s", amount, functools.partial(move, *ways), how))
+    return [*rows, _adamw(clock, "cuda", size_bytes)]
+
+
+@contextlib.contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _machine() -> dict[str, str | int]:
+    cpus = len(os.sched_getaffinity(0))
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"system": platform.platform(), "cpus": cpus, "memory_bytes": memory_bytes, "gpu": gpu}
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.4g} MiB"

@@ -1,0 +1,230 @@
+"""A tier whose transfers are blocking calls, run by a few threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+
+from offload.errors import BlockError, OffloadError, TierError, TierFull
+from offload.tier import Block, TierSpec
+
+P = TypeVar("P")
+
+
+class Medium(Protocol[P]):
+    """Where bytes are: reserves places and copies to and from them, blocking.
+
+    `store` and `load` are called from several threads at once, but never twice at once for one place; the
+    others one at a time. Failures are OSErrors, or TierErrors that say more.
+    """
+
+    granularity_bytes: int
+    """What a place takes is rounded up to a multiple of this."""
+
+    def reserve(self, num_bytes: int) -> P:
+        """Return a place for so many bytes, a multiple of the granularity. Raises `TierFull`."""
+        ...
+
+    def release(self, place: P) -> None:
+        """Take a place back."""
+        ...
+
+    def store(self, place: P, data: torch.Tensor) -> None:
+        """Copy a flat uint8 tensor to the start of the place."""
+        ...
+
+    def load(self, place: P, into: torch.Tensor) -> None:
+        """Fill a flat uint8 tensor from the start of the place."""
+        ...
+
+    def close(self) -> None:
+        """Drop all places."""
+        ...
+
+
+@dataclass(slots=True)
+class _Held(Generic[P]):
+    """What the tier knows of one of its blocks."""
+
+    place: P
+    taken_bytes: int
+    fault: OffloadError | None
+    """Why it cannot be read."""
+    last: Future[None] | None = None
+    """The transfer that was asked for last."""
+
+
+class ThreadedTier(Generic[P]):
+    """A `Tier` over a medium. `timeout_s` is the longest time that `free` and `close` wait for transfers."""
+
+    def __init__(
+        self, spec: TierSpec, medium: Medium[P], *, num_threads: int, timeout_s: float = 300.0
+    ) -> None:
+        self._spec = spec
+        self._medium = medium
+        self._timeout_s = timeout_s
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"tier-{spec.name}")
+        self._lock = threading.Lock()  # over the blocks, their last transfers, and the bytes used
+        self._blocks: dict[Block, _Held[P]] = {}
+        self._used_bytes = 0
+        self._closed = False
+
+    @property
+    def spec(self) -> TierSpec:
+        """What the tier can hold and how fast it is."""
+        return self._spec
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the capacity that blocks take, rounded up to the granularity of the medium."""
+        with self._lock:
+            return self._used_bytes
+
+    def allocate(self, num_bytes: int) -> Block:
+        """Return a new block, which holds nothing until it is written."""
+        if num_bytes < 1:
+            raise BlockError(f"tier {self._spec.name}: a block of {num_bytes} bytes; at least 1")
+        block = Block(self._spec.name, num_bytes)
+        taken = -(-num_bytes // self._medium.granularity_bytes) * self._medium.granularity_bytes
+        with self._lock:
+            self._check_open()
+            free = self._spec.capacity_bytes - self._used_bytes
+            if taken > free:
+                raise TierFull(
+                    f"tier {self._spec.name}: no room for {taken} bytes: {free} of "
+                    f"{self._spec.capacity_bytes} are free; free blocks or give it {taken - free} more"
+                )
+            place = self._medium.reserve(taken)
+            self._used_bytes += taken
+            nothing = BlockError(f"tier {self._spec.name}: the block holds nothing yet; write it first")
+            self._blocks[block] = _Held(place, taken, nothing)
+        return block
+
+    def write(self, block: Block, source: torch.Tensor) -> Future[None]:
+        """Copy the bytes of `source` into the block."""
+        data = self._bytes(block, source)
+
+        def store(held: _Held[P]) -> None:
+            held.fault = TierError(self._about("writing", block))
+            try:
+                self._medium.store(held.place, data)
+            except (OSError, TierError) as error:
+                held.fault = TierError(f"{self._about('writing', block)}: {error}")
+                raise held.fault from error
+            held.fault = None
+
+        return self._submit(block, store)
+
+    def read(self, block: Block, into: torch.Tensor) -> Future[None]:
+        """Copy what the last write of the block asked for into `into`."""
+        data = self._bytes(block, into)
+
+        def load(held: _Held[P]) -> None:
+            if held.fault is not None:
+                raise type(held.fault)(str(held.fault)) from held.fault
+            try:
+                self._medium.load(held.place, data)
+            except (OSError, TierError) as error:
+                raise TierError(f"{self._about('reading', block)}: {error}") from error
+
+        return self._submit(block, load)
+
+    def free(self, block: Block) -> None:
+        """Give the block's room back; waits for its transfers."""
+        with self._lock:
+            self._check_open()
+            held = self._find(block)
+            del self._blocks[block]
+        if held.last is not None:
+            self._await([held.last])
+        with self._lock:
+            self._medium.release(held.place)
+            self._used_bytes -= held.taken_bytes
+
+    def close(self) -> None:
+        """End all transfers and drop everything held; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            held = list(self._blocks.values())
+            self._blocks.clear()
+            self._used_bytes = 0
+        try:
+            self._await([block.last for block in held if block.last is not None])
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown()
+        self._medium.close()
+        for block in held:
+            if isinstance(block.fault, TierError):
+                raise block.fault
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, block: Block, work: Callable[[_Held[P]], None]) -> Future[None]:
+        with self._lock:
+            self._check_open()
+            held = self._find(block)
+            # The queue is first in, first out: a transfer waits only for one that has a thread already.
+            held.last = self._pool.submit(_run_after, held.last, lambda: work(held))
+            return held.last
+
+    def _bytes(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as flat bytes that share its memory."""
+        problem = (
+            f"on {tensor.device}, not on the CPU"
+            if tensor.device.type != "cpu"
+            else "not contiguous"
+            if not tensor.is_contiguous()
+            else f"of {tensor.nbytes} bytes"
+            if tensor.nbytes != block.num_bytes
+            else ""
+        )
+        if problem:
+            raise BlockError(
+                f"tier {self._spec.name}: a tensor {problem}; a contiguous CPU tensor of the block's "
+                f"{block.num_bytes} bytes is needed"
+            )
+        return tensor.detach().reshape(-1).view(torch.uint8)
+
+    def _find(self, block: Block) -> _Held[P]:
+        if block not in self._blocks:
+            raise BlockError(
+                f"tier {self._spec.name}: the block of {block.num_bytes} bytes (of tier {block.tier_name}) "
+                "is not, or no longer, one of its blocks"
+            )
+        return self._blocks[block]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TierError(f"tier {self._spec.name}: it is closed")
+
+    def _await(self, transfers: list[Future[None]]) -> None:
+        late = wait(transfers, self._timeout_s).not_done
+        if late:
+            raise TierError(
+                f"tier {self._spec.name}: {len(late)} transfers did not end in {self._timeout_s} s; "
+                "the device does not answer"
+            )
+
+    def _about(self, verb: str, block: Block) -> str:
+        return f"tier {self._spec.name}: {verb} a block of {block.num_bytes} bytes failed"
+
+
+def _run_after(previous: Future[None] | None, work: Callable[[], None]) -> None:
+    if previous is not None:
+        wait([previous])  # whatever became of it: its own future tells
+    work()

@@ -1,0 +1,125 @@
+"""The probe measures what is here and says what is not; CPU-less NUMA nodes are found in recorded trees."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload import TierSpec
+from offload.__main__ import main
+from offload.numa import NumaNode, memory_only, numa_nodes
+from offload.probe import Clock, Measurement
+
+_ALWAYS = {
+    "memory.copy_1",
+    "cpu.adamw",
+    "cpu.write",
+    "cpu.read",
+    "cpu.latency",
+    "disk.write_fsync",
+    "nvme.write",
+    "nvme.read",
+    "nvme.latency",
+}
+
+
+def _probe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "offload", "probe", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
+    out, disk = tmp_path / "probe.json", tmp_path / "disk"
+    disk.mkdir()
+    done = _probe("--path", str(disk), "--json", str(out), "--size", "1MiB", "--repeats", "2")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    rows = {row["metric"]: row for row in report["measurements"]}
+    assert rows.keys() >= _ALWAYS
+    for metric, row in rows.items():
+        assert len(row["samples"]) == 2
+        assert min(row["samples"]) > 0
+        assert min(row["samples"]) <= row["value"] <= max(row["samples"])
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{metric} "))
+        assert line.endswith(row["how"])
+    tiers = {tier["name"]: TierSpec(**tier) for tier in report["tiers"]}
+    assert tiers.keys() == {"cpu", "nvme"}
+    assert math.isclose(tiers["nvme"].read_bytes_per_s, rows["nvme.read"]["value"])
+    assert not any(tier.emulated for tier in tiers.values())
+    assert not os.listdir(disk)
+
+
+def test_a_rate_is_an_amount_per_second_and_the_first_repeat_does_not_count() -> None:
+    now = [0.0]
+    durations = iter([100.0, 2.0, 4.0, 5.0])
+
+    def work() -> None:
+        now[0] += next(durations)
+
+    row = Clock(repeats=3, now_s=lambda: now[0]).rate("copy", "B/s", 20.0, work, "how")
+    assert row == Measurement("copy", "B/s", [10.0, 5.0, 4.0], "how")
+    assert row.value == 5.0
+    assert Measurement("copy", "B/s", [], "no disk").value is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_to_the_gpu_are_measured(tmp_path: Path) -> None:
+    done = _probe("--path", str(tmp_path), "--size", "1MiB", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    for metric in ("cuda.host_to_device", "cuda.device_to_host", "cuda.both", "cuda.adamw"):
+        assert f"\n{metric} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--path", "/nowhere"], "offload probe: --path: /nowhere is not a folder"),
+        (["--size", "1 parsec"], "argument --size: '1 parsec' is not a size of at least 1 MiB"),
+        (["--size", "4"], "argument --size: '4' is not a size of at least 1 MiB"),
+        (["--repeats", "0"], "argument --repeats: '0' is not a number of at least 1"),
+        (["--path", "/proc", "--size", "1MiB", "--repeats", "1"], "offload probe: "),
+    ],
+)
+def test_a_mistake_ends_with_2_and_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as info:
+        raise SystemExit(main(["probe", *arguments]))  # argparse leaves by itself
+    assert info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def _node(folder: Path, index: int, cpus: str, kib: int) -> None:
+    node = folder / f"node{index}"
+    node.mkdir()
+    (node / "cpulist").write_text(cpus + "\n")
+    (node / "meminfo").write_text(
+        f"Node {index} MemTotal:       {kib} kB\nNode {index} MemFree:         1 kB\n"
+    )
+
+
+def test_memory_without_cpus_is_found(tmp_path: Path) -> None:
+    _node(tmp_path, 0, "0-15,32-47", 1000)
+    _node(tmp_path, 10, "", 2000)
+    _node(tmp_path, 2, "", 0)  # a node without memory, as some kernels show for absent devices
+    (tmp_path / "possible").write_text("0-10\n")
+    nodes = numa_nodes(tmp_path)
+    assert nodes == [
+        NumaNode(0, "0-15,32-47", 1000 << 10),
+        NumaNode(2, "", 0),
+        NumaNode(10, "", 2000 << 10),
+    ]
+    assert memory_only(nodes) == [NumaNode(10, "", 2000 << 10)]
+
+
+def test_a_machine_without_nodes_has_none(tmp_path: Path) -> None:
+    assert numa_nodes(tmp_path / "nowhere") == []
