@@ -13,11 +13,13 @@ from torch import nn
 
 from trainsys.config import ModelConfig
 from trainsys.models.decoder import Decoder, build_decoder
+from trainsys.models.folder import load_pretrained, save_pretrained
+from trainsys.models.huggingface import HuggingFaceModel, blocks_of, build_huggingface
 from trainsys.models.size import flops_per_token, num_parameters
 
-__all__ = ["blocks", "build", "flops_per_token", "num_parameters"]
+__all__ = ["blocks", "build", "flops_per_token", "load_pretrained", "num_parameters", "save_pretrained"]
 
-_BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"decoder": build_decoder}
+_BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"decoder": build_decoder, "hf": build_huggingface}
 
 
 def build(
@@ -40,5 +42,7 @@ def build(
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a built model, first to last."""
+    if isinstance(model, HuggingFaceModel):
+        return blocks_of(model)
     assert isinstance(model, Decoder)
     return list(model.blocks)

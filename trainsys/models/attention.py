@@ -13,28 +13,28 @@ from trainsys.models.layers import Linear
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one slot per layer, for generation.
+    """Keys and values of the tokens seen so far, for generation; grows as they come.
 
-    Attention reads the slots and writes behind `length`; the model moves `length` once all layers have
-    written.
+    Attention writes behind `length` and reads all; the model moves `length` once all layers have written.
     """
 
-    def __init__(self, num_layers: int, shape_BSKE: tuple[int, int, int, int], like: Tensor) -> None:
-        self.keys = [like.new_empty(shape_BSKE) for _ in range(num_layers)]
-        self.values = [like.new_empty(shape_BSKE) for _ in range(num_layers)]
+    def __init__(self, num_layers: int) -> None:
         self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens the cache can hold."""
-        return self.keys[0].shape[1]
+        self._slots: list[Tensor | None] = [None] * num_layers
 
     def append(self, layer: int, key_BTKE: Tensor, value_BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new keys and values of a layer and returns all of that layer's, [B, S, K, E]."""
         end = self.length + key_BTKE.shape[1]
-        self.keys[layer][:, self.length : end] = key_BTKE
-        self.values[layer][:, self.length : end] = value_BTKE
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+        slot = self._slots[layer]
+        if slot is None or slot.shape[2] < end:
+            batch, _, kv_heads, head_dim = key_BTKE.shape
+            larger = key_BTKE.new_empty(2, batch, max(64, 2 * end), kv_heads, head_dim)
+            if slot is not None:
+                larger[:, :, : self.length] = slot[:, :, : self.length]
+            self._slots[layer] = slot = larger
+        slot[0, :, self.length : end] = key_BTKE
+        slot[1, :, self.length : end] = value_BTKE
+        return slot[0, :, :end], slot[1, :, :end]
 
 
 _MOST_SCORES = 2**24

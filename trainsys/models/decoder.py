@@ -82,9 +82,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens in, logits out; weights are unset until `initialise` or a state dict fills them."""
+    """Tokens in, logits out; weights are unset until `initialise` or a state dict fills them.
 
-    def __init__(self, config: ModelConfig, *, max_positions: int, activation_checkpointing: bool) -> None:
+    `max_positions` is the most tokens of a row (None: any number).
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, max_positions: int | None, activation_checkpointing: bool
+    ) -> None:
         super().__init__()
         self.config = config
         self.max_positions = max_positions
@@ -112,8 +117,8 @@ class Decoder(nn.Module):
         """
         num_tokens = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
-        limit = self.max_positions if cache is None else min(self.max_positions, cache.capacity)
-        if start + num_tokens > limit:
+        limit = self.max_positions
+        if limit is not None and start + num_tokens > limit:
             raise ValueError(f"{start + num_tokens} tokens do not fit the model's limit of {limit} positions")
         x_BTD = self.embedding(tokens_BT)
         if positions_BT is None:
@@ -135,10 +140,9 @@ class Decoder(nn.Module):
             cache.length += num_tokens
         return self.head(self.norm(x_BTD)), aux_loss
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `capacity` tokens per row, on the model's device and in its dtype."""
-        shape = (batch, capacity, self.config.num_kv_heads, self.config.head_dim)
-        return KVCache(self.config.num_layers, shape, self.embedding.weight)
+    def new_cache(self) -> KVCache:
+        """An empty cache for `forward`."""
+        return KVCache(self.config.num_layers)
 
 
 def build_decoder(

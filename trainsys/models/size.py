@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import NamedTuple
+
+from torch import Tensor, nn
 
 from trainsys.models.decoder import Decoder
-from trainsys.models.moe import Experts
+from trainsys.models.huggingface import HuggingFaceModel
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -21,13 +23,41 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> int:
     because a token sees half the sequence on average. Norms, recomputation and document boundaries are not
     counted.
     """
+    shape = _shape_of(model)
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    products = 0
+    for parameter in model.parameters():
+        if parameter.ndim == 3 and len(parameter) == shape.num_experts:
+            products += parameter.numel() * shape.top_k // shape.num_experts
+        elif parameter.ndim > 1 and (parameter is shape.head or id(parameter) not in looked_up):
+            products += parameter.numel()
+    return 6 * products + 6 * shape.num_layers * sequence_length * shape.attention_dim
+
+
+class _Shape(NamedTuple):
+    """What the formula needs beside the parameters themselves."""
+
+    num_layers: int
+    attention_dim: int
+    """Query heads x width of a head."""
+    num_experts: int
+    top_k: int
+    head: Tensor
+
+
+def _shape_of(model: nn.Module) -> _Shape:
+    if isinstance(model, HuggingFaceModel):
+        text = model.config.get_text_config()
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        names = ("num_local_experts", "num_experts", "n_routed_experts")
+        num_experts = next((getattr(text, name) for name in names if getattr(text, name, None)), 0)
+        top_k = getattr(text, "num_experts_per_tok", num_experts)
+        head = model.causal_lm.get_output_embeddings().weight
+        return _Shape(text.num_hidden_layers, heads * head_dim, num_experts, top_k, head)
     assert isinstance(model, Decoder)
     config = model.config
-    spared = 0 if config.tied_head else model.embedding.weight.numel()
-    for module in model.modules():
-        if isinstance(module, Experts):
-            idle = config.moe.num_experts - config.moe.top_k
-            spared += num_parameters(module) * idle // config.moe.num_experts
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
-    attention = 6 * config.num_layers * sequence_length * config.num_heads * config.head_dim
-    return 6 * (matrices - spared) + attention
+    attention_dim = config.num_heads * config.head_dim
+    return _Shape(
+        config.num_layers, attention_dim, config.moe.num_experts, config.moe.top_k, model.head.weight
+    )
