@@ -177,11 +177,11 @@ class Sharded(Partition):
     def after_load(self) -> None:
         if self._separate_master:
             return
-        # fp32: the optimizer's flat range is a copy of the weights, which are all that was loaded.
-        by_name = {name: parameter for parameter, name in self._names.items()}
+        weights = self.weights()
         for fragment in self.fragments():
-            weights = by_name[fragment.name].data.reshape(-1)
-            fragment.master.copy_(weights.narrow(0, fragment.start, fragment.master.numel()))
+            whole = weights[f"model.{fragment.name}"]
+            assert isinstance(whole, Tensor)
+            _copy(whole.reshape(-1).narrow(0, fragment.start, fragment.master.numel()), fragment.master)
 
     @staticmethod
     def _place(mapping: Any) -> tuple[int, int, int]:
@@ -220,6 +220,12 @@ class FullySharded(Partition):
                 yield Fragment(self._names[parameter], tuple(parameter.ds_shape), start, master, kept)
 
     def after_load(self) -> None:
+        if not self._separate_master:
+            weights = self.weights()
+            for fragment in self.fragments():
+                own = weights[f"model.{fragment.name}"]
+                assert isinstance(own, FlatSlice)
+                _copy(own.tensor, fragment.master)
         # Small parameters stay gathered between steps; drop and gather them again from the loaded ranges.
         persistent = self._optimizer.persistent_parameters
         if persistent:
@@ -232,6 +238,12 @@ class FullySharded(Partition):
         width = parameter.ds_tensor.ds_numel
         start = min(width * torch.distributed.get_rank(parameter.ds_process_group), parameter.ds_numel)
         return start, min(width, parameter.ds_numel - start)
+
+
+def _copy(weights: Tensor, master: Tensor) -> None:
+    """In fp32 the weights are what a checkpoint holds; bring the optimizer's own copy, where there is one, in line."""
+    if weights.data_ptr() != master.data_ptr():
+        master.copy_(weights)
 
 
 def partition_of(stage: int, module: nn.Module, optimizer: Any, *, separate_master: bool) -> Partition:

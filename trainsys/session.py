@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 
 import launch
-from launch import Job, JobResult, RankContext
+from launch import Job, JobResult, RankContext, RankEnv
 from trainsys import folder
 from trainsys.check import check, num_ranks
 from trainsys.config import RunConfig
+from trainsys.errors import ConfigError
 from trainsys.recipe import Resolved
 
 ENTRY = "trainsys.trainer:run_rank"
@@ -25,6 +26,10 @@ def train_here(resolved: Resolved, *, resume: bool) -> str:
     """
     from trainsys.trainer import train
 
+    try:
+        RankEnv.from_environ(os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from error
     with RankContext.open(os.environ) as context:
         check(resolved.config, world_size=context.env.world_size, sources=resolved.sources)
         os.environ.update(context.env.to_environ())

@@ -27,7 +27,6 @@ def assert_equal_state(left: Path, right: Path) -> None:
     expected, found = final_state(left), final_state(right)
     assert expected.keys() == found.keys()
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in expected)
-    assert any(name.startswith("generator.") for name in expected)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), f"{name} differs"
 
@@ -42,7 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_stopped_once_and_killed_once_ends_with_the_same_bits(
     tmp_path: Path, text: Path, stage: int
 ) -> None:
-    """fp32 with dropout: weights, optimizer, schedule, generators and data position all come back."""
+    """fp32; with dropout, so that a generator that did not come back would show in the losses."""
     settings = runs.arguments(f"--data.path={text}", f"--engine.zero_stage={stage}", "--model.dropout=0.1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     runs.succeed("launch", *settings, f"--run_dir={whole}", cwd=tmp_path)
@@ -102,7 +101,7 @@ def test_torchrun_starts_the_same_run(tmp_path: Path, text: Path) -> None:
             "-m",
             "torch.distributed.run",
             "--nproc-per-node=2",
-            "--master-port=0",
+            "--standalone",
             "-m",
             "trainsys",
         ]
