@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -44,9 +44,11 @@ def _left(processes: set[int], threads: set[threading.Thread]) -> list[str]:
 
 
 def _child_processes() -> set[int]:
-    tasks = Path("/proc/self/task")
-    texts = [path.read_text() for path in tasks.glob("*/children")]
-    return {int(pid) for text in texts for pid in text.split()}
+    children: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread ended in between
+            children.update(int(pid) for pid in path.read_text().split())
+    return children
 
 
 def _threads() -> set[threading.Thread]:
@@ -57,4 +59,4 @@ def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
     except FileNotFoundError:  # it ended in between
-        return f"gone, {os.fspath(Path('/proc', str(pid)))}"
+        return "gone"
