@@ -6,7 +6,7 @@ import fnmatch
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -62,7 +62,7 @@ def read(
         StateMismatch: no tensor has such a name. CorruptCheckpoint: bytes are not what was committed.
     """
     reader = open_reader(place, storage_options)
-    return {name: reader.assemble(name, owner) for name, owner in _select(reader, names, rank)}
+    return {name: reader.assemble(name, owner) for name, owner in select(reader, names, rank)}
 
 
 def verify(
@@ -113,7 +113,7 @@ def export(
         StateMismatch: no tensor has such a name, or two exported ones would share it.
     """
     reader = open_reader(place, storage_options)
-    selected = [name for name, _ in _select(reader, names, None)]
+    selected = [name for name, _ in select(reader, names)]
     entries = []
     for name in selected:
         row = reader.table.rows(name)[0]
@@ -158,18 +158,23 @@ def _newest(storage: Storage) -> str:
     raise CheckpointNotFound(f"{storage.url}: holds no checkpoint")
 
 
-def _select(reader: Reader, names: str | Iterable[str], rank: int | None) -> list[tuple[str, int]]:
-    """Return the (name, owner) asked for. Raises StateMismatch if one is not there."""
-    keys = [key for key in reader.table.keys() if key[1] in (SHARED, rank)]  # noqa: SIM118  not a mapping
+def select(
+    reader: Reader, names: str | Iterable[str], rank: int | Literal["any"] | None = None
+) -> list[tuple[str, int]]:
+    """Return the (name, owner) asked for, of all ranks together and of `rank`.
+
+    Raises StateMismatch if one of the names, or anything that a glob matches, is not there.
+    """
+    table = reader.table.keys()
+    keys = [key for key in table if rank == "any" or key[1] in (SHARED, rank)]
     if isinstance(names, str):
-        chosen = [key for key in keys if key[0] == names] or [
-            key for key in keys if fnmatch.fnmatchcase(key[0], names)
-        ]
-        absent = [] if chosen else [names]
+        literal = [key for key in keys if key[0] == names]
+        chosen = literal or [key for key in keys if fnmatch.fnmatchcase(key[0], names)]
+        absent = [names] if not chosen and names != "*" else []
     else:
-        wanted = list(names)
-        chosen = [key for key in keys if key[0] in set(wanted)]
-        absent = sorted(set(wanted) - {name for name, _ in chosen})
+        wanted = set(names)
+        chosen = [key for key in keys if key[0] in wanted]
+        absent = sorted(wanted - {name for name, _ in chosen})
     if absent:
         raise StateMismatch(f"{reader.url}: holds no tensor named {', '.join(map(repr, absent))}")
     return chosen

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from checkpoint.commit import COMMIT, AttemptName
+from checkpoint.commit import COMMIT, PARTS, AttemptName
 from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage
@@ -128,17 +128,13 @@ def check(reader: Reader, verify: Verify) -> None:
             raise CorruptCheckpoint(problem)
 
 
-def collect(
+def removable(
     storage: Storage, *, keep_last: int, keep_every: int, abandoned: Callable[[AttemptName], bool]
 ) -> list[str]:
-    """Remove superseded checkpoints, and uncommitted attempts that are abandoned; return their folders."""
+    """Return the folders of superseded checkpoints, and of uncommitted attempts that are abandoned."""
     found = scan(storage)
     gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every)
-    folders = [reader.folder for reader in gone]
-    folders += [name.folder for name in found.uncommitted if abandoned(name)]
-    for folder in folders:
-        remove(storage, folder)
-    return folders
+    return [reader.folder for reader in gone] + [n.folder for n in found.uncommitted if abandoned(n)]
 
 
 def superseded(
@@ -178,11 +174,15 @@ def remove(storage: Storage, folder: str) -> None:
     storage.remove(folder)
 
 
+def write_times(storage: Storage, folder: str) -> list[float | None]:
+    """Return when each file of an attempt was last written, by the storage's clock; None if it has none."""
+    folders = (folder, f"{folder}/{PARTS}")
+    return [e.modified_s for f in folders for e in storage.entries(f) if not e.is_folder]
+
+
 def is_idle_since(storage: Storage, name: AttemptName, time_s: float) -> bool:
     """Whether nothing in an attempt's folder was written at or after a Unix time."""
-    folders: Iterable[str] = (name.folder, f"{name.folder}/parts")
-    times = [e.modified_s for folder in folders for e in storage.entries(folder) if not e.is_folder]
-    return all(t is not None and t < time_s for t in times)
+    return all(t is not None and t < time_s for t in write_times(storage, name.folder))
 
 
 def _warn_broken(found: Scan) -> None:

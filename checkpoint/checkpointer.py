@@ -98,7 +98,7 @@ class Checkpointer:
         self._world_size = world_size
         self._run_id = run_id or secrets.token_hex(8)
         self._storage = open_storage(root, storage_options)
-        self._opened_s = time.time()
+        self._first_write_s: float | None = None
         self._staging = Staging()
         self._saves: Counter[int] = Counter()
         self._failed: set[AttemptName] = set()
@@ -296,7 +296,7 @@ class Checkpointer:
             return
         job.outcome.set_result(done)
         if self._rank == 0:
-            self._collect()
+            self._collect(job.attempt.name)
 
     def _write_and_commit(self, job: _Job) -> tuple[CheckpointInfo, SaveStats]:
         attempt = job.attempt
@@ -317,23 +317,29 @@ class Checkpointer:
         )
         return catalog.info_of(Reader(self._storage, attempt.folder)), stats
 
-    def _collect(self) -> None:
+    def _collect(self, committed: AttemptName) -> None:
         """Remove what the newest checkpoint supersedes, and attempts that can no longer become one.
 
-        Of this launch, only attempts that failed here: every rank voted since, so none still writes to them.
-        Of other launches, what nobody has touched since this one began.
+        Of this launch these are the attempts that failed here: every rank voted since, so none still writes
+        to them. Of other launches, what was last written before anything of this launch's first checkpoint.
         """
-
-        def abandoned(name: AttemptName) -> bool:
-            if name.launch == AttemptName.of(0, 0, self._run_id).launch:
-                return name in self._failed
-            return catalog.is_idle_since(self._storage, name, self._opened_s)
-
         config = self._config
         try:
-            catalog.collect(
+            if self._first_write_s is None:
+                times = catalog.write_times(self._storage, committed.folder)
+                self._first_write_s = min((t for t in times if t is not None), default=0.0)
+            first_write_s = self._first_write_s
+
+            def abandoned(name: AttemptName) -> bool:
+                if name.launch == committed.launch:
+                    return name in self._failed
+                return catalog.is_idle_since(self._storage, name, first_write_s)
+
+            folders = catalog.removable(
                 self._storage, keep_last=config.keep_last, keep_every=config.keep_every, abandoned=abandoned
             )
+            for folder in folders:
+                catalog.remove(self._storage, folder)
         except CheckpointError as error:
             _log.warning("superseded checkpoints stay, the next save tries again: %s", error)
 

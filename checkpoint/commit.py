@@ -37,7 +37,7 @@ from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, Storage
 from checkpoint.format import fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.reshard import coverage_problem
-from checkpoint.storage import Storage, sizes, write
+from checkpoint.storage import Storage, sizes
 from checkpoint.writer import Written, rank_name
 
 COMMIT = "COMMIT.json"
@@ -107,7 +107,7 @@ class Attempt:
         }
         table = SliceTable.of(written.rows, metadata).to_bytes()
         self._voted = True  # from the attempt to write it on: a vote whose write failed may still be there
-        write(self._storage, self._part(self._rank), table)
+        self._storage.write(self._part(self._rank), table)
 
     def commit(self, run_id: str, shared: Any, sequence: Callable[[], int]) -> CommitRecord:
         """Rank 0: wait for every vote, check that they make one whole state, and commit it."""
@@ -118,7 +118,7 @@ class Attempt:
         files = [FileRecord(*f) for part in parts for f in part.metadata["files"]]
         self._check_sizes(files)
         table = merged.to_bytes()
-        write(self._storage, f"{self.folder}/{TABLE}", table)
+        self._storage.write(f"{self.folder}/{TABLE}", table)
         files.append(FileRecord(TABLE, len(table), len(table), fingerprint(table)))
         record = CommitRecord(
             step=self.name.step,
@@ -130,7 +130,7 @@ class Attempt:
             shared=shared,
             versions=_versions(),
         )
-        write(self._storage, f"{self.folder}/{COMMIT}", record.to_bytes())
+        self._storage.write(f"{self.folder}/{COMMIT}", record.to_bytes())
         return record
 
     def await_commit(self) -> None:
@@ -160,7 +160,7 @@ class Attempt:
         if not aborted:
             reason = f"{type(error).__name__}: {error}"
             text = objects.canonical({"rank": self._rank, "reason": reason})
-            write(self._storage, f"{self.folder}/{ABORT}", text)
+            self._storage.write(f"{self.folder}/{ABORT}", text)
 
     def _await_votes(self) -> None:
         if not self._wait(lambda: not self._missing(), self._timeout_s):

@@ -21,14 +21,15 @@ _TAG = "$"
 
 def encode(value: object, source: str) -> bytes:
     """Return the JSON text of a value. Raises InvalidState, naming the place of what cannot be kept."""
-    return canonical(to_json(value, source))
+    try:
+        return canonical(to_json(value, source))
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise InvalidState(f"{source}: cannot be kept as JSON ({error})") from error
 
 
 def canonical(tree: object) -> bytes:
-    """Return the one JSON text of a tree of JSON values, so that equal trees have equal fingerprints."""
-    return json.dumps(
-        tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    """Return the compact JSON text of a tree of JSON values; the order of keys is kept, and counts."""
+    return json.dumps(tree, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def decode(text: bytes, source: str) -> Any:

@@ -14,13 +14,13 @@ import torch
 
 from checkpoint import objects
 from checkpoint.commit import COMMIT, TABLE, brief, rows_problem, tensor_problems
-from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
+from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch
 from checkpoint.format import CODES, DTYPES, digest, fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region
 from checkpoint.reshard import Read, plan, view
 from checkpoint.state import Piece
-from checkpoint.storage import Storage, sizes, write
+from checkpoint.storage import Storage, sizes
 from checkpoint.writer import rank_name
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
@@ -90,18 +90,12 @@ class Reader:
     def condemn(self, rank: int, error: CorruptCheckpoint) -> None:
         """Mark this checkpoint as damaged, so that no rank takes it for the latest again."""
         text = objects.canonical({"rank": rank, "reason": str(error)})
-        write(self._storage, self._path(MARK), text)
+        self._storage.write(self._path(MARK), text)
 
     def check_files(self) -> None:
         """Raise CorruptCheckpoint unless every file has its size and the slice table its fingerprint."""
-        found = sizes(self._storage, self.folder)
         for file in self.record.files:
-            size = found.get(file.path)
-            if size != file.nbytes:
-                what = "is missing" if size is None else f"has {size} bytes instead of {file.nbytes}"
-                raise CorruptCheckpoint(
-                    f"{self._path(file.path)}{self._tensors_of(file.path)} {what}; {REMEDY}"
-                )
+            self._check_size(file)
         len(self.table)
 
     def problems(self) -> Iterator[str]:
@@ -222,6 +216,7 @@ class Reader:
         """Yield every chunk with its bytes, in file order, and what is wrong with it."""
         ordered = sorted(reads, key=lambda r: (r.file, r.byte_start))
         for file, group in itertools.groupby(ordered, key=lambda r: r.file):
+            self._check_size(self._files[file])
             with self._storage.open(self._path(file)) as source:
                 for run in _runs(group):
                     start = run[0].byte_start
@@ -246,22 +241,27 @@ class Reader:
         file = self._files.get(path)
         if file is None:
             raise CorruptCheckpoint(f"{self._path(COMMIT)}: does not list {path}")
+        self._check_size(file)
         buffer = bytearray(file.head_bytes)
-        try:
-            with self._storage.open(self._path(path)) as source:
-                count = source.read_into(0, memoryview(buffer))
-        except StorageError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
-            raise CorruptCheckpoint(f"{self._path(path)}: is missing; {REMEDY}") from error
-        if count != file.head_bytes or fingerprint(buffer) != file.fingerprint:
-            raise CorruptCheckpoint(
-                f"{self._path(path)}: its first {file.head_bytes} bytes do not match; {REMEDY}"
-            )
+        with self._storage.open(self._path(path)) as source:
+            source.read_into(0, memoryview(buffer))
+        if fingerprint(buffer) != file.fingerprint:
+            where = f"{self._path(path)}: bytes [0, {file.head_bytes})"
+            raise CorruptCheckpoint(f"{where}: the fingerprint does not match; {REMEDY}")
         return bytes(buffer)
 
+    @functools.cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        return sizes(self._storage, self.folder)
+
+    def _check_size(self, file: FileRecord) -> None:
+        size = self._sizes.get(file.path)
+        if size != file.nbytes:
+            what = "is missing" if size is None else f"has {size} bytes instead of {file.nbytes}"
+            raise CorruptCheckpoint(f"{self._path(file.path)} {what}{self._tensors_of(file.path)}; {REMEDY}")
+
     def _tensors_of(self, path: str) -> str:
-        """Return " (tensors …)" for a shard, as far as the slice table can be read."""
+        """Return which tensors a shard holds, as far as the slice table can be read."""
         if path == TABLE:
             return ""
         try:
@@ -269,7 +269,7 @@ class Reader:
         except CorruptCheckpoint:
             return ""
         shown = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return f" (tensors {shown})" if names else ""
+        return f"; it holds {shown}" if names else ""
 
     def _path(self, path: str) -> str:
         return f"{self.folder}/{path}"

@@ -52,7 +52,11 @@ def plan(rows: Sequence[SavedSlice], wanted: Region) -> Iterator[Read]:
         if not _may_touch(row.region, wanted):
             continue
         per_chunk = CHUNK_BYTES // row.itemsize
-        for index in range(len(row.digests)):
+        indices = range(len(row.digests))
+        if (row.region.offset, row.region.shape) == (wanted.offset, wanted.shape):
+            first, last = wanted.start - row.region.start, wanted.stop - row.region.start
+            indices = indices[max(0, first // per_chunk) : -(-last // per_chunk)]
+        for index in indices:
             chunk = row.region.part(index * per_chunk, min((index + 1) * per_chunk, row.region.numel))
             boxes = tuple(intersect(chunk, wanted))
             if boxes:

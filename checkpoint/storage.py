@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,9 +47,8 @@ class Source(Protocol):
 class Storage(Protocol):
     """What commit and readers need of a storage.
 
-    A file appears whole or not at all, and is durable when `create` ends. Every failure is a StorageError
-    that names the file; an absent file or folder is not a failure where the method says what it returns for
-    it.
+    Every failure is a StorageError that names the file; an absent file is none where a method says what it
+    returns for it.
     """
 
     @property
@@ -70,8 +71,14 @@ class Storage(Protocol):
     def open(self, path: str) -> contextlib.AbstractContextManager[Source]:
         """Open a file for reading."""
 
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small file: seen whole or not at all at any time, durable when this returns."""
+
     def create(self, path: str) -> contextlib.AbstractContextManager[Sink]:
-        """Open a new file, making its folders; durable when the block ends, discarded if it raises."""
+        """Open a new large file: whole and durable when the block ends.
+
+        Until then, and for ever if the block raises, other readers may or may not see a part of it.
+        """
 
     def remove(self, path: str) -> None:
         """Remove a file or a whole folder; nothing happens if it is absent."""
@@ -79,10 +86,8 @@ class Storage(Protocol):
 
 def open_storage(root: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
     """Return the storage at a path or fsspec URL; `options` go to the fsspec file system."""
-    try:
+    with _named(os.fspath(root), "open", (Exception,)):
         fs, path = fsspec.core.url_to_fs(os.fspath(root), **dict(options or {}))
-    except (ImportError, ValueError) as error:
-        raise StorageError(f"{os.fspath(root)}: cannot be opened ({error})") from error
     if isinstance(fs, LocalFileSystem):
         return LocalStorage(Path(path))
     return FsspecStorage(fs, path)
@@ -93,28 +98,26 @@ def sizes(storage: Storage, folder: str) -> dict[str, int]:
     return {entry.name: entry.nbytes for entry in storage.entries(folder) if not entry.is_folder}
 
 
-def write(storage: Storage, path: str, data: bytes) -> None:
-    """Write a small file, whole and durable."""
-    with storage.create(path) as sink:
-        sink.write(data)
+_REMEDIES = {
+    errno.ENOSPC: "; free space or save elsewhere",
+    errno.EDQUOT: "; raise the quota or save elsewhere",
+    errno.EFBIG: "; raise the limit on file sizes",
+    errno.EROFS: "; save elsewhere",
+    errno.EACCES: "; check the permissions",
+}
 
 
 @contextlib.contextmanager
-def _named(path: object, verb: str) -> Iterator[None]:
+def _named(path: object, verb: str, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
     """Turn the storage's errors into StorageError with the file's name and, if there is one, the remedy."""
     try:
         yield
-    except OSError as error:
-        remedies = {
-            28: "free space or save elsewhere",
-            122: "raise the quota or save elsewhere",
-            27: "raise the limit on file sizes",
-            30: "save elsewhere",
-            13: "check the permissions",
-        }
-        remedy = remedies.get(error.errno or 0, "")
-        reason = error.strerror or str(error) or type(error).__name__
-        raise StorageError(f"{path}: cannot {verb}: {reason}" + (f"; {remedy}" if remedy else "")) from error
+    except StorageError:
+        raise
+    except errors as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error) or type(error).__name__
+        raise StorageError(f"{path}: cannot {verb}: {reason}{_REMEDIES.get(number or 0, '')}") from error
 
 
 class _LocalFile:
@@ -161,8 +164,8 @@ class LocalStorage:
                 with os.scandir(path) as scan:
                     for item in scan:
                         with contextlib.suppress(FileNotFoundError):  # removed since: as if never listed
-                            stat = item.stat(follow_symlinks=False)
-                            found.append(Entry(item.name, item.is_dir(), stat.st_size, stat.st_mtime))
+                            facts = item.stat(follow_symlinks=False)
+                            found.append(Entry(item.name, item.is_dir(), facts.st_size, facts.st_mtime))
             except (FileNotFoundError, NotADirectoryError):
                 return []
         return sorted(found, key=lambda e: e.name)
@@ -171,9 +174,10 @@ class LocalStorage:
         full = self._root / path
         with _named(full, "look at"):
             try:
-                return full.stat().st_size
+                found = full.stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def read(self, path: str) -> bytes:
         full = self._root / path
@@ -189,6 +193,10 @@ class LocalStorage:
             yield _LocalFile(descriptor, full)
         finally:
             os.close(descriptor)
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.create(path) as sink:
+            sink.write(data)
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[Sink]:
@@ -244,13 +252,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _remote(path: object, verb: str) -> contextlib.AbstractContextManager[None]:
+    """As `_named`; what a file system's client raises need not be an OSError (credentials, connections)."""
+    return _named(path, verb, (Exception,))
+
+
 class _FsspecSource:
     def __init__(self, fs: Any, path: str) -> None:
         self._fs = fs
         self._path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        with _named(self._path, "read"):
+        with _remote(self._path, "read"):
             data = self._fs.cat_file(self._path, start=offset, end=offset + buffer.nbytes)
         buffer[: len(data)] = data
         return len(data)
@@ -262,18 +275,24 @@ class _FsspecSink:
         self._path = path
 
     def write(self, data: Any) -> None:
-        with _named(self._path, "write"):
+        with _remote(self._path, "write"):
             self._file.write(memoryview(data).cast("B"))
 
 
+_PUTS_WHOLE = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "r2", "s3", "s3a"})
+"""Protocols that show an object when all of it is there; of others a temporary file is renamed."""
+
+
 class FsspecStorage:
-    """Any fsspec file system: an object appears when its upload is complete."""
+    """Any fsspec file system."""
 
     longest_poll_s = 1.0
 
     def __init__(self, fs: Any, root: str) -> None:
         self._fs = fs
         self._root = root.rstrip("/")
+        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+        self._puts_whole = not _PUTS_WHOLE.isdisjoint(protocols)
 
     @property
     def url(self) -> str:
@@ -281,7 +300,7 @@ class FsspecStorage:
 
     def entries(self, folder: str) -> list[Entry]:
         path = self._path(folder)
-        with _named(path, "list"):
+        with _remote(path, "list"):
             self._fs.invalidate_cache(path)
             try:
                 infos = self._fs.ls(path, detail=True)
@@ -298,7 +317,7 @@ class FsspecStorage:
 
     def size(self, path: str) -> int | None:
         full = self._path(path)
-        with _named(full, "look at"):
+        with _remote(full, "look at"):
             self._fs.invalidate_cache(full.rpartition("/")[0])
             try:
                 info = self._fs.info(full)
@@ -308,32 +327,44 @@ class FsspecStorage:
 
     def read(self, path: str) -> bytes:
         full = self._path(path)
-        with _named(full, "read"):
+        with _remote(full, "read"):
             return bytes(self._fs.cat_file(full))
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Source]:
         yield _FsspecSource(self._fs, self._path(path))
 
+    def write(self, path: str, data: bytes) -> None:
+        full = self._path(path)
+        folder, _, name = full.rpartition("/")
+        with _remote(full, "write"):
+            self._fs.makedirs(folder, exist_ok=True)
+            if self._puts_whole:
+                self._fs.pipe_file(full, data)
+                return
+            temporary = f"{folder}/.{name}.tmp"
+            self._fs.pipe_file(temporary, data)
+            self._fs.mv(temporary, full)
+
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[Sink]:
         full = self._path(path)
-        with _named(full, "create"):
+        with _remote(full, "create"):
             self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
             file = self._fs.open(full, "wb", autocommit=False)
         try:
             yield _FsspecSink(file, full)
-            with _named(full, "write"):
+            with _remote(full, "write"):
                 file.close()
                 file.commit()
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # the first error is the one to tell
                 file.discard()
             raise
 
     def remove(self, path: str) -> None:
         full = self._path(path)
-        with _named(full, "remove"), contextlib.suppress(FileNotFoundError):
+        with _remote(full, "remove"), contextlib.suppress(FileNotFoundError):
             self._fs.rm(full, recursive=True)
             self._fs.invalidate_cache(full.rpartition("/")[0])
 

@@ -9,7 +9,7 @@ from checkpoint.format import DTYPES, Entry, digest, encode_header, fingerprint
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
 from checkpoint.region import Region
 from checkpoint.staging import Staged
-from checkpoint.storage import Storage, write
+from checkpoint.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def write_rank(storage: Storage, folder: str, rank: int, staged: Sequence[Staged
     """Write this rank's shard and objects into an attempt's folder, durable when it returns."""
     rows, shard = _write_shard(storage, folder, rank, staged)
     path = f"{rank_name(rank)}.objects.json"
-    write(storage, f"{folder}/{path}", objects)
+    storage.write(f"{folder}/{path}", objects)
     return Written(tuple(rows), (shard, FileRecord(path, len(objects), len(objects), fingerprint(objects))))
 
 

@@ -1,0 +1,264 @@
+"""Killed, out of space or refused by the disk at any moment: the old checkpoint or the new one, whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointConfig, Checkpointer, StorageError
+from tests.ranks import run_ranks
+from tests.test_checkpoint.worlds import wait_until
+
+NUM_KILLS = 40
+SYSCALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink")
+"""What a local save does to the disk, in `os`."""
+
+
+def weights(step: int) -> dict[str, torch.Tensor]:
+    """A state that tells its step everywhere."""
+    return {f"w{i}": torch.full((20_000 + i,), float(step)) for i in range(4)}
+
+
+def assert_whole(root: Path, steps: set[int] | None = None) -> int:
+    """Assert that the newest checkpoint is bit for bit one save, of one of `steps`; return its step."""
+    info = Checkpointer(root).latest("deep")
+    assert info is not None
+    found = checkpoint.read(info)
+    expected = weights(info.step)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert info.shared == {"step": info.step}
+    assert steps is None or info.step in steps
+    return info.step
+
+
+def test_a_process_killed_at_any_time_loses_nothing_that_was_committed(tmp_path: Path):
+    (newest,) = run_ranks(_kill_again_and_again, 1, str(tmp_path))
+    assert newest > NUM_KILLS / 2
+
+
+def _kill_again_and_again(rank: int, world_size: int, root: str) -> int:
+    """Start a process that saves for ever, kill it, look at what it left; return the newest step at the end."""
+    generator = random.Random(0)
+    committed = 0
+    for _ in range(NUM_KILLS):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            _save_for_ever(root, writing)
+        os.close(writing)
+        with os.fdopen(reading) as reports:
+            while not committed:
+                committed = int(reports.readline())
+            time.sleep(generator.uniform(0, 0.08))  # the moment of the kill, not a synchronisation
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            committed = max([committed, *map(int, reports)])
+        newest = assert_whole(Path(root))
+        assert newest >= committed
+        committed = newest
+    return committed
+
+
+def _save_for_ever(root: str, reports: int) -> None:
+    """Save step after step and write each that is committed, one a line."""
+    ck = Checkpointer(root, config=CheckpointConfig(keep_last=2))
+    newest = ck.latest()
+    step = newest.step if newest else 0
+    while True:
+        step += 1
+        ck.save(step, weights(step), shared={"step": step}).result(20)
+        os.write(reports, f"{step}\n".encode())
+
+
+# At every single step of a save
+
+
+class Disk:
+    """Counts the calls that touch the disk, and does something else instead of the n-th one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int, strike: Callable[[str], None]) -> None:
+        self.calls = 0
+        self._at, self._strike = at, strike
+        for name in SYSCALLS:
+            patch.setattr(os, name, self._counted(name, getattr(os, name)))
+
+    def _counted(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def counted(*args: object, **options: object) -> object:
+            index, self.calls = self.calls, self.calls + 1
+            if index == self._at:
+                self._strike(name)
+            return call(*args, **options)
+
+        return counted
+
+
+def save_on(root: Path, step: int) -> None:
+    """Save one step."""
+    with Checkpointer(root, config=CheckpointConfig(keep_last=1)) as ck:
+        ck.save(step, weights(step), shared={"step": step})
+
+
+def num_calls(root: Path) -> int:
+    """How often a second save touches the disk, the removal of the first one included."""
+    save_on(root, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, -1, lambda name: None)
+        save_on(root, 2)
+    return disk.calls
+
+
+def test_an_error_of_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
+    total = num_calls(tmp_path / "count")
+    assert total > 20
+    told: list[str] = []
+    for at in range(total):
+        root = tmp_path / str(at)
+        save_on(root, 1)
+        number = (errno.ENOSPC, errno.EIO)[at % 2]
+
+        def strike(name: str, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, at, strike)
+            try:
+                save_on(root, 2)
+            except StorageError as error:
+                told.append(str(error))
+            assert disk.calls > at
+        assert_whole(root, {1, 2})
+        save_on(root, 3)
+        assert_whole(root, {3})
+    assert len(told) > 10
+    assert all("No space left" in text or "Input/output error" in text for text in told)
+
+
+def test_a_process_killed_at_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
+    total = num_calls(tmp_path / "count")
+    (steps,) = run_ranks(_kill_everywhere, 1, str(tmp_path), total)
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2}
+
+
+def _kill_everywhere(rank: int, world_size: int, folder: str, total: int) -> list[int]:
+    """Kill a process just before each disk operation of a second save; return the newest steps it left."""
+    steps = []
+    for at in range(total):
+        root = Path(folder, str(at))
+        save_on(root, 1)
+        child = os.fork()
+        if not child:
+            with pytest.MonkeyPatch.context() as patch:
+                Disk(patch, at, lambda name: os.kill(os.getpid(), signal.SIGKILL))
+                save_on(root, 2)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"operation {at} never came"
+        steps.append(assert_whole(root, {1, 2}))
+        save_on(root, 3)
+        assert_whole(root, {3})
+        assert len(list(root.iterdir())) == 1  # what was left behind is collected
+    return steps
+
+
+# A disk that is really full
+
+
+FULL = """
+import sys, torch
+from checkpoint import Checkpointer, CheckpointConfig, StorageError
+root, limit = sys.argv[1], int(sys.argv[2])
+if limit:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+ck = Checkpointer(root, config=CheckpointConfig(on_error="warn"))
+ck.save(1, {"w": torch.full((50_000,), 1.0)}, shared={"step": 1}).result(20)
+error = ck.save(2, {"w": torch.full((5_000_000,), 2.0)}).exception(20)
+assert isinstance(error, StorageError), error
+print(error)
+ck.save(3, {"w": torch.full((50_000,), 3.0)}, shared={"step": 3}).result(20)
+ck.close()
+"""
+
+
+def fill(root: Path, limit: int) -> str:
+    """Save small, too large, small; return the error of the large one."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(root), str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [info.step for info in Checkpointer(root).list()] == [1, 3]
+    assert checkpoint.verify(root).ok
+    return done.stdout
+
+
+def test_a_file_that_may_not_grow_fails_its_save_alone(tmp_path: Path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    error = fill(tmp_path, 1_000_000)
+    assert "r00000.safetensors: cannot write: File too large; raise the limit on file sizes" in error
+
+
+def test_a_full_disk_fails_its_save_alone_and_its_space_is_given_back(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        error = fill(disk / "root", 0)
+        assert (
+            "r00000.safetensors: cannot write: No space left on device; free space or save elsewhere" in error
+        )
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_rank_that_dies_before_its_vote_fails_the_others_in_time(tmp_path: Path):
+    context = get_context("forkserver")
+    process = context.Process(target=_die_before_the_vote, args=(str(tmp_path),), daemon=True)
+    config = CheckpointConfig(commit_timeout_s=1)
+    with Checkpointer(tmp_path, config=config, rank=0, world_size=2, run_id="run") as ck:
+        process.start()
+        wait_until(lambda: process.exitcode is not None)
+        error = ck.save(1, {"w": torch.ones(1)}).exception(20)
+    assert process.exitcode == -signal.SIGKILL
+    process.close()
+    assert isinstance(error, checkpoint.CommitTimeout)
+    assert error.missing_ranks == (1,)
+    assert (tmp_path / os.listdir(tmp_path)[0] / "r00001.safetensors").exists()
+
+
+def _die_before_the_vote(root: str) -> None:
+    os_rename = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if target.name == "r00001.arrow":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os_rename(source, target)
+
+    os.rename = rename  # type: ignore[assignment]
+    with Checkpointer(root, rank=1, world_size=2, run_id="run") as ck:
+        ck.save(1, {"w": torch.ones(1)}).result(20)

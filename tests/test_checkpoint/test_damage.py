@@ -1,0 +1,261 @@
+"""A damaged checkpoint is named, never exposed, and passed over for the one before it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointInfo,
+    CorruptCheckpoint,
+    UnsupportedFormat,
+    objects,
+)
+from checkpoint.access import open_reader
+from checkpoint.format import fingerprint
+from tests.test_checkpoint.worlds import blank, ranks, same, saved_by, state, values
+
+WORLD = 2
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with a sound checkpoint of step 1 and one of step 2 to damage."""
+    saved_by(tmp_path, WORLD, step=1, seed=1, run_id="one")
+    saved_by(tmp_path, WORLD, step=2, seed=2, run_id="two")
+    return tmp_path
+
+
+def newest(root: Path) -> CheckpointInfo:
+    """The checkpoint of step 2."""
+    return Checkpointer(root).list()[-1]
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def place_of(root: Path, name: str) -> tuple[Path, int]:
+    """File and offset of the first byte of a tensor of step 2."""
+    row = open_reader(newest(root)).table.rows(name)[0]
+    return Path(newest(root).path, row.file), row.byte_start
+
+
+def rewrite(info: CheckpointInfo, change: Callable[[dict[str, object]], None], *, sign: bool) -> None:
+    """Edit a commit record, with or without mending its fingerprint."""
+    path = Path(info.path, "COMMIT.json")
+    tree = json.loads(path.read_text())
+    claimed = tree.pop("fingerprint")
+    change(tree)
+    tree["fingerprint"] = fingerprint(objects.canonical(tree)) if sign else claimed
+    path.write_text(json.dumps(tree))
+
+
+def damage(root: Path, kind: str) -> None:
+    """Damage the checkpoint of step 2."""
+    info = newest(root)
+    folder = Path(info.path)
+    match kind:
+        case "bit":
+            flip(*place_of(root, "flat"))
+        case "page":
+            path, start = place_of(root, "flat")
+            data = path.read_bytes()
+            path.write_bytes(data[:start] + bytes(64) + data[start + 64 :])
+        case "truncated":
+            path, _ = place_of(root, "flat")
+            path.write_bytes(path.read_bytes()[:-10])
+        case "longer":
+            path, _ = place_of(root, "flat")
+            path.write_bytes(path.read_bytes() + b"x")
+        case "missing":
+            place_of(root, "flat")[0].unlink()
+        case "header":
+            flip(folder / "r00000.safetensors", 20)
+        case "objects":
+            flip(folder / "r00000.objects.json", 3)
+        case "table":
+            flip(folder / "slices.arrow", 900)
+        case "no table":
+            (folder / "slices.arrow").unlink()
+        case "edited":
+            rewrite(info, lambda tree: tree.update(step=3), sign=False)
+        case "cut record":
+            path = folder / "COMMIT.json"
+            path.write_bytes(path.read_bytes()[:-50])
+        case "empty record":
+            (folder / "COMMIT.json").write_bytes(b"")
+        case "version":
+            rewrite(info, lambda tree: tree.update(format="checkpoint/99"), sign=True)
+
+
+_DIGEST = (
+    r"/r0000\d\.safetensors: tensor 'flat', bytes \[\d+, \d+\): "
+    r"the digest does not match; .*load another"
+)
+DEEP = {
+    "bit": _DIGEST,
+    "page": _DIGEST,
+    "truncated": r"/r0000\d\.safetensors has \d+ bytes instead of \d+; it holds .*'flat'.*; .*load another",
+    "longer": r"/r0000\d\.safetensors has \d+ bytes instead of \d+; it holds .*'flat'.*; .*load another",
+    "missing": r"/r0000\d\.safetensors is missing; it holds .*'flat'.*; .*load another",
+    "header": r"/r00000\.safetensors: bytes \[0, 4096\): the fingerprint does not match; .*load another",
+    "objects": r"/r00000\.objects\.json: bytes \[0, \d+\): the fingerprint does not match; .*load another",
+    "table": r"/slices\.arrow: bytes \[0, \d+\): the fingerprint does not match; .*load another",
+    "no table": r"/slices\.arrow is missing; .*load another",
+    "edited": r"/COMMIT\.json: was damaged or changed after the commit",
+    "cut record": r"/COMMIT\.json: is not JSON",
+    "empty record": r"/COMMIT\.json: is not JSON",
+    "version": r"/COMMIT\.json: format checkpoint/99 is not known here .*read it with the version",
+}
+QUICK = [kind for kind in DEEP if kind not in ("bit", "page", "header", "objects")]
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_verify_names_file_tensor_and_remedy(root: Path, kind: str):
+    folder = newest(root).path
+    assert checkpoint.verify(folder).ok
+    damage(root, kind)
+    report = checkpoint.verify(folder)
+    assert not report.ok
+    assert len(report.problems) == 1
+    with pytest.raises(CorruptCheckpoint, match=DEEP[kind]):
+        raise CorruptCheckpoint(report.problems[0])
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_latest_deep_falls_back_and_says_why(root: Path, kind: str, caplog: pytest.LogCaptureFixture):
+    damage(root, kind)
+    with caplog.at_level(logging.WARNING, "checkpoint"):
+        latest = Checkpointer(root).latest("deep")
+    assert latest is not None
+    assert latest.step == 1
+    (record,) = caplog.records
+    with pytest.raises(CorruptCheckpoint, match=DEEP[kind]):
+        raise CorruptCheckpoint(record.getMessage())
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_latest_quick_falls_back_where_sizes_or_records_tell(root: Path, kind: str):
+    damage(root, kind)
+    latest = Checkpointer(root).latest("quick")
+    assert latest is not None
+    assert latest.step == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DEEP if kind != "header"])  # a load needs no header
+def test_a_load_raises_the_same_and_touches_no_destination(root: Path, kind: str):
+    info = newest(root)
+    damage(root, kind)
+    for rank in range(WORLD):
+        if kind == "objects" and rank == 1:
+            continue  # the damaged file is rank 0's
+        found, before = blank(0, 1), blank(0, 1)
+        error = UnsupportedFormat if kind == "version" else CorruptCheckpoint
+        with pytest.raises(error, match=DEEP[kind]):
+            Checkpointer(root, rank=rank, world_size=WORLD, run_id="x").load(info, found, strict=False)
+        assert same(found, before)
+
+
+def test_a_load_into_no_buffer_touches_no_destination_either(root: Path):
+    damage(root, "bit")
+    found, before = blank(0, 1), blank(0, 1)
+    ck = Checkpointer(root, config=CheckpointConfig(load_buffer_bytes=0))
+    with pytest.raises(CorruptCheckpoint, match=DEEP["bit"]):
+        ck.load(newest(root), found)
+    assert same(found, before)
+
+
+def test_a_checkpoint_found_damaged_is_passed_over_by_every_rank_from_then_on(
+    root: Path, caplog: pytest.LogCaptureFixture
+):
+    damage(root, "bit")
+
+    def load(rank: int) -> int:
+        ck = Checkpointer(root, rank=rank, world_size=WORLD, run_id="again")
+        info = ck.latest()
+        assert info is not None
+        try:
+            return ck.load(info, blank(rank, WORLD)).step
+        except CorruptCheckpoint:
+            return -1
+
+    first = [load(rank) for rank in range(WORLD)]
+    assert first == [-1, 1]
+    assert ranks(WORLD, load) == [1, 1]
+    assert "rank 0 found it damaged: " in caplog.text
+    assert "remove BAD.json there to use it again" in caplog.text
+
+
+def test_the_sound_part_of_a_damaged_checkpoint_can_still_be_read(root: Path):
+    damage(root, "missing")
+    gone, _ = place_of(root, "flat")
+    reader = open_reader(newest(root))
+    sound = [
+        n
+        for n in ("whole", "scalar", "box")
+        if all(Path(r.file).name != gone.name for r in reader.table.rows(n))
+    ]
+    assert sound
+    found = checkpoint.read(newest(root), sound)
+    assert all(torch.equal(found[name], values(2)[name]) for name in sound)
+
+
+def test_every_flipped_bit_is_found_and_no_wrong_tensor_is_exposed(root: Path):
+    info = newest(root)
+    expected = state(values(2), 0, WORLD)
+    files = [path for path in Path(info.path).iterdir() if path.is_file()]
+    places = [(path, position) for path in files for position in range(path.stat().st_size)]
+    generator = random.Random(0)
+    for path, position in generator.sample(places, 200):
+        bit = generator.randrange(8)
+        flip(path, position, bit)
+        assert not checkpoint.verify(info.path).ok, f"{path.name}, byte {position}, bit {bit}"
+        found = blank(0, WORLD)
+        try:
+            Checkpointer(root, rank=0, world_size=WORLD, run_id="x").load(info, found)
+        except (CorruptCheckpoint, UnsupportedFormat):
+            assert same(found, blank(0, WORLD))
+        else:
+            assert same(found, expected)
+        flip(path, position, bit)
+        Path(info.path, "BAD.json").unlink(missing_ok=True)
+    assert checkpoint.verify(info.path).ok
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(step=-1), "step: -1 is not a count"),
+        (lambda tree: tree.update(world_size="2"), "world_size: '2' is not a count"),
+        (lambda tree: tree.update(run_id=None), "run_id and created must be text"),
+        (lambda tree: tree.update(surprise=1), "is not a commit record"),
+        (lambda tree: tree.pop("files"), "is not a commit record"),
+        (
+            lambda tree: tree["files"][0].update(path="../../etc/passwd"),
+            r"'../../etc/passwd' is not the name of a file",
+        ),
+        (lambda tree: tree["files"][0].update(path=".hidden"), "'.hidden' is not the name of a file"),
+        (lambda tree: tree["files"][0].update(head_bytes=1 << 60), "make no sense"),
+        (lambda tree: tree.update(shared={"$": "exec", "value": 1}), "holds a value of unknown kind 'exec'"),
+    ],
+)
+def test_a_forged_record_is_refused_even_with_a_good_fingerprint(
+    root: Path, change: Callable[[dict[str, object]], None], message: str
+):
+    info = newest(root)
+    rewrite(info, change, sign=True)
+    with pytest.raises(CorruptCheckpoint, match=message):
+        Checkpointer(root).load(info, blank(0, 1))
