@@ -27,7 +27,7 @@ SECTION_BYTES = 64 * 1024
 TOKENS_COLUMN = "tokens"
 """Parquet column of ready-made token ids, taken where the text column is absent."""
 
-_ROWS_PER_READ = 1024
+_ROWS_PER_READ = 128
 
 Cursor = tuple[int, int, int]
 """Where reading of a file continues, in numbers that mean something to its reader only. START reads all."""
@@ -85,9 +85,8 @@ def cut(stream: IO[bytes], *, inside: bool = False) -> Iterator[tuple[bytes, boo
             if buffer:
                 yield buffer, True
             return
-        end = buffer.find(b"\n", SECTION_BYTES - 1, 2 * SECTION_BYTES) + 1 or _character_start(
-            buffer, 2 * SECTION_BYTES
-        )
+        end = buffer.find(b"\n", SECTION_BYTES - 1, 2 * SECTION_BYTES) + 1
+        end = end or _character_start(buffer, 2 * SECTION_BYTES)
         yield buffer[:end], False
         buffer = buffer[end:]
 
@@ -125,7 +124,7 @@ def _text_of_line(line: bytes, text_key: str, where: str, *, first: bool) -> byt
         return None
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableSourceError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise UnreadableSourceError(f"{where}: a JSON object is wanted, this is a {type(row).__name__}")
@@ -166,13 +165,14 @@ def _parquet_pieces(file: SourceFile, text_key: str, cursor: Cursor) -> Iterator
 
 def _parquet_columns(schema: pa.Schema, text_key: str, url: str) -> list[str]:
     prepared = PREPARED_METADATA_KEY in (schema.metadata or {})
-    if text_key in schema.names and not prepared:
+    if text_key in schema.names:
         kind = schema.field(text_key).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
         text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-        if not any(is_text(value) for is_text in text):
+        if any(is_text(value) for is_text in text):
+            return [text_key]
+        if text_key != TOKENS_COLUMN:
             raise TextKeyError(f"{url}: column '{text_key}' holds {kind}, not strings")
-        return [text_key]
     if TOKENS_COLUMN in schema.names:
         kind = schema.field(TOKENS_COLUMN).type
         if _is_list(kind) and pa.types.is_integer(kind.value_type):
@@ -194,7 +194,7 @@ def _rows(batch: pa.RecordBatch, where: str) -> Iterator[_RowPieces]:
     """Per row: its pieces, each with whether it ends the document, and whether it ends the row."""
     column = batch.column(0)
     if not _is_list(column.type):
-        for text in column.cast(pa.string()).cast(pa.large_binary()).to_pylist():
+        for text in column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
             yield ((content, last, last) for content, last in cut(io.BytesIO(text or b"")))
         return
     ends = batch.column(1).to_pylist() if batch.num_columns > 1 else None
@@ -202,12 +202,8 @@ def _rows(batch: pa.RecordBatch, where: str) -> Iterator[_RowPieces]:
         values = column[index].values
         if values is not None and values.null_count:
             raise UnreadableSourceError(f"{where}: column '{TOKENS_COLUMN}' holds a null token")
-        tokens = (
-            np.zeros(0, np.int64)
-            if values is None
-            else values.to_numpy(zero_copy_only=False).astype(np.int64)
-        )
-        yield _cut_tokens(tokens, ends is None or ends[index])
+        tokens = np.zeros(0, np.int64) if values is None else values.to_numpy(zero_copy_only=False)
+        yield _cut_tokens(tokens.astype(np.int64), ends is None or ends[index])
 
 
 def _cut_tokens(tokens: NDArray[np.int64], ends: bool) -> _RowPieces:

@@ -217,5 +217,6 @@ def _check(
     if len(dataset) < global_sequences:
         raise TooFewTokensError(
             f"{dataset.info.source}: {len(dataset)} windows of {dataset.sequence_length} tokens, "
-            f"one step takes {global_sequences}: more text, or smaller batch.global_sequences or data.sequence_length"
+            f"one step takes {global_sequences}: "
+            "more text, or smaller batch.global_sequences or data.sequence_length"
         )

@@ -25,7 +25,6 @@ from trainsys.data.errors import SourceChangedError, TokenRangeError, TooFewToke
 from trainsys.data.journal import Journal, Ledger, array_bytes
 from trainsys.data.plan import Plan
 from trainsys.data.prepared import (
-    META,
     SPLITS,
     UNIGRAM,
     PreparedInfo,
@@ -36,7 +35,7 @@ from trainsys.data.prepared import (
     is_prepared,
     read_prepared,
 )
-from trainsys.data.shard import ShardFormat, ShardInfo, ShardWriter, TokenDtype, token_dtype
+from trainsys.data.shard import META, ShardFormat, ShardInfo, ShardWriter, TokenDtype, token_dtype
 from trainsys.data.source import SourceFile, find_files
 
 _BATCH_BYTES = 4 << 20

@@ -20,15 +20,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from trainsys.data.errors import PreparedError
-from trainsys.data.shard import ShardFormat, ShardInfo, TokenDtype, shard_digest
+from trainsys.data.shard import META, PREPARED_KIND, ShardFormat, ShardInfo, TokenDtype, shard_digest
 from trainsys.data.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
-META = "meta.json"
 UNIGRAM = "unigram.npy"
-_KIND = "trainsys.tokens"
 _VERSION = 1
 
 
@@ -90,7 +88,7 @@ def is_prepared(path: Path) -> bool:
     """Whether `path` is a folder that `prepare` finished."""
     try:
         with (path / META).open(encoding="utf-8", errors="replace") as file:
-            return _KIND in file.read(200)
+            return PREPARED_KIND in file.read(200)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -164,14 +162,14 @@ def dump_meta(info: PreparedInfo) -> str:
     """The text of `meta.json`: the same for the same content, wherever and whenever it is written."""
     fields = asdict(info)
     del fields["path"]
-    return json.dumps({"kind": _KIND, "version": _VERSION, **fields}, indent=1) + "\n"
+    return json.dumps({"kind": PREPARED_KIND, "version": _VERSION, **fields}, indent=1) + "\n"
 
 
 def _parse(path: Path) -> PreparedInfo:
     file = path / META
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if fields.pop("kind") != _KIND:
+        if fields.pop("kind") != PREPARED_KIND:
             raise PreparedError(f"{file}: not the manifest of prepared tokens")
         version = fields.pop("version")
         if version != _VERSION:

@@ -28,8 +28,11 @@ TokenDtype = Literal["uint16", "uint32"]
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 BATCH_TOKENS = 1 << 20
-PREPARED_METADATA_KEY = b"trainsys.tokens"
-"""Marks the schema of our own shards."""
+META = "meta.json"
+"""Manifest of a prepared folder."""
+PREPARED_KIND = "trainsys.tokens"
+"""What a manifest says it is; as bytes, the key that marks the schema of a shard."""
+PREPARED_METADATA_KEY = PREPARED_KIND.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Lets go of the file, complete or not."""
+        if isinstance(self._writer, pq.ParquetWriter):
+            # Its finaliser would write a footer to what is no file any more.
+            self._writer.is_open = False
         self._file.close()
 
     def _flush(self) -> None:

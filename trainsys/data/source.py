@@ -19,6 +19,7 @@ import pyarrow as pa
 from fsspec.registry import known_implementations
 
 from trainsys.data.errors import NoSourceError, UnreadableSourceError
+from trainsys.data.shard import META, PREPARED_KIND
 
 Kind = Literal["text", "jsonl", "parquet"]
 
@@ -80,8 +81,8 @@ class SourceFile:
 def find_files(path: str) -> list[SourceFile]:
     """Every file `path` means, sorted by path.
 
-    A folder is walked recursively; in it, hidden entries and files of unknown kinds are passed over. A file
-    named outright, or matched by a glob, must be of a known kind.
+    A folder is walked recursively; in it, hidden entries, files of unknown kinds, prepared folders and links
+    to folders are passed over. A file named outright, or matched by a glob, must be of a known kind.
 
     Raises:
         NoSourceError: nothing there, an unknown kind, or a protocol that is unknown or not installed.
@@ -93,7 +94,9 @@ def find_files(path: str) -> list[SourceFile]:
     try:
         return _find(path, filesystem, root)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NoSourceError(f"{path}: nothing there") from error
+        inside = error.filename is not None and str(error.filename) != root
+        what = f"{error.filename} leads nowhere" if inside else "nothing there"
+        raise NoSourceError(f"{path}: {what}") from error
     except OSError as error:
         raise UnreadableSourceError(f"{path}: cannot be listed: {_one_line(error)}") from error
 
@@ -103,32 +106,53 @@ def _find(path: str, filesystem: Any, root: str) -> list[SourceFile]:
         info = filesystem.info(root)
     except FileNotFoundError:
         if not any(character in root for character in "*?["):
-            raise NoSourceError(f"{path}: nothing there") from None
-        matched = filesystem.glob(root, detail=True)
-        files = sorted((name, entry) for name, entry in matched.items() if entry["type"] == "file")
-        if not files:
-            raise NoSourceError(f"{path}: the pattern matches no file") from None
-        return [_named_file(filesystem, name, entry) for name, entry in files]
+            raise
+        return _matched(path, filesystem, root)
     if info["type"] != "directory":
         return [_named_file(filesystem, root, info)]
+    return _walked(path, filesystem, root)
+
+
+def _matched(path: str, filesystem: Any, pattern: str) -> list[SourceFile]:
+    """The files a glob matches; hidden ones only where the pattern spells a dot."""
+    matched = _files(filesystem, filesystem.glob(pattern, detail=True))
+    if "/." not in pattern:
+        matched = {name: entry for name, entry in matched.items() if not _is_hidden(name)}
+    if not matched:
+        raise NoSourceError(f"{path}: the pattern matches no file")
+    return [_named_file(filesystem, name, entry) for name, entry in sorted(matched.items())]
+
+
+def _walked(path: str, filesystem: Any, root: str) -> list[SourceFile]:
+    """The files of known kinds under a folder, but for hidden ones and for prepared folders."""
     entries = filesystem.find(root, detail=True)
-    visible = {
-        name: entry
-        for name, entry in entries.items()
-        if not _is_hidden(name.removeprefix(root)) and entry["type"] == "file"
-    }
+    seen = {name: entry for name, entry in entries.items() if not _is_hidden(name.removeprefix(root))}
+    files = _files(filesystem, seen)
+    prepared = tuple(
+        name.removesuffix(META)
+        for name, entry in files.items()
+        if name.endswith(f"/{META}") and PREPARED_KIND.encode() in filesystem.cat_file(name, 0, 200)
+    )
+    files = {name: entry for name, entry in files.items() if not name.startswith(prepared)}
     known = [
         _file(filesystem, name, entry, kind)
-        for name, entry in sorted(visible.items())
+        for name, entry in sorted(files.items())
         if (kind := _kind(name)) is not None
     ]
     if not known:
-        suffixes = ", ".join(
-            sorted({PurePosixPath(name).suffix or PurePosixPath(name).name for name in visible})[:8]
-        )
-        found = f"found only {suffixes}" if suffixes else "it is empty"
+        suffixes = {PurePosixPath(name).suffix or PurePosixPath(name).name for name in files}
+        found = f"found only {', '.join(sorted(suffixes)[:8])}" if suffixes else "it is empty"
+        found = "a prepared folder is used from a local disk, as data.path alone" if prepared else found
         raise NoSourceError(f"{path}: no file of a known kind in this folder ({found}); {_known_kinds()}")
     return known
+
+
+def _files(filesystem: Any, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The entries that are files, or links to files; links to folders are not followed."""
+    followed = {
+        name: filesystem.info(name) if entry.get("islink") else entry for name, entry in entries.items()
+    }
+    return {name: entry for name, entry in followed.items() if entry["type"] == "file"}
 
 
 def _stdlib_files() -> list[SourceFile]:
@@ -168,16 +192,15 @@ def _named_file(filesystem: Any, name: str, info: Mapping[str, Any]) -> SourceFi
     if kind is None:
         suffix = PurePosixPath(name).suffix
         what = f"unknown file kind '{suffix}'" if suffix else "a file without a suffix"
-        raise NoSourceError(f"{filesystem.unstrip_protocol(name)}: {what}; {_known_kinds()}")
+        raise NoSourceError(f"{_url(filesystem, name)}: {what}; {_known_kinds()}")
     return _file(filesystem, name, info, kind)
 
 
 def _file(filesystem: Any, name: str, info: Mapping[str, Any], kind: Kind) -> SourceFile:
     version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     suffix = PurePosixPath(name).suffix.lower()
-    local = filesystem.protocol == "file" or "file" in filesystem.protocol
     return SourceFile(
-        url=name if local else str(filesystem.unstrip_protocol(name)),
+        url=_url(filesystem, name),
         path=name,
         kind=kind,
         compression=suffix[1:] if suffix in COMPRESSION_SUFFIXES else "",
@@ -185,6 +208,12 @@ def _file(filesystem: Any, name: str, info: Mapping[str, Any], kind: Kind) -> So
         version=version,
         filesystem=filesystem,
     )
+
+
+def _url(filesystem: Any, name: str) -> str:
+    """How a person would name the file: its path where it is local."""
+    local = "file" in filesystem.protocol
+    return name if local else str(filesystem.unstrip_protocol(name))
 
 
 def _kind(name: str) -> Kind | None:
@@ -198,7 +227,8 @@ def _kind(name: str) -> Kind | None:
 
 
 def _known_kinds() -> str:
-    return "known are .parquet, .jsonl and plain text (.txt, .md, .py, ...); the last two also as .gz, .bz2, .xz, .zst"
+    return "known are .parquet, .jsonl and plain text (.txt, .md, .py, ...); "
+        "the last two also as .gz, .bz2, .xz, .zst"
 
 
 def _is_hidden(relative: str) -> bool:
