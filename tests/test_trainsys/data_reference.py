@@ -13,7 +13,7 @@ from trainsys.data import prepare, read_prepared
 
 
 def documents(folder: Path, split: str) -> list[list[int]]:
-    """Every document of the split, in order, with its end token: all rows as Python lists, joined by index."""
+    """Every document of the split, in order, with its end token: rows as Python lists, joined by index."""
     found: list[list[int]] = []
     for path in sorted((folder / split).glob("*.arrow")):
         with pa.OSFile(str(path)) as file:

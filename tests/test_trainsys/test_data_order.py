@@ -1,4 +1,4 @@
-"""The order of samples: bijective for every size, even, different by seed and epoch, cheap at any position."""
+"""The order of samples: bijective for every size, even, another by seed and epoch, cheap at any position."""
 
 from __future__ import annotations
 

@@ -227,8 +227,8 @@ def _kind(name: str) -> Kind | None:
 
 
 def _known_kinds() -> str:
-    return "known are .parquet, .jsonl and plain text (.txt, .md, .py, ...); "
-        "the last two also as .gz, .bz2, .xz, .zst"
+    text = "plain text (.txt, .md, .py, ...)"
+    return f"known are .parquet, .jsonl and {text}; the last two also as .gz, .bz2, .xz, .zst"
 
 
 def _is_hidden(relative: str) -> bool:
