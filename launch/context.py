@@ -75,9 +75,11 @@ class RankContext:
 
     def close(self) -> None:
         """Leave the process group that `init_process_group` joined. Idempotent."""
+        if not self._joined:
+            return
         import torch.distributed as dist
 
-        if self._joined and dist.is_initialized():
+        if dist.is_initialized():  # the entry may have left by itself
             dist.destroy_process_group()
         self._joined = False
 

@@ -51,3 +51,4 @@ class JobResult:
     killed: list[int]
     """Ranks that had not left when the grace period of a stop was over."""
     duration_s: float
+    """Seconds from when all ranks were started until all had ended."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from launch import verdict
 from launch.entry import Raised, Returned
@@ -117,6 +117,7 @@ def _settle(watch: _Watch) -> None:
 
 def _collect_stacks(watch: _Watch) -> None:
     """Have ranks say where they are; one that froze cannot, its peers can."""
+    watch.quiet = True  # the report shows them, after the rank at fault
     watch.ranks.dump_stacks()
     deadline_s = watch.now_s + _STACKS_S
     while watch.now_s < deadline_s:
@@ -131,17 +132,19 @@ class _Watch:
         self.ranks = ranks
         self.now_s = 0.0
         """Time under supervision: it stands still while the supervisor itself is suspended."""
+        self.quiet = False
+        """Do not pass on any more of what rank 0 prints."""
         self.statuses = [RankStatus(rank=rank) for rank in range(job.world_size)]
         self._job = job
         self._on_output = on_output
         self._read_bytes = 0
-        self._started_s = self._looked_s = time.monotonic()
+        self._looked_s = time.monotonic()
 
     def look(self) -> None:
-        """Bring the statuses up to date and pass on what rank 0 printed since, unless a rank has failed.
+        """Bring the statuses up to date and pass on what rank 0 printed since; nothing once a rank has failed.
 
-        A failing rank publishes its outcome before it prints its traceback: read in the opposite order here,
-        so that rank 0's complaint about a lost peer is not shown before the cause.
+        A failing rank publishes its outcome before it prints its traceback. Here the printed text is read before
+        the outcomes, so that rank 0's complaint about a lost peer is never shown ahead of the cause.
         """
         printed = self._read_new()
         reports = self.ranks.poll()
@@ -152,10 +155,11 @@ class _Watch:
             verdict.observe(status, report, self.now_s)
             for status, report in zip(self.statuses, reports, strict=True)
         ]
-        if printed and not verdict.ended_badly(self.statuses):
+        self.quiet = self.quiet or verdict.ended_badly(self.statuses)
+        if printed and not self.quiet:
             self._on_output(printed)
 
-    def finish(self, outcome: Any) -> JobResult:
+    def finish(self, outcome: Literal["completed", "stopped"]) -> JobResult:
         """End what still runs, and tell how the job ended."""
         self.ranks.kill()
         printed = self._read_new()
@@ -165,12 +169,15 @@ class _Watch:
             outcome=outcome,
             results=[s.outcome.value if isinstance(s.outcome, Returned) else None for s in self.statuses],
             killed=[status.rank for status in self.statuses if status.unfinished],
-            duration_s=time.monotonic() - self._started_s,
+            duration_s=self.now_s,
         )
 
     def fail(self, fault: Fault, limits: Limits) -> None:
         """End every rank and raise the RankFailed that tells of all, the one at fault first."""
-        notes = [(status, verdict.describe(status, fault, limits, self.now_s)) for status in self.statuses]
+        notes = [
+            (status, verdict.describe(self.statuses, status.rank, fault, limits, self.now_s))
+            for status in self.statuses
+        ]
         self.ranks.kill()
         ended = self.statuses[fault.rank].exit
         raise RankFailed(

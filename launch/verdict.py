@@ -185,9 +185,10 @@ def blame(statuses: Sequence[RankStatus], limits: Limits, now_s: float) -> Fault
     return _fault(min(failed, key=_failure_order))
 
 
-def describe(status: RankStatus, fault: Fault, limits: Limits, now_s: float) -> str:
+def describe(statuses: Sequence[RankStatus], rank: int, fault: Fault, limits: Limits, now_s: float) -> str:
     """One line on a rank for a failure report."""
-    blamed = fault.rank == status.rank
+    status = statuses[rank]
+    blamed = fault.rank == rank
     if isinstance(status.outcome, Raised):
         return f"raised {status.outcome.summary}"
     if status.exit is not None and status.failed:
@@ -205,7 +206,9 @@ def describe(status: RankStatus, fault: Fault, limits: Limits, now_s: float) -> 
     if blamed and fault.reason == "frozen":
         return f"frozen: no sign of life for {alive_s:.1f} s{_where(status)}"
     if blamed and fault.reason == "hung":
-        return f"hung: no progress for {progress_s:.1f} s{_where(status)}"
+        level = [str(other.rank) for other in statuses if other is not status and _level(other, status)]
+        tie = f"; no further behind than rank {', '.join(level)}: compare their stacks" if level else ""
+        return f"hung: no progress for {progress_s:.1f} s{_where(status)}{tie}"
     return f"running{_where(status)}, last progress {progress_s:.1f} s ago"
 
 
@@ -218,6 +221,16 @@ def _advance(status: RankStatus) -> tuple[int, float, int]:
     """Orders ranks by how far their loop got."""
     assert status.pulse is not None
     return status.pulse.step, status.progress_at_s, status.pulse.progress_count
+
+
+def _level(one: RankStatus, other: RankStatus) -> bool:
+    """Whether nothing but their stacks can tell which of two ranks stopped first."""
+    return (
+        one.unfinished
+        and one.pulse is not None
+        and other.pulse is not None
+        and (one.pulse.step, one.pulse.progress_count) == (other.pulse.step, other.pulse.progress_count)
+    )
 
 
 def _failure_order(status: RankStatus) -> tuple[float, int, float]:
