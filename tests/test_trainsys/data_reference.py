@@ -38,9 +38,7 @@ def texts(folder: Path, split: str) -> list[bytes]:
 
 def window(folder: Path, split: str, index: int, sequence_length: int) -> tuple[list[int], list[int]]:
     """Tokens and document numbers of one window, by walking over the whole split."""
-    stream = [
-        (token, number) for number, document in enumerate(documents(folder, split)) for token in document
-    ]
+    stream = [(token, number) for number, document in enumerate(documents(folder, split)) for token in document]
     cut = stream[index * sequence_length : index * sequence_length + sequence_length + 1]
     return [token for token, _ in cut], [number - cut[0][1] for _, number in cut]
 
@@ -58,8 +56,6 @@ def write_lines(folder: Path, num_files: int, seed: int = 0) -> Path:
 
 def prepared(source: Path | str, out_dir: Path, **settings: object) -> Path:
     """The folder prepared from `source` with data settings or arguments of `prepare`."""
-    arguments = {
-        name: settings.pop(name) for name in ("format", "shard_tokens", "on_progress") if name in settings
-    }
+    arguments = {name: settings.pop(name) for name in ("format", "shard_tokens", "on_progress") if name in settings}
     config = DataConfig(path=str(source), **settings)  # type: ignore[arg-type]
     return prepare(config, out_dir, **arguments).path  # type: ignore[arg-type]

@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 from trainsys.data.document import LONG_DOCUMENT_BYTES, SECTION_BYTES, Piece, cut, read_pieces
 from trainsys.data.source import find_files
 
-LETTERS = st.sampled_from(
-    [b"a", b"line\n", "ä".encode(), "😀".encode(), b"\n\n", b"\x80\x80\x80\x80", b"word "]
-)
+LETTERS = st.sampled_from([b"a", b"line\n", "ä".encode(), "😀".encode(), b"\n\n", b"\x80\x80\x80\x80", b"word "])
 
 
 @st.composite
@@ -90,11 +88,7 @@ def write_source(kind: str, folder: Path) -> Path:
 
 
 def same(first: Piece, second: Piece) -> bool:
-    return (
-        bytes(first.content) == bytes(second.content)
-        and first.last == second.last
-        and first.cursor == second.cursor
-    )
+    return bytes(first.content) == bytes(second.content) and first.last == second.last and first.cursor == second.cursor
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "jsonl.gz", "parquet", "tokens"])

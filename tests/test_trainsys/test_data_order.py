@@ -40,18 +40,17 @@ def test_samples_at_any_position_are_in_range_and_those_of_one_by_one(
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_every_permutation_of_a_few_samples_is_equally_frequent(size: int) -> None:
     permutations = list(itertools.permutations(range(size)))
-    per_permutation = 80
+    per_permutation = 50
     seen = Counter(
-        tuple(Order(size, seed).samples(0, size).tolist())
-        for seed in range(per_permutation * len(permutations))
+        tuple(Order(size, seed).samples(0, size).tolist()) for seed in range(per_permutation * len(permutations))
     )
     chi_squared = sum((seen[p] - per_permutation) ** 2 / per_permutation for p in permutations)
     assert chi_squared < _chi_squared_limit(len(permutations) - 1)
 
 
-@pytest.mark.parametrize("size", [7, 24, 33, 100])
+@pytest.mark.parametrize("size", [7, 24, 33])
 def test_every_sample_is_equally_frequent_at_every_position(size: int) -> None:
-    per_cell = 60
+    per_cell = 50
     counts = np.zeros((size, size))
     order = Order(size, seed=11)
     for epoch in range(per_cell * size):

@@ -17,15 +17,8 @@ import pytest
 
 from tests.test_trainsys.data_reference import prepared, texts
 from trainsys.config import DataConfig
-from trainsys.data import (
-    NoSourceError,
-    PreparedError,
-    TextKeyError,
-    UnreadableSourceError,
-    ensure_prepared,
-    prepare,
-    read_prepared,
-)
+from trainsys.data import ensure_prepared, prepare, read_prepared
+from trainsys.data.errors import NoSourceError, PreparedError, TextKeyError, UnreadableSourceError
 from trainsys.data.source import find_files
 
 WORDS = [b"one\n", "zwei äöü\n".encode(), b"three\n"]
@@ -114,9 +107,7 @@ def test_what_was_prepared_inside_the_source_is_no_part_of_it(
 def test_a_prepared_folder_cannot_be_read_as_text(tmp_path: Path) -> None:
     folder = prepared(write_words(tmp_path / "corpus"), tmp_path / "out", validation_fraction=0.0)
     config = DataConfig(path=str(tmp_path / "corpus"), validation_path=str(folder))
-    with pytest.raises(
-        NoSourceError, match=r"a prepared folder is used from a local disk, as data.path alone"
-    ):
+    with pytest.raises(NoSourceError, match=r"a prepared folder is used from a local disk, as data.path alone"):
         prepare(config, tmp_path / "again")
 
 
@@ -357,9 +348,7 @@ def test_a_url_that_changed_is_prepared_anew(tmp_path: Path, memory: str) -> Non
     [{"text_key": "body"}, {"validation_fraction": 0.25}, {"validation_path": "validation"}],
     ids=str,
 )
-def test_another_setting_that_decides_the_tokens_is_prepared_apart(
-    tmp_path: Path, setting: dict[str, object]
-) -> None:
+def test_another_setting_that_decides_the_tokens_is_prepared_apart(tmp_path: Path, setting: dict[str, object]) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(jsonl([{"text": f"{i}", "body": f"body {i}"} for i in range(40)]))

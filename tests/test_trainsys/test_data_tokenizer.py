@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 
 from tests.test_trainsys.data_reference import documents, prepared, texts, write_lines
 from trainsys.config import DataConfig
-from trainsys.data import (
-    PreparedError,
-    TokenDataset,
-    TokenizerError,
-    ensure_prepared,
-    load_tokenizer,
-    prepare,
-    read_prepared,
-)
+from trainsys.data import TokenDataset, ensure_prepared, load_tokenizer, prepare, read_prepared
+from trainsys.data.errors import PreparedError, TokenizerError
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on\n"
 
@@ -113,9 +106,7 @@ def test_a_folder_says_which_token_ends_a_text(tmp_path: Path, eos: object) -> N
 def test_a_folder_that_transformers_wrote_is_loaded(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    original = PreTrainedTokenizerFast(
-        tokenizer_object=backend("<s>", "</s>"), eos_token="</s>", bos_token="<s>"
-    )
+    original = PreTrainedTokenizerFast(tokenizer_object=backend("<s>", "</s>"), eos_token="</s>", bos_token="<s>")
     original.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     (ids,) = tokenizer.encode_batch([TEXT])
@@ -150,9 +141,7 @@ def test_a_folder_without_tokenizer_json_is_converted_by_transformers(tmp_path: 
         ({"README.md": "nothing here"}, "not a tokenizer folder"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used_says_why(
-    tmp_path: Path, files: dict[str, str], message: str
-) -> None:
+def test_a_tokenizer_that_cannot_be_used_says_why(tmp_path: Path, files: dict[str, str], message: str) -> None:
     folder = tmp_path / "tokenizer"
     for name, content in files.items():
         folder.mkdir(exist_ok=True)
@@ -205,18 +194,14 @@ def test_a_prepared_folder_carries_its_tokenizer(tmp_path: Path, tokenizer_json:
     assert TokenDataset(info.path, "train", 16).window(0)[0].tolist() == documents(info.path, "train")[0][:17]
 
 
-def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(
-    tmp_path: Path, tokenizer_json: Path
-) -> None:
+def test_another_tokenizer_than_that_of_a_prepared_folder_is_refused(tmp_path: Path, tokenizer_json: Path) -> None:
     source = write_lines(tmp_path / "corpus", 30)
     folder = prepared(source, tmp_path / "out", tokenizer=str(tokenizer_json))
     for same in ("bytes", str(tokenizer_json)):
         assert ensure_prepared(DataConfig(path=str(folder), tokenizer=same), tmp_path / "cache") == folder
     backend("<|endoftext|>").save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(PreparedError, match=r"prepared with another tokenizer than .* \(data.tokenizer\)"):
-        ensure_prepared(
-            DataConfig(path=str(folder), tokenizer=str(tmp_path / "tokenizer.json")), tmp_path / "cache"
-        )
+        ensure_prepared(DataConfig(path=str(folder), tokenizer=str(tmp_path / "tokenizer.json")), tmp_path / "cache")
 
 
 def test_a_large_vocabulary_takes_wider_tokens(tmp_path: Path) -> None:

@@ -24,15 +24,14 @@ from trainsys.data import (
     DataPosition,
     MicroBatch,
     Order,
-    PreparedError,
     ResumeError,
     StepBatch,
     TokenDataset,
-    TooFewTokensError,
     ValidationSet,
 )
 from trainsys.data import shard as shard_module
 from trainsys.data.batch import micro_batch
+from trainsys.data.errors import PreparedError, TooFewTokensError
 
 LENGTH = 24
 
@@ -43,8 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("windows")
     generator = np.random.default_rng(0)
     lines = [
-        f'{{"text": "{"abcdefgh" * 50}"}}'.replace("abcdefgh" * 50, "x" * n)
-        for n in generator.integers(1, 400, 200)
+        f'{{"text": "{"abcdefgh" * 50}"}}'.replace("abcdefgh" * 50, "x" * n) for n in generator.integers(1, 400, 200)
     ]
     (root / "a.jsonl").write_text("\n".join(lines))
     write_lines(root / "texts", 5)
@@ -155,9 +153,7 @@ def test_a_shard_that_shrank_after_opening_is_named(tmp_path: Path) -> None:
 
 def test_parquet_shards_are_not_windows(tmp_path: Path) -> None:
     out = prepared(write_lines(tmp_path / "corpus", 9), tmp_path / "out", format="parquet")
-    with pytest.raises(
-        PreparedError, match=r"its shards are parquet; ensure_prepared makes Arrow shards of them"
-    ):
+    with pytest.raises(PreparedError, match=r"its shards are parquet; ensure_prepared makes Arrow shards of them"):
         TokenDataset(out, "train", 8)
 
 
@@ -165,9 +161,7 @@ def test_too_few_tokens_for_a_window_names_the_numbers_and_the_remedy(tmp_path: 
     (tmp_path / "a.jsonl").write_text('{"text": "12345"}\n{"text": "12"}')
     out = prepared(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0)
     assert len(TokenDataset(out, "train", 8)) == 1
-    with pytest.raises(
-        TooFewTokensError, match=r"9 tokens in train, one window needs 10: .* data.sequence_length"
-    ):
+    with pytest.raises(TooFewTokensError, match=r"9 tokens in train, one window needs 10: .* data.sequence_length"):
         TokenDataset(out, "train", 9)
     with pytest.raises(TooFewTokensError, match=r"nothing is held out; set data.validation_fraction"):
         TokenDataset(out, "validation", 8)
@@ -197,9 +191,7 @@ def reference_micro_batch(windows: list[tuple[list[int], list[int]]], mask: bool
 
 def as_lists(batch: MicroBatch) -> dict[str, Any]:
     fields = {name: getattr(batch, name) for name in MicroBatch.__slots__}
-    return {
-        name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in fields.items()
-    }
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in fields.items()}
 
 
 @given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=6), min_size=1, max_size=4), st.booleans())
@@ -420,9 +412,7 @@ def test_closing_wakes_a_step_that_waits(folder: Path) -> None:
         ({"prefetch": 0}, "prefetch: 0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(
-    dataset: TokenDataset, settings: dict[str, int], message: str
-) -> None:
+def test_sizes_that_do_not_fit_are_refused(dataset: TokenDataset, settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loader(dataset, Order(len(dataset), seed=0), **settings)
 
@@ -434,15 +424,11 @@ def test_an_order_of_another_dataset_is_refused(dataset: TokenDataset) -> None:
 
 def test_too_few_windows_for_one_step_names_the_numbers_and_the_remedy(dataset: TokenDataset) -> None:
     size = len(dataset) + 1
-    with pytest.raises(
-        TooFewTokensError, match=rf"{len(dataset)} windows of 24 tokens, one step takes {size}"
-    ):
+    with pytest.raises(TooFewTokensError, match=rf"{len(dataset)} windows of 24 tokens, one step takes {size}"):
         loader(dataset, Order(len(dataset), seed=0), global_sequences=size)
 
 
-def test_a_saved_position_is_resumed_only_on_the_same_data(
-    tmp_path: Path, folder: Path, dataset: TokenDataset
-) -> None:
+def test_a_saved_position_is_resumed_only_on_the_same_data(tmp_path: Path, folder: Path, dataset: TokenDataset) -> None:
     order = Order(len(dataset), seed=1)
     state = DataPosition.of(dataset, order, 480).state_dict()
     assert state["position"] == 480
@@ -464,9 +450,7 @@ def test_a_saved_position_is_resumed_only_on_the_same_data(
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(("sequences", "micro"), [(1, 1), (10, 4), (64, 8)])
-def test_held_out_sequences_are_dealt_without_remainder(
-    folder: Path, ranks: int, sequences: int, micro: int
-) -> None:
+def test_held_out_sequences_are_dealt_without_remainder(folder: Path, ranks: int, sequences: int, micro: int) -> None:
     dataset = TokenDataset(folder, "validation", LENGTH)
     seen: Counter[tuple[int, ...]] = Counter()
     total, lengths, shapes = 0, set(), set()

@@ -9,21 +9,7 @@ ValidationSet(...)                                  -> the same held-out micro-b
 
 from trainsys.data.batch import IGNORE, MicroBatch, StepBatch
 from trainsys.data.dataset import TokenDataset
-from trainsys.data.errors import (
-    BusyError,
-    DataError,
-    DiskFullError,
-    NoSourceError,
-    PreparedError,
-    ResumeError,
-    SourceChangedError,
-    SourceError,
-    TextKeyError,
-    TokenizerError,
-    TokenRangeError,
-    TooFewTokensError,
-    UnreadableSourceError,
-)
+from trainsys.data.errors import DataError, ResumeError, TokenizerError
 from trainsys.data.loader import BatchLoader, DataPosition
 from trainsys.data.order import Order
 from trainsys.data.pipeline import PrepareProgress
@@ -35,28 +21,18 @@ from trainsys.data.validation import ValidationSet
 __all__ = [
     "IGNORE",
     "BatchLoader",
-    "BusyError",
     "DataError",
     "DataPosition",
-    "DiskFullError",
     "MicroBatch",
-    "NoSourceError",
     "Order",
     "PrepareProgress",
-    "PreparedError",
     "PreparedInfo",
     "ResumeError",
-    "SourceChangedError",
-    "SourceError",
     "SplitInfo",
     "StepBatch",
-    "TextKeyError",
     "TokenDataset",
-    "TokenRangeError",
     "Tokenizer",
     "TokenizerError",
-    "TooFewTokensError",
-    "UnreadableSourceError",
     "ValidationSet",
     "ensure_prepared",
     "load_tokenizer",

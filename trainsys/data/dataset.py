@@ -112,9 +112,7 @@ class TokenDataset:
             if starts[-1] != self._starts[shard + 1]:
                 found = starts[-1] - starts[0]
                 wanted = self._shards[shard].tokens
-                raise PreparedError(
-                    f"{path}: corrupt shard: {found} of {wanted} tokens; prepare the data again"
-                )
+                raise PreparedError(f"{path}: corrupt shard: {found} of {wanted} tokens; prepare the data again")
             opened = self._segments[shard] = (starts, segments)
         return opened
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainsys.data.errors import DiskFullError
+from trainsys.data.errors import DiskFullError, PreparedError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -35,10 +36,12 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def room(out_dir: Path) -> Iterator[None]:
-    """Turns what a full disk (or quota) raises into DiskFullError."""
+    """Turns what a full disk or quota raises into DiskFullError, and a refused write into PreparedError."""
     try:
         yield
     except OSError as error:
+        if error.errno in _REFUSED:
+            raise PreparedError(f"{out_dir}: cannot be written ({error}); name another folder") from error
         if error.errno not in _NO_ROOM:
             raise
         raise DiskFullError(

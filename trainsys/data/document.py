@@ -142,9 +142,9 @@ def _text_of_line(line: bytes, text_key: str, where: str, *, first: bool) -> byt
 def _parquet_pieces(file: SourceFile, text_key: str, cursor: Cursor) -> Iterator[Piece]:
     """Cursor: row group, row in it, pieces of that row's document already read."""
     first_group, first_row, skipped = cursor
-    with file.open() as (stream, _):
+    with file.open() as (_, stored):
         try:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stored)
             columns = _parquet_columns(parquet.schema_arrow, text_key, file.url)
             for group in range(first_group, parquet.num_row_groups):
                 consumed = (file.size or 0) * (group + 1) // parquet.num_row_groups

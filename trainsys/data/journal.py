@@ -42,9 +42,7 @@ class Ledger:
     replaced_documents: int = 0
     lowest_train_hash: int = (1 << 64) - 1
     """Smallest hold-out hash that went to train."""
-    totals: dict[Split, SplitTotals] = field(
-        default_factory=lambda: {split: SplitTotals() for split in SPLITS}
-    )
+    totals: dict[Split, SplitTotals] = field(default_factory=lambda: {split: SplitTotals() for split in SPLITS})
     shards: dict[Split, list[ShardInfo]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def split(self, name: Split) -> SplitInfo:

@@ -46,9 +46,7 @@ class BatchLoader:
         """
         _check(dataset, order, global_sequences, micro_sequences, data_rank, data_ranks)
         if sequence_length != dataset.sequence_length:
-            raise ValueError(
-                f"sequence_length: {sequence_length}, but the dataset's is {dataset.sequence_length}"
-            )
+            raise ValueError(f"sequence_length: {sequence_length}, but the dataset's is {dataset.sequence_length}")
         if prefetch < 1:
             raise ValueError(f"prefetch: {prefetch}; at least 1 step")
         self.wait_s = 0.0
@@ -96,9 +94,7 @@ class BatchLoader:
                 self._next_position = position
                 self._changed.notify_all()
             if not self._changed.wait_for(lambda: self._ready or self._error or self._closed, _TIMEOUT_S):
-                raise DataError(
-                    f"data: no batch for position {position} from the reading thread in {_TIMEOUT_S:.0f} s"
-                )
+                raise DataError(f"data: no batch for position {position} from the reading thread in {_TIMEOUT_S:.0f} s")
             if self._closed:
                 raise DataError("data: the loader is closed")
             if not self._ready:

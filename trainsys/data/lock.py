@@ -31,9 +31,7 @@ def exclusive(path: Path, *, stalled_after_s: float, progress: Callable[[], obje
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > stalled_after_s:
-                holder = (
-                    os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "an unknown process"
-                )
+                holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "an unknown process"
                 raise BusyError(
                     f"{path}: {holder} prepares the same data, without progress for {stalled_after_s:.0f} s"
                 )

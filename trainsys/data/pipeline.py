@@ -167,9 +167,7 @@ class Pipeline:
                     if piece.last and len(content) and content[-1] == end:
                         content = content[:-1]
                     piece = replace(piece, content=content)
-                held_out_hash = xxhash.xxh3_64_intdigest(
-                    content if isinstance(content, bytes) else content.tobytes()
-                )
+                held_out_hash = xxhash.xxh3_64_intdigest(content if isinstance(content, bytes) else content.tobytes())
                 chosen: Split = split or ("validation" if held_out_hash < held_out_below else "train")
                 yield _Unit(index, piece, chosen, held_out_hash)
 

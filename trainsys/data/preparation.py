@@ -81,13 +81,9 @@ def _prepared_source(config: DataConfig) -> PreparedInfo | None:
         return None
     info = read_prepared(path)
     if config.validation_path:
-        raise PreparedError(
-            f"{path}: a prepared folder has its held-out split; leave data.validation_path empty"
-        )
+        raise PreparedError(f"{path}: a prepared folder has its held-out split; leave data.validation_path empty")
     if config.tokenizer != "bytes" and load_tokenizer(config.tokenizer).digest != info.tokenizer().digest:
-        raise PreparedError(
-            f"{path}: prepared with another tokenizer than {config.tokenizer} (data.tokenizer)"
-        )
+        raise PreparedError(f"{path}: prepared with another tokenizer than {config.tokenizer} (data.tokenizer)")
     return info
 
 

@@ -110,9 +110,7 @@ def read_prepared(path: Path) -> PreparedInfo:
             elif size != shard.file_bytes:
                 wrong.append(f"{split}/{shard.name} has {size} of {shard.file_bytes} bytes")
     if wrong:
-        raise PreparedError(
-            f"{path}: corrupt: {'; '.join(wrong)}; delete this folder and prepare the data again"
-        )
+        raise PreparedError(f"{path}: corrupt: {'; '.join(wrong)}; delete this folder and prepare the data again")
     return info
 
 
@@ -134,9 +132,7 @@ def verify(path: Path) -> PreparedInfo:
             if found != shard.digest:
                 wrong.append(f"{split}/{shard.name} holds other tokens (digest {found}, not {shard.digest})")
     if wrong:
-        raise PreparedError(
-            f"{path}: corrupt: {'; '.join(wrong)}; delete this folder and prepare the data again"
-        )
+        raise PreparedError(f"{path}: corrupt: {'; '.join(wrong)}; delete this folder and prepare the data again")
     return info
 
 

@@ -168,9 +168,7 @@ def read_segments(path: Path) -> list[Segment]:
         _check_schema(reader.schema, path)
         return [_segment(reader.get_batch(index)) for index in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:
-        raise PreparedError(
-            f"{path}: corrupt shard: {' '.join(str(error).split())}; prepare the data again"
-        ) from error
+        raise PreparedError(f"{path}: corrupt shard: {' '.join(str(error).split())}; prepare the data again") from error
 
 
 def shard_digest(path: Path, format: ShardFormat) -> str:
@@ -192,9 +190,7 @@ def _parquet_segments(path: Path) -> Iterator[Segment]:
             for group in range(file.num_row_groups):
                 yield _segment(file.read_row_group(group).combine_chunks().to_batches()[0])
     except (pa.ArrowException, OSError) as error:
-        raise PreparedError(
-            f"{path}: corrupt shard: {' '.join(str(error).split())}; prepare the data again"
-        ) from error
+        raise PreparedError(f"{path}: corrupt shard: {' '.join(str(error).split())}; prepare the data again") from error
 
 
 def _check_schema(schema: pa.Schema, path: Path) -> None:
@@ -211,8 +207,6 @@ def _segment(batch: pa.RecordBatch) -> Segment:
     )
 
 
-def _digest_rows(
-    digest: Any, values: Tokens, offsets: NDArray[np.int32], documents: NDArray[np.int64]
-) -> None:
+def _digest_rows(digest: Any, values: Tokens, offsets: NDArray[np.int32], documents: NDArray[np.int64]) -> None:
     for array in (values, offsets, documents):
         digest.update(np.ascontiguousarray(array).data)

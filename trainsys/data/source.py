@@ -33,6 +33,7 @@ PARQUET_SUFFIXES = frozenset({".parquet"})
 COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 """May follow a text or JSONL suffix; Parquet compresses inside."""
 
+_BUFFER_BYTES = 1 << 20
 # What file systems call the thing that changes when a file's bytes change, best first.
 _VERSION_KEYS = (
     "ETag",
@@ -73,7 +74,9 @@ class SourceFile:
         """
         try:
             with self.filesystem.open(self.path, "rb") as stored:
-                yield _decompressed(stored, self.compression), stored
+                # A remote file is slow line by line.
+                whole = stored if _is_local(self.filesystem) else io.BufferedReader(stored, _BUFFER_BYTES)
+                yield _decompressed(whole, self.compression), stored
         except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
             raise UnreadableSourceError(f"{self.url}: cannot be read: {_one_line(error)}") from error
 
@@ -149,9 +152,7 @@ def _walked(path: str, filesystem: Any, root: str) -> list[SourceFile]:
 
 def _files(filesystem: Any, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The entries that are files, or links to files; links to folders are not followed."""
-    followed = {
-        name: filesystem.info(name) if entry.get("islink") else entry for name, entry in entries.items()
-    }
+    followed = {name: filesystem.info(name) if entry.get("islink") else entry for name, entry in entries.items()}
     return {name: entry for name, entry in followed.items() if entry["type"] == "file"}
 
 
@@ -161,13 +162,10 @@ def _stdlib_files() -> list[SourceFile]:
     names = sorted(
         file
         for file in root.rglob("*.py")
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(file.relative_to(root).parts)
-        and file.is_file()
+        if not {"site-packages", "dist-packages", "__pycache__"} & set(file.relative_to(root).parts) and file.is_file()
     )
     if not names:
-        raise NoSourceError(
-            f"stdlib: this interpreter has no source text under {root}; name a folder of text"
-        )
+        raise NoSourceError(f"stdlib: this interpreter has no source text under {root}; name a folder of text")
     return [_file(filesystem, str(name), filesystem.info(str(name)), "text") for name in names]
 
 
@@ -179,9 +177,7 @@ def _filesystem(path: str) -> tuple[Any, str]:
         entry: Mapping[str, str] = known_implementations.get(protocol, {})
         module = entry.get("class", "").split(".")[0]
         remedy = f"pip install {module}" if module not in ("", "fsspec") else entry.get("err", str(error))
-        raise NoSourceError(
-            f"{path}: reading {protocol}:// needs a package that is not installed; {remedy}"
-        ) from error
+        raise NoSourceError(f"{path}: reading {protocol}:// needs a package that is not installed; {remedy}") from error
     except ValueError as error:
         raise NoSourceError(f"{path}: {_one_line(error)}") from error
     return filesystem, str(root)
@@ -212,8 +208,11 @@ def _file(filesystem: Any, name: str, info: Mapping[str, Any], kind: Kind) -> So
 
 def _url(filesystem: Any, name: str) -> str:
     """How a person would name the file: its path where it is local."""
-    local = "file" in filesystem.protocol
-    return name if local else str(filesystem.unstrip_protocol(name))
+    return name if _is_local(filesystem) else str(filesystem.unstrip_protocol(name))
+
+
+def _is_local(filesystem: Any) -> bool:
+    return "file" in filesystem.protocol
 
 
 def _kind(name: str) -> Kind | None:

@@ -128,9 +128,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if not path.exists():
-        raise TokenizerError(
-            f"{spec}: no tokenizer there; 'bytes', a tokenizer.json or a tokenizer folder is wanted"
-        )
+        raise TokenizerError(f"{spec}: no tokenizer there; 'bytes', a tokenizer.json or a tokenizer folder is wanted")
     if path.is_file():
         return _from_json(path, path.parent / "tokenizer_config.json", spec)
     if (path / "tokenizer.json").is_file():
@@ -151,13 +149,9 @@ def _from_json(path: Path, config: Path, spec: str) -> Tokenizer:
     names = [named] if named else [name for name in _END_NAMES if backend.token_to_id(name) is not None]
     if not names or backend.token_to_id(names[0]) is None:
         wanted = (
-            f"its end-of-text token '{named}' is not in its vocabulary"
-            if named
-            else "it names no end-of-text token"
+            f"its end-of-text token '{named}' is not in its vocabulary" if named else "it names no end-of-text token"
         )
-        raise TokenizerError(
-            f'{path}: {wanted}; put {{"eos_token": ...}} into tokenizer_config.json beside it'
-        )
+        raise TokenizerError(f'{path}: {wanted}; put {{"eos_token": ...}} into tokenizer_config.json beside it')
     return HuggingFaceTokenizer(backend, names[0], spec)
 
 
