@@ -18,7 +18,7 @@ PARTIAL = $(VENV)/.partial
 RUN_READY  = $(VENV)/.run-ready
 TEST_READY = $(VENV)/.test-ready
 
-.PHONY: help run test lint pytest format clean
+.PHONY: help run test lint style types pytest format clean
 .DEFAULT_GOAL := help
 
 help:  ## Print this list.
@@ -30,9 +30,13 @@ run: $(RUN_READY)  ## Train the default recipe on this machine: trainsys launch 
 
 test: lint pytest  ## Run everything that CI runs: lint, then the whole test suite.
 
-lint: $(TEST_READY)  ## Check style and types.
+lint: style types  ## Check style and types.
+
+style: $(TEST_READY)  ## Check style alone.
 	$(WITH_VENV) ruff check $(SOURCES)
 	$(WITH_VENV) ruff format --check $(SOURCES)
+
+types: $(TEST_READY)  ## Check types alone.
 	$(WITH_VENV) mypy
 
 pytest: $(TEST_READY)  ## Run the tests alone.
