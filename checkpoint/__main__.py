@@ -62,6 +62,7 @@ def _show(options: argparse.Namespace) -> int:
     """Describe one checkpoint and its tensors."""
     reader = access.open_reader(options.path)
     record = reader.record
+    chosen = access.select(reader, options.names, rank="any")
     print(f"path      {reader.url}")
     print(f"step      {record.step}")
     print(f"committed {record.created}, number {record.sequence} of its root")
@@ -70,7 +71,7 @@ def _show(options: argparse.Namespace) -> int:
     print(f"versions  {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
     print(f"shared    {reader.shared!r}\n")
     rows = [("TENSOR", "DTYPE", "SHAPE", "SLICES", "SIZE", "OF RANK")]
-    for name, owner in access.select(reader, options.names, rank="any"):
+    for name, owner in chosen:
         slices = reader.table.rows(name, owner)
         size = _size(sum(row.nbytes for row in slices))
         shape = "x".join(map(str, slices[0].global_shape)) or "scalar"
@@ -88,9 +89,7 @@ def _verify(options: argparse.Namespace) -> int:
     for problem in report.problems:
         print(f"checkpoint: {problem}", file=sys.stderr)
     how = "sizes and slice table" if options.quick else "every byte"
-    verdict = (
-        "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
-    )
+    verdict = "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
     amount = f"{_size(report.nbytes)}, {report.num_tensors} tensors, {took_s:.1f} s"
     print(f"{report.path}: {verdict} ({how}, {amount})")
     return int(not report.ok)
@@ -133,9 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     place = "a checkpoint's folder, or a root (its newest checkpoint is meant); a path or an fsspec URL"
     names = "glob over the tensors' names; quote it (default: all)"
 
-    show = commands.add_parser(
-        "show", help="describe one checkpoint and its tensors", description=_show.__doc__
-    )
+    show = commands.add_parser("show", help="describe one checkpoint and its tensors", description=_show.__doc__)
     show.add_argument("path", help=place)
     show.add_argument("--names", default="*", metavar="GLOB", help=names)
     show.set_defaults(run=_show)

@@ -65,9 +65,7 @@ def read(
     return {name: reader.assemble(name, owner) for name, owner in select(reader, names, rank)}
 
 
-def verify(
-    place: Place, *, deep: bool = True, storage_options: Mapping[str, Any] | None = None
-) -> VerifyReport:
+def verify(place: Place, *, deep: bool = True, storage_options: Mapping[str, Any] | None = None) -> VerifyReport:
     """Check a checkpoint against its commit record: sizes and the slice table, or with `deep` every byte.
 
     A root stands for its newest commit, sound or not. Faults are reported, not raised.

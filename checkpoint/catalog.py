@@ -175,9 +175,13 @@ def remove(storage: Storage, folder: str) -> None:
 
 
 def write_times(storage: Storage, folder: str) -> list[float | None]:
-    """Return when each file of an attempt was last written, by the storage's clock; None if it has none."""
-    folders = (folder, f"{folder}/{PARTS}")
-    return [e.modified_s for f in folders for e in storage.entries(f) if not e.is_folder]
+    """Return when each file of an attempt was last written, by the storage's clock; None if it has none.
+
+    Where folders have a time too, theirs is among them: a folder just made may hold no file yet.
+    """
+    itself = [e for e in storage.entries("") if e.name == folder]
+    inside = [e for f in (folder, f"{folder}/{PARTS}") for e in storage.entries(f)]
+    return [e.modified_s for e in itself + inside if not (e.is_folder and e.modified_s is None)]
 
 
 def is_idle_since(storage: Storage, name: AttemptName, time_s: float) -> bool:

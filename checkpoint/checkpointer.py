@@ -222,9 +222,7 @@ class Checkpointer:
         try:
             own = reader.objects(self._rank)
             shared = reader.shared
-            report = reader.load(
-                pieces, self._rank, strict=strict, buffer_bytes=self._config.load_buffer_bytes
-            )
+            report = reader.load(pieces, self._rank, strict=strict, buffer_bytes=self._config.load_buffer_bytes)
         except CorruptCheckpoint as error:
             self._condemn(reader, error)
             raise
@@ -364,7 +362,5 @@ def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_i
 
 def _fingerprint(pieces: Sequence[Piece]) -> str:
     """Return what all ranks must agree on: the replicated tensors' names, types and shapes."""
-    lines = sorted(
-        (p.name, DTYPES[p.tensor.dtype], *p.global_shape) for p in pieces if p.kind == "replicated"
-    )
+    lines = sorted((p.name, DTYPES[p.tensor.dtype], *p.global_shape) for p in pieces if p.kind == "replicated")
     return fingerprint(plain.canonical(lines))

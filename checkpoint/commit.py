@@ -76,9 +76,7 @@ class AttemptName:
 class Attempt:
     """One rank's side of one attempt."""
 
-    def __init__(
-        self, storage: Storage, name: AttemptName, rank: int, world_size: int, timeout_s: float
-    ) -> None:
+    def __init__(self, storage: Storage, name: AttemptName, rank: int, world_size: int, timeout_s: float) -> None:
         self.name = name
         self.folder = name.folder
         self._storage = storage
@@ -140,9 +138,7 @@ class Attempt:
         if not self._wait(self._is_committed, timeout_s):
             missing = self._missing()
             votes = f"; no vote from {_ranks(missing)}" if missing else ""
-            raise CommitTimeout(
-                f"{self.folder}: rank 0 did not commit within {timeout_s:g} s{votes}", missing or (0,)
-            )
+            raise CommitTimeout(f"{self.folder}: rank 0 did not commit within {timeout_s:g} s{votes}", missing or (0,))
 
     def abandon(self, error: BaseException) -> None:
         """After a failure: free this rank's space and tell the other ranks.
@@ -165,9 +161,7 @@ class Attempt:
     def _await_votes(self) -> None:
         if not self._wait(lambda: not self._missing(), self._timeout_s):
             missing = self._missing()
-            raise CommitTimeout(
-                f"{self.folder}: no vote from {_ranks(missing)} within {self._timeout_s:g} s", missing
-            )
+            raise CommitTimeout(f"{self.folder}: no vote from {_ranks(missing)} within {self._timeout_s:g} s", missing)
 
     def _missing(self) -> tuple[int, ...]:
         voted = sizes(self._storage, f"{self.folder}/{PARTS}")

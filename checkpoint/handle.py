@@ -25,9 +25,7 @@ class SaveStats:
 class SaveHandle:
     """Follows one save of one rank. Methods may be called from any thread."""
 
-    def __init__(
-        self, step: int, blocked_s: float, outcome: Future[tuple[CheckpointInfo, SaveStats]]
-    ) -> None:
+    def __init__(self, step: int, blocked_s: float, outcome: Future[tuple[CheckpointInfo, SaveStats]]) -> None:
         self.step = step
         """The step being saved."""
         self.blocked_s = blocked_s

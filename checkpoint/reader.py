@@ -200,9 +200,7 @@ class Reader:
     def _check_place(self, row: SavedSlice) -> None:
         file = self._files.get(row.file)
         if file is None or row.byte_start < file.head_bytes or row.byte_start + row.nbytes > file.nbytes:
-            raise CorruptCheckpoint(
-                f"{self._path(TABLE)}: tensor {row.name!r} lies outside of file {row.file!r}"
-            )
+            raise CorruptCheckpoint(f"{self._path(TABLE)}: tensor {row.name!r} lies outside of file {row.file!r}")
 
     def _verified(self, reads: Sequence[Read]) -> Iterator[tuple[Read, np.ndarray[Any, Any]]]:
         for read, data, fault in self._chunks(reads):
@@ -210,9 +208,7 @@ class Reader:
                 raise fault
             yield read, data
 
-    def _chunks(
-        self, reads: Sequence[Read]
-    ) -> Iterator[tuple[Read, np.ndarray[Any, Any], CorruptCheckpoint | None]]:
+    def _chunks(self, reads: Sequence[Read]) -> Iterator[tuple[Read, np.ndarray[Any, Any], CorruptCheckpoint | None]]:
         """Yield every chunk with its bytes, in file order, and what is wrong with it."""
         ordered = sorted(reads, key=lambda r: (r.file, r.byte_start))
         for file, group in itertools.groupby(ordered, key=lambda r: r.file):
@@ -280,9 +276,7 @@ def _difference(piece: Piece, row: SavedSlice) -> str | None:
         saved = str(CODES[row.dtype]).removeprefix("torch.")
         return f"was saved as {saved}, the destination is {str(piece.tensor.dtype).removeprefix('torch.')}"
     if piece.global_shape != row.global_shape:
-        return (
-            f"was saved with shape {list(row.global_shape)}, the destination has {list(piece.global_shape)}"
-        )
+        return f"was saved with shape {list(row.global_shape)}, the destination has {list(piece.global_shape)}"
     return None
 
 

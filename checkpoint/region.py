@@ -52,9 +52,7 @@ class Region:
         """Say why this region does not lie inside a tensor of `global_shape`; None if it does."""
         if len(self.offset) != len(global_shape) or len(self.shape) != len(global_shape):
             return f"has {len(self.shape)} dimensions, its tensor {len(global_shape)}"
-        if any(
-            o < 0 or n < 0 or o + n > g for o, n, g in zip(self.offset, self.shape, global_shape, strict=True)
-        ):
+        if any(o < 0 or n < 0 or o + n > g for o, n, g in zip(self.offset, self.shape, global_shape, strict=True)):
             return f"box at {list(self.offset)} of shape {list(self.shape)} leaves shape {list(global_shape)}"
         if not 0 <= self.start <= self.stop <= math.prod(self.shape):
             return f"range [{self.start}, {self.stop}) leaves its {math.prod(self.shape)} elements"
@@ -81,8 +79,7 @@ def intersect(a: Region, b: Region) -> Iterator[tuple[Shape, Shape]]:
         for b_offset, b_shape in others:
             offset = tuple(map(max, a_offset, b_offset))
             end = tuple(
-                min(ao + an, bo + bn)
-                for ao, an, bo, bn in zip(a_offset, a_shape, b_offset, b_shape, strict=True)
+                min(ao + an, bo + bn) for ao, an, bo, bn in zip(a_offset, a_shape, b_offset, b_shape, strict=True)
             )
             shape = tuple(e - o for e, o in zip(end, offset, strict=True))
             if all(n > 0 for n in shape):

@@ -105,8 +105,7 @@ def _may_touch(a: Region, b: Region) -> bool:
     if a.offset == b.offset and a.shape == b.shape:
         return a.start < b.stop and b.start < a.stop
     return all(
-        max(ao, bo) < min(ao + an, bo + bn)
-        for ao, an, bo, bn in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
+        max(ao, bo) < min(ao + an, bo + bn) for ao, an, bo, bn in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
     )
 
 

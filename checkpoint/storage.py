@@ -216,9 +216,7 @@ class LocalStorage:
                 os.rename(temporary, full)
                 _sync_folder(full.parent)
         except BaseException:
-            with contextlib.suppress(
-                OSError
-            ):  # the first error is the one to tell; a leftover is collected later
+            with contextlib.suppress(OSError):  # the first error is the one to tell; a leftover is collected later
                 temporary.unlink()
             raise
 
@@ -310,9 +308,7 @@ class FsspecStorage:
         for info in infos:
             name = info["name"].rstrip("/").rpartition("/")[2]
             if info["name"].rstrip("/") != path.rstrip("/"):  # some stores list the folder's own marker
-                found.append(
-                    Entry(name, info["type"] == "directory", info.get("size") or 0, _modified_s(info))
-                )
+                found.append(Entry(name, info["type"] == "directory", info.get("size") or 0, _modified_s(info)))
         return sorted(found, key=lambda e: e.name)
 
     def size(self, path: str) -> int | None:

@@ -113,9 +113,7 @@ def test_staging_memory_is_reused_without_mixing_saves(tmp_path: Path):
 
 @pytest.mark.parametrize("numel", [CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, CHUNK_BYTES // 2 + 3])
 @pytest.mark.parametrize("buffer_bytes", [0, CHUNK_BYTES + 1000, 1 << 30])
-def test_tensors_of_several_chunks_load_whatever_memory_a_load_may_use(
-    tmp_path: Path, numel: int, buffer_bytes: int
-):
+def test_tensors_of_several_chunks_load_whatever_memory_a_load_may_use(tmp_path: Path, numel: int, buffer_bytes: int):
     saved = {"big": torch.arange(numel, dtype=torch.float32), "small": torch.arange(1000)}
     found = {"big": torch.zeros(numel), "small": torch.zeros(1000, dtype=torch.int64)}
     with Checkpointer(tmp_path, config=CheckpointConfig(load_buffer_bytes=buffer_bytes)) as ck:
@@ -230,9 +228,7 @@ def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
 
 def test_objects_that_are_not_plain_are_refused_by_place(tmp_path: Path):
     with Checkpointer(tmp_path) as ck:
-        with pytest.raises(
-            InvalidState, match=r"objects\['rng'\]\[0\]: is a Tensor; .*tensors go into tensors"
-        ):
+        with pytest.raises(InvalidState, match=r"objects\['rng'\]\[0\]: is a Tensor; .*tensors go into tensors"):
             ck.save(1, {}, {"rng": [torch.ones(1)]})
         with pytest.raises(InvalidState, match=r"shared\['f'\]: is a builtin_function_or_method"):
             ck.save(1, {}, shared={"f": len})
@@ -267,9 +263,7 @@ def test_names_on_one_side_only_are_all_named(saved: Path):
     found["extra"] = found.pop("whole")
     with Checkpointer(saved) as ck, pytest.raises(StateMismatch) as caught:
         ck.load(ck.list()[-1], found)
-    assert "'extra' is not in the checkpoint; 'whole' is in the checkpoint and has no destination" in str(
-        caught.value
-    )
+    assert "'extra' is not in the checkpoint; 'whole' is in the checkpoint and has no destination" in str(caught.value)
     assert "strict=False" in str(caught.value)
 
 
@@ -348,9 +342,7 @@ def test_an_error_seen_through_the_handle_is_not_raised_again(tmp_path: Path):
             handle.result(20)
 
 
-def test_a_failed_save_only_warns_when_told_so_and_the_next_one_works(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_failed_save_only_warns_when_told_so_and_the_next_one_works(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     root = broken_root(tmp_path)
     with Checkpointer(root, config=CheckpointConfig(on_error="warn")) as ck:
         wait_until(ck.save(1, {"t": torch.ones(1)}).done)
@@ -361,9 +353,7 @@ def test_a_failed_save_only_warns_when_told_so_and_the_next_one_works(
     assert "the save of step 1 failed, training goes on" in caplog.text
 
 
-def test_an_error_in_the_block_is_told_before_that_of_a_save(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_an_error_in_the_block_is_told_before_that_of_a_save(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     def fail() -> None:
         with Checkpointer(broken_root(tmp_path)) as ck:
             ck.save(1, {"t": torch.ones(1)})

@@ -6,9 +6,9 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -47,13 +47,16 @@ def assert_whole(root: Path, steps: set[int] | None = None) -> int:
 
 def test_a_process_killed_at_any_time_loses_nothing_that_was_committed(tmp_path: Path):
     (newest,) = run_ranks(_kill_again_and_again, 1, str(tmp_path))
-    assert newest > NUM_KILLS / 2
+    assert newest > 2  # processes came that far between the kills
 
 
 def _kill_again_and_again(rank: int, world_size: int, root: str) -> int:
-    """Start a process that saves for ever, kill it, look at what it left; return the newest step at the end."""
+    """Start a process that saves for ever, kill it, look at what it left; return the newest step."""
     generator = random.Random(0)
-    committed = 0
+    begun_s = time.monotonic()
+    save_on(Path(root), 1)
+    save_s = time.monotonic() - begun_s
+    committed = 1
     for _ in range(NUM_KILLS):
         reading, writing = os.pipe()
         child = os.fork()
@@ -61,9 +64,8 @@ def _kill_again_and_again(rank: int, world_size: int, root: str) -> int:
             _save_for_ever(root, writing)
         os.close(writing)
         with os.fdopen(reading) as reports:
-            while not committed:
-                committed = int(reports.readline())
-            time.sleep(generator.uniform(0, 0.08))  # the moment of the kill, not a synchronisation
+            reports.readline()  # it begins
+            time.sleep(generator.uniform(0, 2 * save_s))  # the moment of the kill, not a synchronisation
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             committed = max([committed, *map(int, reports)])
@@ -78,6 +80,7 @@ def _save_for_ever(root: str, reports: int) -> None:
     ck = Checkpointer(root, config=CheckpointConfig(keep_last=2))
     newest = ck.latest()
     step = newest.step if newest else 0
+    os.write(reports, f"{step}\n".encode())
     while True:
         step += 1
         ck.save(step, weights(step), shared={"step": step}).result(20)
@@ -113,21 +116,23 @@ def save_on(root: Path, step: int) -> None:
 
 
 def num_calls(root: Path) -> int:
-    """How often a second save touches the disk, the removal of the first one included."""
+    """How often a second save and the removal of the first one touch the disk; leaves step 1 in `root`."""
     save_on(root, 1)
+    again = root.with_name("again")
+    shutil.copytree(root, again)
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch, -1, lambda name: None)
-        save_on(root, 2)
+        save_on(again, 2)
     return disk.calls
 
 
 def test_an_error_of_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
-    total = num_calls(tmp_path / "count")
+    total = num_calls(tmp_path / "one")
     assert total > 20
     told: list[str] = []
     for at in range(total):
         root = tmp_path / str(at)
-        save_on(root, 1)
+        shutil.copytree(tmp_path / "one", root)
         number = (errno.ENOSPC, errno.EIO)[at % 2]
 
         def strike(name: str, number: int = number) -> None:
@@ -148,7 +153,7 @@ def test_an_error_of_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp
 
 
 def test_a_process_killed_at_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
-    total = num_calls(tmp_path / "count")
+    total = num_calls(tmp_path / "one")
     (steps,) = run_ranks(_kill_everywhere, 1, str(tmp_path), total)
     assert steps == sorted(steps)
     assert set(steps) == {1, 2}
@@ -159,7 +164,7 @@ def _kill_everywhere(rank: int, world_size: int, folder: str, total: int) -> lis
     steps = []
     for at in range(total):
         root = Path(folder, str(at))
-        save_on(root, 1)
+        shutil.copytree(Path(folder, "one"), root)
         child = os.fork()
         if not child:
             with pytest.MonkeyPatch.context() as patch:
@@ -178,62 +183,39 @@ def _kill_everywhere(rank: int, world_size: int, folder: str, total: int) -> lis
 # A disk that is really full
 
 
-FULL = """
-import sys, torch
-from checkpoint import Checkpointer, CheckpointConfig, StorageError
-root, limit = sys.argv[1], int(sys.argv[2])
-if limit:
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-ck = Checkpointer(root, config=CheckpointConfig(on_error="warn"))
-ck.save(1, {"w": torch.full((50_000,), 1.0)}, shared={"step": 1}).result(20)
-error = ck.save(2, {"w": torch.full((5_000_000,), 2.0)}).exception(20)
-assert isinstance(error, StorageError), error
-print(error)
-ck.save(3, {"w": torch.full((50_000,), 3.0)}, shared={"step": 3}).result(20)
-ck.close()
-"""
-
-
-def fill(root: Path, limit: int) -> str:
+def fill(root: Path) -> str:
     """Save small, too large, small; return the error of the large one."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(root), str(limit)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [info.step for info in Checkpointer(root).list()] == [1, 3]
-    assert checkpoint.verify(root).ok
-    return done.stdout
+    with Checkpointer(root, config=CheckpointConfig(on_error="warn")) as ck:
+        ck.save(1, weights(1), shared={"step": 1}).result(20)
+        error = ck.save(2, {"w": torch.full((5_000_000,), 2.0)}).exception(20)
+        assert isinstance(error, StorageError)
+        assert_whole(root, {1})
+        ck.save(3, weights(3), shared={"step": 3}).result(20)
+    assert [info.step for info in ck.list()] == [1, 3]
+    assert_whole(root, {3})
+    return str(error)
 
 
 def test_a_file_that_may_not_grow_fails_its_save_alone(tmp_path: Path):
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    error = fill(tmp_path, 1_000_000)
+    (error,) = run_ranks(_fill_within_a_limit, 1, str(tmp_path))
     assert "r00000.safetensors: cannot write: File too large; raise the limit on file sizes" in error
 
 
+def _fill_within_a_limit(rank: int, world_size: int, root: str) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    return fill(Path(root))
+
+
 def test_a_full_disk_fails_its_save_alone_and_its_space_is_given_back(tmp_path: Path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        error = fill(disk / "root", 0)
-        assert (
-            "r00000.safetensors: cannot write: No space left on device; free space or save elsewhere" in error
-        )
+        error = fill(tmp_path / "root")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert "r00000.safetensors: cannot write: No space left on device; free space or save elsewhere" in error
 
 
 def test_a_rank_that_dies_before_its_vote_fails_the_others_in_time(tmp_path: Path):

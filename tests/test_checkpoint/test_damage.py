@@ -203,11 +203,7 @@ def test_the_sound_part_of_a_damaged_checkpoint_can_still_be_read(root: Path):
     damage(root, "missing")
     gone, _ = place_of(root, "flat")
     reader = open_reader(newest(root))
-    sound = [
-        n
-        for n in ("whole", "scalar", "box")
-        if all(Path(r.file).name != gone.name for r in reader.table.rows(n))
-    ]
+    sound = [n for n in ("whole", "scalar", "box") if all(Path(r.file).name != gone.name for r in reader.table.rows(n))]
     assert sound
     found = checkpoint.read(newest(root), sound)
     assert all(torch.equal(found[name], values(2)[name]) for name in sound)

@@ -38,9 +38,7 @@ def test_safetensors_reads_a_shard_of_every_dtype(tmp_path: Path, dtype: torch.d
         "scalar": random_bytes(dtype),
         "empty": random_bytes(dtype, 0, 4),
     }
-    header = header_of(
-        [Entry(k, DTYPES[dtype], tuple(t.shape)) for k, t in tensors.items()], {"format": "pt"}
-    )
+    header = header_of([Entry(k, DTYPES[dtype], tuple(t.shape)) for k, t in tensors.items()], {"format": "pt"})
     data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
     (tmp_path / "shard.safetensors").write_bytes(header + data)
     for name, found in load_file(tmp_path / "shard.safetensors").items():
@@ -70,7 +68,5 @@ def test_another_version_is_told_from_another_thing():
     with pytest.raises(UnsupportedFormat, match=r"COMMIT\.json: format checkpoint/2 is not known here"):
         check_version("checkpoint/2", "COMMIT.json")
     for other in ("zip", None, 7):
-        with pytest.raises(
-            CorruptCheckpoint, match=r"COMMIT\.json: format: .* is not a format of this package"
-        ):
+        with pytest.raises(CorruptCheckpoint, match=r"COMMIT\.json: format: .* is not a format of this package"):
             check_version(other, "COMMIT.json")

@@ -294,9 +294,7 @@ def flat(start: int, stop: int) -> FlatSlice:
     ],
     ids=["hole", "overlap", "hole-box", "overlap-box", "dtype", "shape", "replicated", "local"],
 )
-def test_slices_that_do_not_make_one_state_fail_by_name(
-    tmp_path: Path, parts: list[dict[str, Any]], message: str
-):
+def test_slices_that_do_not_make_one_state_fail_by_name(tmp_path: Path, parts: list[dict[str, Any]], message: str):
     assert re.search(message, failures(tmp_path, parts))
 
 
@@ -364,3 +362,20 @@ def test_the_tensors_of_a_rank_are_read_by_its_number(tmp_path: Path):
     for rank in range(3):
         assert (checkpoint.read(tmp_path, rank=rank)["rng"] == rank).all()
     assert tensor_of(state(values(), 1, 3)["rng"]).tolist() == [1, 1, 1, 1]
+
+
+def test_a_dtensor_is_refused_with_the_way_to_say_it(tmp_path: Path):
+    run_ranks(_save_dtensor, 2, str(tmp_path))
+    assert torch.equal(checkpoint.read(tmp_path)["w"], torch.arange(12.0).reshape(4, 3))
+
+
+def _save_dtensor(rank: int, world_size: int, root: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    whole = torch.arange(12.0).reshape(4, 3)
+    sharded = distribute_tensor(whole, init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    with checkpointer(root, rank, world_size) as ck:
+        with pytest.raises(InvalidState, match=r"'w': is a DTensor; pass BoxSlice\(t\.to_local\(\)"):
+            ck.save(1, {"w": sharded})
+        ck.save(2, {"w": BoxSlice(sharded.to_local(), (4, 3), (2 * rank, 0))})

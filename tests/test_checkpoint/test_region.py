@@ -68,9 +68,7 @@ def test_views_of_both_sides_of_an_intersection_are_the_same_elements(case):
 def test_a_part_of_a_region_is_a_slice_of_its_elements(case):
     shape, region, _ = case
     half = region.numel // 2
-    assert (
-        positions(region.part(half, region.numel), shape).tolist() == positions(region, shape)[half:].tolist()
-    )
+    assert positions(region.part(half, region.numel), shape).tolist() == positions(region, shape)[half:].tolist()
 
 
 @given(shapes.flatmap(lambda s: st.tuples(st.just(s), st.lists(regions(s), max_size=4))))

@@ -128,3 +128,12 @@ def test_a_checkpoint_that_broke_is_not_counted(tmp_path: Path, kind: str):
     latest = ck.latest()
     assert latest is not None
     assert latest.step == 3
+
+
+def test_a_folder_that_another_launch_has_just_made_is_not_collected(tmp_path: Path):
+    with Checkpointer(tmp_path) as ck:
+        ck.save(1, {"w": torch.ones(1)}).result(20)
+        fresh = tmp_path / AttemptName.of(7, 0, "another").folder
+        fresh.mkdir()
+        ck.save(2, {"w": torch.ones(1)})
+    assert fresh.exists()
