@@ -17,9 +17,7 @@ Problem = tuple[str, str]
 _UNSUPPORTED_AXES = ("pipeline", "shard", "context", "tensor", "expert")
 
 
-def check(
-    config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None
-) -> None:
+def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None) -> None:
     """Raise if values contradict each other, or the number of ranks when `world_size` is given.
 
     Raises:

@@ -77,9 +77,7 @@ def submit(
     recipes: Recipes,
     address: Address,
     resume: Resume = False,
-    wait: Annotated[
-        bool, typer.Option(help="Follow the job's log (on stderr) and exit with its code.")
-    ] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the job's log (on stderr) and exit with its code.")] = True,
     working_dir: Annotated[
         Path | None, typer.Option(help="Folder to upload and run in; without it only the recipe travels.")
     ] = None,
@@ -183,12 +181,8 @@ def data_prepare(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[--data.key=value…]", help="Settings of the data section.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write; train from it with --data.path.")] = Path(
-        "prepared"
-    ),
-    file_format: Annotated[
-        str, typer.Option("--format", help="arrow (memory-mapped) or parquet (smaller).")
-    ] = "arrow",
+    out: Annotated[Path, typer.Option(help="Folder to write; train from it with --data.path.")] = Path("prepared"),
+    file_format: Annotated[str, typer.Option("--format", help="arrow (memory-mapped) or parquet (smaller).")] = "arrow",
 ) -> None:
     """Tokenise text into shards; goes on where a killed run left off."""
     with _reported():

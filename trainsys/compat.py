@@ -28,6 +28,4 @@ def quiet_deepspeed(deepspeed: Any) -> None:
         )
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     # It calls collectives under names that torch 2.13 has renamed.
-    warnings.filterwarnings(
-        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
-    )
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -111,9 +111,7 @@ class Engine:
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         if applied and not norm < float("inf"):
-            raise NumericsError(
-                f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch"
-            )
+            raise NumericsError(f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch")
         return Update(gradient_norm=norm, applied=applied, loss_scale=scale)
 
     def slices(self) -> Slices:

@@ -16,16 +16,13 @@ def describe() -> str:
     import torch
 
     lines = [f"{name:<13}{version}" for name, version in versions().items()]
-    lines.append(
-        f"{'machine':<13}{platform.machine()}, {os.cpu_count()} CPUs, {_memory_gib():.1f} GiB memory"
-    )
+    lines.append(f"{'machine':<13}{platform.machine()}, {os.cpu_count()} CPUs, {_memory_gib():.1f} GiB memory")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         lines.append(f"{f'cuda:{index}':<13}{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
     if not torch.cuda.device_count():
         lines.append(f"{'cuda':<13}none")
-    for name in _PACKAGES:
-        lines.append(f"{name:<13}{importlib.import_module(name).__file__}")
+    lines += [f"{name:<13}{importlib.import_module(name).__file__}" for name in _PACKAGES]
     return "\n".join(lines)
 
 

@@ -68,9 +68,7 @@ class RunFolder:
             RunError: the folder cannot be written.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        before = (
-            self.record() if self.exists() else {"run_id": uuid.uuid4().hex, "created": now, "starts": []}
-        )
+        before = self.record() if self.exists() else {"run_id": uuid.uuid4().hex, "created": now, "starts": []}
         record = {
             "config": recipe.to_tree(resolved.config),
             "sources": dict(resolved.sources),
@@ -146,9 +144,7 @@ def choose(config: RunConfig, *, resume: bool) -> RunFolder:
         if resume and not folder.exists():
             raise RunError(f"{folder.path}: holds no run to resume; start one without --resume")
         if not resume and folder.exists():
-            raise RunError(
-                f"{folder.path}: already holds a run; --resume continues it, another --run_dir starts one"
-            )
+            raise RunError(f"{folder.path}: already holds a run; --resume continues it, another --run_dir starts one")
         return folder
     root = Path("runs").absolute()
     taken = _numbered(root, config.name)

@@ -85,7 +85,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time of the block to `name`."""
         if self._cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = _event(), _event()
             start.record()
             yield
             end.record()
@@ -102,6 +102,11 @@ class Phases:
             self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
         taken, self._seconds, self._events = self._seconds, {}, []
         return taken
+
+
+def _event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return event
 
 
 class Throughput:

@@ -85,9 +85,7 @@ class JsonLines:
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         if path.exists():
-            kept = [
-                line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, after_step)
-            ]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, after_step)]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(temporary, path)
@@ -113,11 +111,7 @@ def _belongs(line: str, after_step: int) -> bool:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the records of a `metrics.jsonl`, without a last line that a kill cut off."""
-    return [
-        json.loads(line)
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if _belongs(line, sys.maxsize)
-    ]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, sys.maxsize)]
 
 
 class Plain:
@@ -133,7 +127,8 @@ class Plain:
             self.say(line)
 
     def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)  # noqa: T201  the console is this sink's purpose
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
     def close(self) -> None:
         return
@@ -206,6 +201,7 @@ class Wandb:
         except ImportError as error:
             raise MissingExtraError("metrics.wandb", "wandb") from error
         settings = config.metrics.wandb
+        assert settings.mode != "off", "without Weights & Biases there is no such sink"
         self._run: Any = wandb.init(
             project=settings.project,
             entity=settings.entity or None,

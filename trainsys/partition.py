@@ -54,7 +54,7 @@ class Partition(ABC):
         self._module = module
         self._optimizer = optimizer
         self._separate_master = separate_master
-        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
 
     @abstractmethod
     def weights(self) -> Slices:

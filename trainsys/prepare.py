@@ -21,14 +21,10 @@ def prepare_data(overrides: list[str], out: Path, file_format: str) -> data.Prep
         ConfigError: an override is wrong or belongs to another section; data.DataError: the text cannot be used.
     """
     if file_format not in _FORMATS:
-        raise ConfigError(
-            [f"command line: --format: {file_format!r} is not a choice; allowed: 'arrow', 'parquet'"]
-        )
+        raise ConfigError([f"command line: --format: {file_format!r} is not a choice; allowed: 'arrow', 'parquet'"])
     foreign = [argument for argument in overrides if not argument.startswith("--data.")]
     if foreign:
-        raise ConfigError(
-            f"command line: {argument}: not a setting of the data section" for argument in foreign
-        )
+        raise ConfigError(f"command line: {argument}: not a setting of the data section" for argument in foreign)
     config = recipe.load([], ["--name=prepare", "--steps=1", *overrides]).config.data
     show = Meter()
     info = data.prepare(config, out, on_progress=show, format=cast(Literal["arrow", "parquet"], file_format))

@@ -64,9 +64,7 @@ def load(recipes: Sequence[str], overrides: Sequence[str] = ()) -> Resolved:
     _merge(merged, tree, COMMAND_LINE, sources)
     last = _source_of(recipes[-1]) if recipes else COMMAND_LINE
     config = _validate(_known(merged), sources, last, problems)
-    return Resolved(
-        config=config, sources={key: sources.get(key, DEFAULT) for key, _ in leaves(to_tree(config))}
-    )
+    return Resolved(config=config, sources={key: sources.get(key, DEFAULT) for key, _ in leaves(to_tree(config))})
 
 
 def to_tree(config: RunConfig) -> Tree:
@@ -149,9 +147,7 @@ def _parse_toml(source: str, text: str) -> Tree:
         raise ConfigError([f"{source}: {message}"]) from error
 
 
-def _merge(
-    into: Tree, tree: Mapping[str, Any], source: str, sources: dict[str, str], prefix: str = ""
-) -> None:
+def _merge(into: Tree, tree: Mapping[str, Any], source: str, sources: dict[str, str], prefix: str = "") -> None:
     """Lay `tree` over `into`, noting `source` for every leaf it sets."""
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
@@ -179,9 +175,7 @@ def _unknown_keys(tree: Mapping[str, Any], source: str) -> list[str]:
             elif isinstance(value, Mapping):
                 visit(value, f"{dotted}.")
             else:
-                problems.append(
-                    f"{source}: {dotted}: is a section; set one of its keys, e.g. '{_first(keys, dotted)}'"
-                )
+                problems.append(f"{source}: {dotted}: is a section; set one of its keys, e.g. '{_first(keys, dotted)}'")
 
     visit(tree, "")
     return problems
@@ -202,11 +196,7 @@ def _known(tree: Mapping[str, Any], prefix: str = "") -> Tree:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, [k for k in known if k], n=1, cutoff=0.8)
-    return (
-        f"unknown key; did you mean '{near[0]}'?"
-        if near
-        else "unknown key; `trainsys config` lists every key"
-    )
+    return f"unknown key; did you mean '{near[0]}'?" if near else "unknown key; `trainsys config` lists every key"
 
 
 def _first(keys: Mapping[str, Any], section: str) -> str:
@@ -257,9 +247,7 @@ def _graft(tree: Tree, key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _validate(
-    tree: Tree, sources: Mapping[str, str], default_source: str, problems: Sequence[str]
-) -> RunConfig:
+def _validate(tree: Tree, sources: Mapping[str, str], default_source: str, problems: Sequence[str]) -> RunConfig:
     """Return `tree` as a RunConfig if it is one and there are no other `problems`."""
     try:
         from pydantic import TypeAdapter, ValidationError

@@ -32,14 +32,10 @@ def summarise(run: Path) -> str:
         "run": f"{run} ({record['run_id']}), started {len(record['starts'])} time(s), first {record['created']}",
         "progress": f"step {last['step']} of {record['config']['steps']}, {last['train/tokens']:,} tokens",
         "loss": f"{train[0]['train/loss']:.4f} at step {train[0]['step']}, now {last['train/loss']:.4f} nats/token",
-        "validation": ", ".join(
-            f"{entry['validation/loss']:.4f} at {entry['step']}" for entry in validation[-5:]
-        ),
+        "validation": ", ".join(f"{entry['validation/loss']:.4f} at {entry['step']}" for entry in validation[-5:]),
         "speed": f"{last['speed/tokens_per_s']:,.0f} tokens/s, MFU {last['speed/mfu']:.1%}",
         "step time": f"median {statistics.median(steps):.3f} s, longest {max(steps):.3f} s",
         "memory peak": f"{max(entry['memory/peak_bytes'] for entry in train) / 2**30:.2f} GiB on rank 0",
-        "checkpoints": f"{len(saves)} saves, median {statistics.median(saves):.3f} s blocked"
-        if saves
-        else "none",
+        "checkpoints": f"{len(saves)} saves, median {statistics.median(saves):.3f} s blocked" if saves else "none",
     }
     return "\n".join(f"{name:<13}{text or 'none yet'}" for name, text in rows.items())

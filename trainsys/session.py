@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import launch
 from launch import Job, JobResult, RankContext, RankEnv
@@ -74,5 +75,5 @@ def _with_console(config: RunConfig) -> RunConfig:
     """Settle `metrics.console = auto` here, where the terminal is; ranks only see a pipe."""
     if config.metrics.console != "auto":
         return config
-    console = "rich" if sys.stdout.isatty() else "plain"
+    console: Literal["rich", "plain"] = "rich" if sys.stdout.isatty() else "plain"
     return dataclasses.replace(config, metrics=dataclasses.replace(config.metrics, console=console))

@@ -52,9 +52,7 @@ def agree(control: dist.ProcessGroup, num_targets: int, stop: bool) -> tuple[int
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Return the summed cross-entropy in fp32, nats; targets of `IGNORE` count nothing."""
-    return F.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def train_step(
@@ -90,9 +88,7 @@ def train_step(
         dist.all_reduce(sums, group=control)
         mean = float(sums[0]) / max(total_targets, 1)
         if not torch.isfinite(sums).all():
-            raise NumericsError(
-                f"the loss is {mean}; lower the learning rate, or inspect the batch of this step"
-            )
+            raise NumericsError(f"the loss is {mean}; lower the learning rate, or inspect the batch of this step")
         before_update()
         update = engine.update(lr[0])
     return StepStats(
@@ -130,8 +126,6 @@ def _forward(engine: Engine, micro: MicroBatch) -> tuple[Tensor, Tensor]:
     logits_BTV, auxiliary = engine(
         micro.tokens.to(device, non_blocking=True),
         positions_BT=None if micro.positions is None else micro.positions.to(device, non_blocking=True),
-        document_ids_BT=None
-        if micro.document_ids is None
-        else micro.document_ids.to(device, non_blocking=True),
+        document_ids_BT=None if micro.document_ids is None else micro.document_ids.to(device, non_blocking=True),
     )
     return token_losses(logits_BTV, micro.targets.to(device, non_blocking=True)), auxiliary.float()

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch import ray_job
 from trainsys import recipe
 from trainsys.check import check
+from trainsys.config import RunConfig
 from trainsys.recipe import Resolved
 
 
@@ -22,9 +23,7 @@ def submit_run(resolved: Resolved, *, address: str, resume: bool, working_dir: P
     Raises:
         ConfigError: the recipe does not hold together; launch.LaunchError: the cluster refused or is out of reach.
     """
-    config = dataclasses.replace(
-        resolved.config, launch=dataclasses.replace(resolved.config.launch, kind="ray")
-    )
+    config = dataclasses.replace(resolved.config, launch=dataclasses.replace(resolved.config.launch, kind="ray"))
     check(config, sources=resolved.sources)
     argv = ["trainsys", "launch", *overrides_of(config)]
     if resume:
@@ -32,9 +31,9 @@ def submit_run(resolved: Resolved, *, address: str, resume: bool, working_dir: P
     return ray_job.submit(argv, address=address, working_dir=working_dir)
 
 
-def overrides_of(config: recipe.RunConfig) -> list[str]:
+def overrides_of(config: RunConfig) -> list[str]:
     """Return the `--key=value` arguments that rebuild `config` from the defaults, without any recipe file."""
-    defaults = dict(recipe.leaves(recipe.to_tree(recipe.RunConfig(name="", steps=0))))
+    defaults = dict(recipe.leaves(recipe.to_tree(RunConfig(name="", steps=0))))
     return [
         f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in recipe.leaves(recipe.to_tree(config))

@@ -145,9 +145,7 @@ class Trainer:
             while self._place.step < self._config.steps:
                 self._beat("data")
                 batch = self._loader.step(self._place.data.position)
-                targets, stopped = agree(
-                    self._shared.control, batch.num_targets, self._shared.context.stop_requested()
-                )
+                targets, stopped = agree(self._shared.control, batch.num_targets, self._shared.context.stop_requested())
                 if stopped:
                     break
                 stats = self._train(batch, targets)
@@ -161,9 +159,7 @@ class Trainer:
         if self._saved is not None:
             self._saved.result(self._config.checkpoint.commit_timeout_s)
         if stopped:
-            self._metrics.say(
-                f"stopped after step {self._place.step} as asked; --resume continues from there"
-            )
+            self._metrics.say(f"stopped after step {self._place.step} as asked; --resume continues from there")
         else:
             self._finish()
         return Summary(
@@ -189,9 +185,7 @@ class Trainer:
         )
         self._place = Place(
             step=step,
-            data=replace(
-                self._place.data, position=self._place.data.position + config.batch.global_sequences
-            ),
+            data=replace(self._place.data, position=self._place.data.position + config.batch.global_sequences),
             tokens_seen=self._place.tokens_seen + targets,
         )
         self._throughput.mark(targets)
@@ -289,11 +283,11 @@ class Trainer:
         self._metrics.say(
             f"{config.name} {start}: {self._parameters:,} parameters in {config.engine.precision}, "
             f"ZeRO {config.engine.zero_stage}, {num_ranks(config.parallel)} rank(s) on {self._shared.device.type}, "
-            f"{prepared.train.tokens:,} tokens of {prepared.source}"
+            f"{prepared.train.tokens:,} tokens of {prepared.source}; folder {self._shared.folder.path}"
         )
         self._metrics.say(
             f"counting tokens alone reaches {prepared.unigram_entropy:.4f} nats/token (unigram entropy); peak "
-            f"{self._peak.flops_per_s / 1e9:,.0f} GFLOP/s per rank ({self._peak.how}); folder {self._shared.folder.path}"
+            f"{self._peak.flops_per_s / 1e9:,.0f} GFLOP/s per rank ({self._peak.how})"
         )
 
     def _pace(self) -> metrics.Pace:
@@ -301,9 +295,7 @@ class Trainer:
         return metrics.Pace(
             tokens_seen=self._place.tokens_seen,
             tokens_per_s=rate,
-            mfu=metrics.utilisation(
-                rate, self._flops_per_token, num_ranks(self._config.parallel), self._peak
-            ),
+            mfu=metrics.utilisation(rate, self._flops_per_token, num_ranks(self._config.parallel), self._peak),
             eta_s=self._throughput.eta_s(self._place.step),
             data_wait_s=self._loader.wait_s,
             memory_bytes=meter.memory_peak_bytes(self._shared.device),

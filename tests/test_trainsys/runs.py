@@ -50,10 +50,7 @@ def write_text(folder: Path, *, documents: int = 40) -> Path:
     """A folder of small text files with enough regularity to be learnt from."""
     folder.mkdir(parents=True)
     for index in range(documents):
-        lines = [
-            f"line {index * 7 % 13} of {index}: the quick brown fox jumps over {index % 5} dogs"
-            for _ in range(6)
-        ]
+        lines = [f"line {index * 7 % 13} of {index}: the quick brown fox jumps over {index % 5} dogs" for _ in range(6)]
         (folder / f"{index:03d}.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -130,7 +127,5 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def logs(run_dir: Path) -> str:
-    texts: Sequence[str] = [
-        path.read_text(errors="replace")[-3000:] for path in sorted(run_dir.glob("logs/*.log"))
-    ]
+    texts: Sequence[str] = [path.read_text(errors="replace")[-3000:] for path in sorted(run_dir.glob("logs/*.log"))]
     return "\n".join(texts)

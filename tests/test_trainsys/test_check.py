@@ -80,7 +80,8 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
         ),
         (
             ["--launch.frozen_timeout_s=1"],
-            "command line: launch.frozen_timeout_s: 1 s is under four heartbeats (faulttol.heartbeat_interval_s = 0.5 s)",
+            "command line: launch.frozen_timeout_s: 1 s is under four heartbeats (faulttol.heartbeat_interval_s = "
+            "0.5 s)",
         ),
     ],
 )
@@ -102,7 +103,5 @@ def test_all_conflicts_are_reported_at_once() -> None:
 
 
 def test_offload_needs_sharded_state() -> None:
-    assert any(
-        "offload.optimizer" in line for line in problems("--offload.optimizer=cpu", "--engine.zero_stage=0")
-    )
+    assert any("offload.optimizer" in line for line in problems("--offload.optimizer=cpu", "--engine.zero_stage=0"))
     assert not problems("--offload.optimizer=cpu", "--engine.zero_stage=1")

@@ -62,9 +62,7 @@ def windows(step: int) -> list[Window]:
 
 
 def build(config: RunConfig) -> torch.nn.Module:
-    return models.build(
-        config.model, vocab_size=VOCAB, max_positions=LENGTH, activation_checkpointing=False, seed=3
-    )
+    return models.build(config.model, vocab_size=VOCAB, max_positions=LENGTH, activation_checkpointing=False, seed=3)
 
 
 def plain_loop(config: RunConfig) -> tuple[list[float], list[float], dict[str, Tensor]]:
@@ -74,9 +72,7 @@ def plain_loop(config: RunConfig) -> tuple[list[float], list[float], dict[str, T
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         batch = micro_batch(windows(step), document_mask=True)
-        logits, auxiliary = model(
-            batch.tokens, positions_BT=batch.positions, document_ids_BT=batch.document_ids
-        )
+        logits, auxiliary = model(batch.tokens, positions_BT=batch.positions, document_ids_BT=batch.document_ids)
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
         (loss + auxiliary).backward()
@@ -123,11 +119,7 @@ def engine_rank(
     weights = {}
     for name, held in engine.slices().items():
         if name.startswith("model."):
-            piece = (
-                (held.start, held.tensor.clone())
-                if isinstance(held, FlatSlice)
-                else (0, held.clone().reshape(-1))
-            )
+            piece = (held.start, held.tensor.clone()) if isinstance(held, FlatSlice) else (0, held.clone().reshape(-1))
             weights[name.removeprefix("model.")] = piece
     assert len(fences) == STEPS
     return {"losses": losses, "norms": norms, "weights": weights, "counters": engine.counters()}
@@ -183,9 +175,7 @@ def test_twenty_steps_on_two_ranks_equal_a_plain_torch_loop(overrides: tuple[str
 def test_bf16_stays_within_its_rounding_of_fp32(stage: int) -> None:
     """bf16 has 8 bits of mantissa (4e-3 a rounding); averaged over a batch the loss stays within 1e-2."""
     losses, _, _ = plain_loop(configure())
-    reports = run_ranks(
-        engine_rank, 2, (f"--engine.zero_stage={stage}", "--engine.precision=bf16"), timeout_s=120
-    )
+    reports = run_ranks(engine_rank, 2, (f"--engine.zero_stage={stage}", "--engine.precision=bf16"), timeout_s=120)
     assert relative(reports[0]["losses"], losses) < 1e-2
     # The extra optimizer step of ZeRO 0 with bf16, which `check` refuses, would show here.
     assert reports[0]["counters"]["steps_taken"] == STEPS

@@ -138,10 +138,7 @@ def test_a_mistake_on_the_command_line_gets_one_line(overrides: list[str], expec
 
 def test_a_recipe_that_is_not_there_is_named_with_a_guess(tmp_path: Path) -> None:
     assert message(["tinny"]).startswith("tinny: no such recipe; did you mean 'tiny'?")
-    assert (
-        message([str(tmp_path / "no.toml")])
-        == f"{tmp_path / 'no.toml'}: cannot be read: No such file or directory"
-    )
+    assert message([str(tmp_path / "no.toml")]) == f"{tmp_path / 'no.toml'}: cannot be read: No such file or directory"
     assert message([str(tmp_path)]).endswith("(a file must end in .toml or .json)")
 
 

@@ -38,9 +38,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_run_stopped_once_and_killed_once_ends_with_the_same_bits(
-    tmp_path: Path, text: Path, stage: int
-) -> None:
+def test_a_run_stopped_once_and_killed_once_ends_with_the_same_bits(tmp_path: Path, text: Path, stage: int) -> None:
     """fp32; with dropout, so that a generator that did not come back would show in the losses."""
     settings = runs.arguments(f"--data.path={text}", f"--engine.zero_stage={stage}", "--model.dropout=0.1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -62,9 +60,7 @@ def test_a_run_stopped_once_and_killed_once_ends_with_the_same_bits(
 
     assert runs.losses(broken) == runs.losses(whole)
     assert_equal_state(whole, broken)
-    assert (broken / "model/model.safetensors").read_bytes() == (
-        whole / "model/model.safetensors"
-    ).read_bytes()
+    assert (broken / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -97,15 +93,9 @@ def test_torchrun_starts_the_same_run(tmp_path: Path, text: Path) -> None:
     runs.succeed("launch", *settings, f"--run_dir={tmp_path / 'ours'}", cwd=tmp_path)
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--standalone",
-            "-m",
-            "trainsys",
-        ]
-        + ["train", *settings, f"--run_dir={tmp_path / 'torchrun'}"],
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "trainsys"),
+            *("train", *settings, f"--run_dir={tmp_path / 'torchrun'}"),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -129,9 +119,7 @@ def test_resuming_as_another_run_is_refused_before_anything_starts(tmp_path: Pat
     )
     other = runs.run("launch", *settings, "--seed=5", "--resume", cwd=tmp_path)
     assert other.returncode == 2
-    assert other.stderr == (
-        f"command line: seed: 5, but the run in {tmp_path / 'r'} has 0; a resumed run keeps it\n"
-    )
+    assert other.stderr == (f"command line: seed: 5, but the run in {tmp_path / 'r'} has 0; a resumed run keeps it\n")
     missing = runs.run("launch", *runs.arguments(f"--run_dir={tmp_path / 'none'}"), "--resume", cwd=tmp_path)
     assert missing.returncode == 1
     assert missing.stderr == f"{tmp_path / 'none'}: holds no run to resume; start one without --resume\n"
