@@ -1,0 +1,1 @@
+"""Benchmarks of the trainer's parts: `python -m trainsys.bench.<name>`."""
