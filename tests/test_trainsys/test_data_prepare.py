@@ -358,7 +358,7 @@ def _prepare_tiny_fraction_and_die(source: Path, out_dir: Path, call_index: int)
 @pytest.mark.parametrize("fraction", [0.02, 0.5])
 def test_one_short_document_cannot_be_held_out_of(tmp_path: Path, fraction: float) -> None:
     (tmp_path / "a.txt").write_text("alone")
-    with pytest.raises(TooFewTokensError, match=r"one document, .* data.validation_fraction=0"):
+    with pytest.raises(TooFewTokensError, match=r"one text, .* data.validation_fraction=0"):
         prepared(tmp_path / "a.txt", tmp_path / "out", validation_fraction=fraction)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 

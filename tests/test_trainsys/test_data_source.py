@@ -104,9 +104,13 @@ def test_what_was_prepared_inside_the_source_is_no_part_of_it(
     assert texts(ensure_prepared(config, tmp_path / "cache"), "train") == WORDS
 
 
-def test_a_prepared_folder_cannot_be_read_as_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_prepared_folder_cannot_be_read_as_text(tmp_path: Path, memory: str, is_remote: bool) -> None:
     folder = prepared(write_words(tmp_path / "corpus"), tmp_path / "out", validation_fraction=0.0)
     config = DataConfig(path=str(tmp_path / "corpus"), validation_path=str(folder))
+    if is_remote:
+        fsspec.filesystem("memory").put(f"{folder}/", "/corpus/", recursive=True)
+        config = DataConfig(path=memory)
     with pytest.raises(NoSourceError, match=r"a prepared folder is used from a local disk, as data.path alone"):
         prepare(config, tmp_path / "again")
 

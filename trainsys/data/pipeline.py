@@ -109,7 +109,7 @@ class Pipeline:
     def _nothing_to_train(self, ledger: Ledger) -> str:
         if ledger.totals["validation"].documents:
             return (
-                f"{self._plan.source}: one document, too short to hold a part of it out; "
+                f"{self._plan.source}: one text, too short to hold a part of it out; "
                 "give data.validation_path, or data.validation_fraction=0"
             )
         num_files, num_empty = len(self._plan.files), ledger.empty_documents

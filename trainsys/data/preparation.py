@@ -76,7 +76,7 @@ def ensure_prepared(config: DataConfig, cache_dir: Path, *, on_progress: OnProgr
 def _prepared_source(config: DataConfig) -> PreparedInfo | None:
     """The prepared folder that `config.path` names, if it names one and the rest of the section agrees with
     it."""
-    path = Path(config.path.removeprefix("file://"))
+    path = Path(config.path.removeprefix("file://")).expanduser()
     if not is_prepared(path):
         return None
     info = read_prepared(path)
@@ -88,6 +88,7 @@ def _prepared_source(config: DataConfig) -> PreparedInfo | None:
 
 
 def _prepare(plan: Plan, out_dir: Path, on_progress: OnProgress | None) -> PreparedInfo:
+    out_dir = out_dir.absolute()
     work = out_dir.parent / f".{out_dir.name}.partial"
     lock = out_dir.parent / f".{out_dir.name}.lock"
     with room(out_dir):

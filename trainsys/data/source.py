@@ -6,12 +6,13 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any, Literal
 
 import fsspec
@@ -34,6 +35,7 @@ COMPRESSION_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 """May follow a text or JSONL suffix; Parquet compresses inside."""
 
 _BUFFER_BYTES = 1 << 20
+_NOT_STDLIB = ("site-packages", "dist-packages", "__pycache__")
 # What file systems call the thing that changes when a file's bytes change, best first.
 _VERSION_KEYS = (
     "ETag",
@@ -157,16 +159,15 @@ def _files(filesystem: Any, entries: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def _stdlib_files() -> list[SourceFile]:
-    root = Path(sysconfig.get_path("stdlib"))
+    root = sysconfig.get_path("stdlib")
     filesystem = fsspec.filesystem("file")
-    names = sorted(
-        file
-        for file in root.rglob("*.py")
-        if not {"site-packages", "dist-packages", "__pycache__"} & set(file.relative_to(root).parts) and file.is_file()
-    )
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+        names += [os.path.join(folder, name) for name in files if name.endswith(".py")]
     if not names:
         raise NoSourceError(f"stdlib: this interpreter has no source text under {root}; name a folder of text")
-    return [_file(filesystem, str(name), filesystem.info(str(name)), "text") for name in names]
+    return [_file(filesystem, name, filesystem.info(name), "text") for name in sorted(names)]
 
 
 def _filesystem(path: str) -> tuple[Any, str]:

@@ -126,7 +126,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if not path.exists():
         raise TokenizerError(f"{spec}: no tokenizer there; 'bytes', a tokenizer.json or a tokenizer folder is wanted")
     if path.is_file():
