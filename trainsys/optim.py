@@ -8,38 +8,59 @@ import torch
 from torch import Tensor, nn
 
 from trainsys.config import OptimConfig
-
-
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters, grouped for `config`; every group has a stable `name`, a `kind` and
-    `initial_lr`.
-
-    `decay` holds what has two or more dimensions and is no embedding, `no_decay` the rest (norms, biases,
-    embeddings unless `decay_embeddings`). Order within a group is the model's. Empty groups are left out.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    members: dict[str, list[Tensor]] = {"decay": [], "no_decay": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            spared = parameter.ndim < 2 or (id(parameter) in embeddings and not config.decay_embeddings)
-            members["no_decay" if spared else "decay"].append(parameter)
-    return [
-        {
-            "name": name,
-            "kind": "adamw",
-            "params": parameters,
-            "lr": config.lr,
-            "initial_lr": config.lr,
-            "weight_decay": config.weight_decay if name == "decay" else 0.0,
-        }
-        for name, parameters in members.items()
-        if parameters
-    ]
+from trainsys.models import hidden_matrices
+from trainsys.muon import Muon
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of `config` over the model's trainable parameters, each group at its peak learning
-    rate."""
+    """The optimizer of `config` over the model's trainable parameters, each group at its peak learning rate.
+
+    kind=adamw is `torch.optim.AdamW`, kind=muon is `Muon`; both are bit-reproducible.
+    """
     groups = parameter_groups(model, config)
-    # Fused: one pass over the states on CPU and GPU alike, and element by element, so bit-reproducible.
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if config.kind == "muon":
+        weight = next(model.parameters())
+        # The iteration tolerates bf16, which is much faster wherever weights are trained in it.
+        fast = weight.is_cuda or weight.dtype == torch.bfloat16
+        return Muon(groups, hidden_matrices(model), torch.bfloat16 if fast else torch.float32)
+    # Fused: one pass over the states on CPU and GPU alike, element by element.
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters, in groups with a stable `name`, a `kind`, `initial_lr` and their settings.
+
+    `muon`: the hidden matrices (kind=muon only). `decay`: what else has two or more dimensions and is no
+    embedding. `no_decay`: norms, biases, and embeddings unless `decay_embeddings`. Members keep the model's
+    order; a group without members is left out.
+    """
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = hidden_matrices(model) if config.kind == "muon" else {}
+    members: dict[str, dict[str, Tensor]] = {"muon": {}, "decay": {}, "no_decay": {}}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in matrices:
+            members["muon"][name] = parameter
+        elif parameter.ndim < 2 or (parameter in embeddings and not config.decay_embeddings):
+            members["no_decay"][name] = parameter
+        else:
+            members["decay"][name] = parameter
+    settings = {
+        "muon": _settings("muon", config.muon_lr, config.weight_decay) | {"momentum": config.muon_momentum},
+        "decay": _settings("adamw", config.lr, config.weight_decay) | _adamw(config),
+        "no_decay": _settings("adamw", config.lr, 0.0) | _adamw(config),
+    }
+    return [
+        {"params": list(named.values()), "name": group, "names": list(named), **settings[group]}
+        for group, named in members.items()
+        if named
+    ]
+
+
+def _settings(kind: str, lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"kind": kind, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+
+
+def _adamw(config: OptimConfig) -> dict[str, Any]:
+    return {"betas": (config.beta1, config.beta2), "eps": config.eps}

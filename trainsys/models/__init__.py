@@ -15,9 +15,17 @@ from trainsys.config import ModelConfig
 from trainsys.models.decoder import Decoder, build_decoder
 from trainsys.models.folder import load_pretrained, save_pretrained
 from trainsys.models.huggingface import HuggingFaceModel, blocks_of, build_huggingface
-from trainsys.models.size import flops_per_token, num_parameters
+from trainsys.models.size import flops_per_token, hidden_matrices, num_parameters
 
-__all__ = ["blocks", "build", "flops_per_token", "load_pretrained", "num_parameters", "save_pretrained"]
+__all__ = [
+    "blocks",
+    "build",
+    "flops_per_token",
+    "hidden_matrices",
+    "load_pretrained",
+    "num_parameters",
+    "save_pretrained",
+]
 
 _BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"decoder": build_decoder, "hf": build_huggingface}
 

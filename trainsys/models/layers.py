@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, *row_splits: int) -> None:
         super().__init__(in_features, sum(row_splits), bias=False)
-        self.row_splits = row_splits
+        self.row_splits = {"weight": row_splits}
 
     def reset_parameters(self) -> None:
         """Leaves the weight unset."""

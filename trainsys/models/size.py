@@ -1,4 +1,4 @@
-"""How large a model is, and what a token of it costs."""
+"""How large a model is, what a token of it costs, and which of its parameters are matrices between layers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trainsys.models.decoder import Decoder
 from trainsys.models.huggingface import HuggingFaceModel
+from trainsys.models.moe import Router
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -32,6 +33,29 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> int:
         elif parameter.ndim > 1 and (parameter is shape.head or id(parameter) not in looked_up):
             products += parameter.numel()
     return 6 * products + 6 * shape.num_layers * sequence_length * shape.attention_dim
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The trainable matrices between the embedding and the head, by name: heights of what is stacked in rows.
+
+    The decoder's fused projections are told apart (queries, keys, values; gate, up); a Hugging Face model's
+    are taken as they are stored, and the leading dimension of experts is a stack either way. Routers are
+    left out: like a head they end in a softmax.
+    """
+    shape = _shape_of(model)
+    splits = {
+        getattr(module, leaf): heights
+        for module in model.modules()
+        for leaf, heights in getattr(module, "row_splits", {}).items()
+    }
+    spared = {module.weight for module in model.modules() if isinstance(module, nn.Embedding | Router)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        routes = parameter.ndim == 2 and len(parameter) == shape.num_experts
+        if parameter.ndim < 2 or parameter is shape.head or parameter in spared or routes:
+            continue
+        found[name] = splits.get(parameter, (parameter.shape[-2],))
+    return found
 
 
 class _Shape(NamedTuple):
