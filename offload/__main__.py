@@ -50,9 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--size", type=_num_bytes, default="512MiB", help="bytes moved per repeat, e.g. 1GiB; default 512MiB"
     )
-    command.add_argument(
-        "--repeats", type=_positive, default=5, metavar="N", help="samples per figure; default 5"
-    )
+    command.add_argument("--repeats", type=_positive, default=5, metavar="N", help="samples per figure; default 5")
     return parser
 
 

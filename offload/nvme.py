@@ -95,9 +95,7 @@ class _File:
 
     granularity_bytes = _SECTOR_BYTES
 
-    def __init__(
-        self, file: int, folder: Path, buffers: list[torch.Tensor], direct: bool, fsync: bool
-    ) -> None:
+    def __init__(self, file: int, folder: Path, buffers: list[torch.Tensor], direct: bool, fsync: bool) -> None:
         self._file = file
         self._folder = folder
         self._direct = direct
@@ -166,9 +164,7 @@ def _open_unnamed(folder: Path, direct: bool, tier_name: str) -> int:
         return os.open(path, flags, 0o600)
     except OSError as error:
         refused = direct and error.errno == errno.EINVAL
-        remedy = (
-            "direct I/O is refused here; choose another folder or direct=False" if refused else error.strerror
-        )
+        remedy = "direct I/O is refused here; choose another folder or direct=False" if refused else error.strerror
         raise TierError(f"tier {tier_name}: cannot make a file in {folder}: {remedy}") from error
     finally:
         path.unlink(missing_ok=True)

@@ -102,9 +102,7 @@ class Clock:
             samples.append(self.now_s() - start_s)
         return samples[1:]
 
-    def rate(
-        self, metric: str, unit: str, amount: float, work: Callable[[], object], how: str
-    ) -> Measurement:
+    def rate(self, metric: str, unit: str, amount: float, work: Callable[[], object], how: str) -> Measurement:
         """Measure how much of `amount` a second does."""
         return Measurement(metric, unit, [amount / sample for sample in self.times_s(work)], how)
 

@@ -63,9 +63,7 @@ class _Held(Generic[P]):
 class ThreadedTier(Generic[P]):
     """A `Tier` over a medium. `timeout_s` is the longest time that `free` and `close` wait for transfers."""
 
-    def __init__(
-        self, spec: TierSpec, medium: Medium[P], *, num_threads: int, timeout_s: float = 300.0
-    ) -> None:
+    def __init__(self, spec: TierSpec, medium: Medium[P], *, num_threads: int, timeout_s: float = 300.0) -> None:
         self._spec = spec
         self._medium = medium
         self._timeout_s = timeout_s

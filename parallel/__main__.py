@@ -33,14 +33,10 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m parallel", description="Layouts of ranks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    mesh = commands.add_parser(
-        "mesh", help="print the ranks of a mesh", description="Print the ranks of a mesh."
-    )
+    mesh = commands.add_parser("mesh", help="print the ranks of a mesh", description="Print the ranks of a mesh.")
     mesh.add_argument("--world", type=int, required=True, metavar="N", help="number of ranks")
     for axis in dataclasses.fields(ParallelConfig):
-        mesh.add_argument(
-            f"--{axis.name}", type=int, default=1, metavar="N", help=f"degree of {axis.name}; default 1"
-        )
+        mesh.add_argument(f"--{axis.name}", type=int, default=1, metavar="N", help=f"degree of {axis.name}; default 1")
     mesh.add_argument("--groups", action="store_true", help="also print the groups of each axis")
     return parser
 

@@ -147,9 +147,7 @@ def _degree(degrees: ParallelConfig, axis: str) -> int:
 
 def _product(degrees: ParallelConfig) -> str:
     """Write the degrees above 1 as a product."""
-    factors = [
-        f"{axis} {_degree(degrees, axis)}" for axis in Coordinates._fields if _degree(degrees, axis) != 1
-    ]
+    factors = [f"{axis} {_degree(degrees, axis)}" for axis in Coordinates._fields if _degree(degrees, axis) != 1]
     return " x ".join(factors) or "1"
 
 
@@ -159,9 +157,7 @@ def _ranks(number: int) -> str:
 
 def _problems(degrees: ParallelConfig, world_size: int) -> Iterator[str]:
     small = [axis for axis in sorted(get_args(Axis)) if _degree(degrees, axis) < 1]
-    yield from (
-        f"parallel.{axis}: {_degree(degrees, axis)} ranks cannot share it; at least 1" for axis in small
-    )
+    yield from (f"parallel.{axis}: {_degree(degrees, axis)} ranks cannot share it; at least 1" for axis in small)
     if small:
         return
     num_ranks = math.prod(_degree(degrees, axis) for axis in Coordinates._fields)
@@ -182,8 +178,6 @@ def _problems(degrees: ParallelConfig, world_size: int) -> Iterator[str]:
 def _check_axes(axes: tuple[Axis, ...]) -> None:
     unknown = sorted(set(axes) - set(get_args(Axis)))
     if unknown:
-        raise MeshError(
-            f"parallel: there is no axis {', '.join(unknown)}; axes are {', '.join(get_args(Axis))}"
-        )
+        raise MeshError(f"parallel: there is no axis {', '.join(unknown)}; axes are {', '.join(get_args(Axis))}")
     if "expert" in axes and ("replicate" in axes or "shard" in axes):
         raise MeshError("parallel: expert is a part of replicate x shard; group over either, not both")

@@ -46,9 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def benches(root: Path) -> list[str]:
     """Return every benchmark of the packages as a module name."""
     paths = (path for package in PACKAGES for path in sorted((root / package / "bench").glob("*.py")))
-    return [
-        ".".join(path.relative_to(root).with_suffix("").parts) for path in paths if path.stem != "__init__"
-    ]
+    return [".".join(path.relative_to(root).with_suffix("").parts) for path in paths if path.stem != "__init__"]
 
 
 def faults(document: Any) -> list[str]:
@@ -74,9 +72,7 @@ def _key_faults(where: str, row: Any, keys: dict[str, Any]) -> list[str]:
     found = [f"{where}.{key} is unknown" for key in sorted(row.keys() - keys.keys())]
     found += [f"{where}.{key} is missing" for key in keys if key not in row]
     for key, kind in keys.items():
-        if key in row and (
-            not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool)
-        ):
+        if key in row and (not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool)):
             found.append(f"{where}.{key} has the wrong type: {row[key]!r}")
     return found
 
@@ -123,9 +119,7 @@ _GOOD = {
     "machine": {"cpus": 2},
     "versions": {"torch": "2"},
     "parameters": {},
-    "results": [
-        {"case": "a", "metric": "t", "unit": "s", "samples": [1, 2.0, 4], "median": 2.0, "min": 1, "max": 4}
-    ],
+    "results": [{"case": "a", "metric": "t", "unit": "s", "samples": [1, 2.0, 4], "median": 2.0, "min": 1, "max": 4}],
     "bounds": [{"metric": "copy", "value": 1.0, "unit": "B/s", "how": "measured"}],
     "gates": [{"name": "equal", "value": 0, "limit": 0, "ok": True}],
 }

@@ -22,10 +22,7 @@ def _imported(*arguments: str) -> set[str]:
         text=True,
         timeout=60,
     )
-    return {
-        name.partition(".")[0]
-        for name in re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, re.MULTILINE)
-    }
+    return {name.partition(".")[0] for name in re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"]])

@@ -73,9 +73,7 @@ def _run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProc
     )
 
 
-def _import_alone(
-    package: str, folder: Path, cwd: Path, may_have: frozenset[str]
-) -> subprocess.CompletedProcess[str]:
+def _import_alone(package: str, folder: Path, cwd: Path, may_have: frozenset[str]) -> subprocess.CompletedProcess[str]:
     """Import `package` from `folder` in a bare process that stands in the empty `cwd`."""
     blocked = (BASE | EXTRAS | set(PACKAGES) | {"tests"}) - {package} - may_have
     return subprocess.run(
@@ -109,9 +107,7 @@ def test_the_wheel_carries_the_packages_their_types_and_the_recipes(wheel: Path)
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "trainsys/recipes").glob("*.toml")}
     assert recipes
     assert recipes <= names
-    modules = {
-        path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")
-    }
+    modules = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert modules == {name for name in names if name.endswith(".py")}
 
 

@@ -19,9 +19,7 @@ CAPACITY_BYTES = 1 << 20
 
 
 def spec(capacity_bytes: int = CAPACITY_BYTES) -> TierSpec:
-    return TierSpec(
-        name="t", capacity_bytes=capacity_bytes, read_bytes_per_s=1e9, write_bytes_per_s=1e9, latency_s=0.0
-    )
+    return TierSpec(name="t", capacity_bytes=capacity_bytes, read_bytes_per_s=1e9, write_bytes_per_s=1e9, latency_s=0.0)
 
 
 class TierContract(ABC):
@@ -38,9 +36,7 @@ class TierContract(ABC):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
     @pytest.mark.parametrize("shape", [(), (1,), (3, 5), (4096,), (33, 1001)])
-    def test_a_tensor_comes_back_bit_for_bit(
-        self, tier: Tier, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> None:
+    def test_a_tensor_comes_back_bit_for_bit(self, tier: Tier, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         source = torch.randn(shape).mul(100).to(dtype)
         block = tier.allocate(source.nbytes)
         tier.write(block, source).result(60)
@@ -88,9 +84,7 @@ class TierContract(ABC):
                 assert torch.equal(into, held.pop(block))
                 tier.free(block)
             elif len(held) < 20:
-                data = torch.randint(
-                    0, 256, (dice.choice([1, 100, 4096, 10_000, 30_000]),), dtype=torch.uint8
-                )
+                data = torch.randint(0, 256, (dice.choice([1, 100, 4096, 10_000, 30_000]),), dtype=torch.uint8)
                 new = tier.allocate(data.numel())
                 tier.write(new, data)
                 held[new] = data
@@ -150,9 +144,7 @@ class TierContract(ABC):
 
     def test_a_tensor_that_does_not_fit_is_refused(self, tier: Tier) -> None:
         block = tier.allocate(48)
-        with pytest.raises(
-            BlockError, match="a tensor of 56 bytes; a contiguous CPU tensor of the block's 48"
-        ):
+        with pytest.raises(BlockError, match="a tensor of 56 bytes; a contiguous CPU tensor of the block's 48"):
             tier.write(block, torch.zeros(7, dtype=torch.float64))
         with pytest.raises(BlockError, match="not contiguous"):
             tier.read(block, torch.zeros(3, 2, dtype=torch.float64).T)
@@ -173,9 +165,7 @@ class TierContract(ABC):
     def test_closing_ends_the_transfers_and_leaves_nothing(self, tmp_path: Path) -> None:
         num_files = len(os.listdir("/proc/self/fd"))
         tier = self.make(tmp_path)
-        futures = [
-            tier.write(tier.allocate(50_000), torch.zeros(50_000, dtype=torch.uint8)) for _ in range(8)
-        ]
+        futures = [tier.write(tier.allocate(50_000), torch.zeros(50_000, dtype=torch.uint8)) for _ in range(8)]
         tier.close()
         assert all(future.done() and future.exception() is None for future in futures)
         assert len(os.listdir("/proc/self/fd")) == num_files

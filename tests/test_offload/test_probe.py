@@ -102,9 +102,7 @@ def _node(folder: Path, index: int, cpus: str, kib: int) -> None:
     node = folder / f"node{index}"
     node.mkdir()
     (node / "cpulist").write_text(cpus + "\n")
-    (node / "meminfo").write_text(
-        f"Node {index} MemTotal:       {kib} kB\nNode {index} MemFree:         1 kB\n"
-    )
+    (node / "meminfo").write_text(f"Node {index} MemTotal:       {kib} kB\nNode {index} MemFree:         1 kB\n")
 
 
 def test_memory_without_cpus_is_found(tmp_path: Path) -> None:

@@ -123,9 +123,7 @@ def test_a_folder_that_takes_no_file_is_named() -> None:
 
 def test_a_spec_tells_all_its_problems() -> None:
     with pytest.raises(SpecError) as info:
-        TierSpec(
-            name="x", capacity_bytes=-1, read_bytes_per_s=0.0, write_bytes_per_s=float("nan"), latency_s=-1.0
-        )
+        TierSpec(name="x", capacity_bytes=-1, read_bytes_per_s=0.0, write_bytes_per_s=float("nan"), latency_s=-1.0)
     assert str(info.value).splitlines() == [
         "tier x: capacity_bytes: -1; at least 0",
         "tier x: latency_s: -1.0; at least 0",
@@ -135,9 +133,7 @@ def test_a_spec_tells_all_its_problems() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=60), st.randoms(use_true_random=False))
-def test_extents_never_overlap_and_the_freed_file_is_one_run(
-    steps: list[tuple[int, bool]], dice: object
-) -> None:
+def test_extents_never_overlap_and_the_freed_file_is_one_run(steps: list[tuple[int, bool]], dice: object) -> None:
     extents = Extents()
     taken: list[Extent] = []
     for num_bytes, free in steps:

@@ -109,8 +109,7 @@ def test_the_description_says_which_ranks_share_what() -> None:
         (
             {},
             2,
-            "parallel: degrees multiply to 1 (1) but there are 2 ranks; "
-            "start 1 or choose degrees with the product 2",
+            "parallel: degrees multiply to 1 (1) but there are 2 ranks; start 1 or choose degrees with the product 2",
         ),
         (
             {"tensor": 2},
@@ -157,9 +156,7 @@ def test_what_is_not_on_the_mesh_is_refused() -> None:
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "parallel", *arguments], capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([sys.executable, "-m", "parallel", *arguments], capture_output=True, text=True, timeout=60)
 
 
 def test_the_command_prints_the_mesh_and_its_groups() -> None:
