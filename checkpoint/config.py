@@ -26,4 +26,6 @@ class CheckpointConfig:
 
     The others wait twice as long for rank 0, so that it is the one who tells what is missing."""
     load_buffer_bytes: int = 4 << 30
-    """Host memory for bytes that a load has verified before all are; what exceeds it is read twice."""
+    """Host memory in which a load from a remote storage keeps bytes until all are verified; the rest is read twice.
+
+    From a local disk everything is: its second reading comes from the kernel's cache."""

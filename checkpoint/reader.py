@@ -126,17 +126,18 @@ class Reader:
     def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
 
-        Up to `buffer_bytes` of verified chunks are held in memory between the two; what exceeds it is read,
-        and verified, a second time.
+        Between the two, up to `buffer_bytes` of chunks are held in memory; what exceeds it is read, and verified,
+        a second time. From a local disk all is: the kernel has just cached it, and touching fresh memory costs
+        more than a second copy out of the cache.
         """
         report, reads = self._plan(wanted, rank, strict)
         held: list[tuple[Read, np.ndarray[Any, Any]]] = []
         again: list[Read] = []
-        space = buffer_bytes
+        space = 0 if self._storage.rereads_cheaply else buffer_bytes
         for read, data in self._verified(reads):
             if read.nbytes <= space:
                 space -= read.nbytes
-                held.append((read, data))
+                held.append((read, data.copy()))
             else:
                 again.append(read)
         destination = {piece.name: piece for piece in wanted}
@@ -209,15 +210,19 @@ class Reader:
             yield read, data
 
     def _chunks(self, reads: Sequence[Read]) -> Iterator[tuple[Read, np.ndarray[Any, Any], CorruptCheckpoint | None]]:
-        """Yield every chunk with its bytes, in file order, and what is wrong with it."""
+        """Yield every chunk with its bytes, in file order, and what is wrong with it.
+
+        The bytes are there until the next chunk is asked for.
+        """
+        buffer = np.empty(_RUN_BYTES, dtype=np.uint8)
         ordered = sorted(reads, key=lambda r: (r.file, r.byte_start))
         for file, group in itertools.groupby(ordered, key=lambda r: r.file):
             self._check_size(self._files[file])
             with self._storage.open(self._path(file)) as source:
                 for run in _runs(group):
                     start = run[0].byte_start
-                    buffer = np.empty(run[-1].byte_start + run[-1].nbytes - start, dtype=np.uint8)
-                    count = source.read_into(start, buffer.data)
+                    total = run[-1].byte_start + run[-1].nbytes - start
+                    count = source.read_into(start, buffer[:total].data)
                     for read in run:
                         first = read.byte_start - start
                         data = buffer[first : first + read.nbytes]

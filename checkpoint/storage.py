@@ -59,6 +59,10 @@ class Storage(Protocol):
     def longest_poll_s(self) -> float:
         """Longest pause between two looks at the storage."""
 
+    @property
+    def rereads_cheaply(self) -> bool:
+        """Whether what was just read is read again out of memory."""
+
     def entries(self, folder: str) -> list[Entry]:
         """Return what a folder holds, by name; nothing if there is no such folder."""
 
@@ -148,6 +152,7 @@ class LocalStorage:
     """A folder of a POSIX file system: temporary name, fsync, rename, fsync of the folder."""
 
     longest_poll_s = 0.1
+    rereads_cheaply = True
 
     def __init__(self, root: Path) -> None:
         self._root = Path(os.path.abspath(root))
@@ -285,6 +290,7 @@ class FsspecStorage:
     """Any fsspec file system."""
 
     longest_poll_s = 1.0
+    rereads_cheaply = False
 
     def __init__(self, fs: Any, root: str) -> None:
         self._fs = fs

@@ -113,10 +113,10 @@ def test_staging_memory_is_reused_without_mixing_saves(tmp_path: Path):
 
 @pytest.mark.parametrize("numel", [CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, CHUNK_BYTES // 2 + 3])
 @pytest.mark.parametrize("buffer_bytes", [0, CHUNK_BYTES + 1000, 1 << 30])
-def test_tensors_of_several_chunks_load_whatever_memory_a_load_may_use(tmp_path: Path, numel: int, buffer_bytes: int):
+def test_tensors_of_several_chunks_load_whatever_memory_a_load_may_use(root: str, numel: int, buffer_bytes: int):
     saved = {"big": torch.arange(numel, dtype=torch.float32), "small": torch.arange(1000)}
     found = {"big": torch.zeros(numel), "small": torch.zeros(1000, dtype=torch.int64)}
-    with Checkpointer(tmp_path, config=CheckpointConfig(load_buffer_bytes=buffer_bytes)) as ck:
+    with Checkpointer(root, config=CheckpointConfig(load_buffer_bytes=buffer_bytes)) as ck:
         ck.load(ck.save(0, saved).result(20), found)
     assert same(found, saved)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import random
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -169,13 +171,22 @@ def test_a_load_raises_the_same_and_touches_no_destination(root: Path, kind: str
         assert same(found, before)
 
 
-def test_a_load_into_no_buffer_touches_no_destination_either(root: Path):
-    damage(root, "bit")
-    found, before = blank(0, 1), blank(0, 1)
-    ck = Checkpointer(root, config=CheckpointConfig(load_buffer_bytes=0))
-    with pytest.raises(CorruptCheckpoint, match=DEEP["bit"]):
-        ck.load(newest(root), found)
-    assert same(found, before)
+@pytest.mark.parametrize("buffer_bytes", [0, 1 << 30])
+def test_a_load_from_an_object_store_touches_no_destination_either(buffer_bytes: int):
+    root = f"memory://{uuid.uuid4()}"
+    saved_by(root, WORLD)
+    ck = Checkpointer(root, config=CheckpointConfig(load_buffer_bytes=buffer_bytes))
+    info = ck.list()[0]
+    row = open_reader(info).table.rows("flat")[-1]
+    path = f"{info.path}/{row.file}"
+    data = bytearray(fsspec.filesystem("memory").cat_file(path))
+    data[row.byte_start + row.nbytes - 1] ^= 1
+    fsspec.filesystem("memory").pipe_file(path, bytes(data))
+    found = blank(0, 1)
+    with pytest.raises(CorruptCheckpoint, match=_DIGEST):
+        ck.load(info, found)
+    assert same(found, blank(0, 1))
+    assert ck.latest() is None
 
 
 def test_a_checkpoint_found_damaged_is_passed_over_by_every_rank_from_then_on(

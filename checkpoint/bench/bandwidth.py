@@ -1,0 +1,268 @@
+"""Save and load at the disk's own rate, digests included.
+
+Claim: from the call of `save` to the commit a save takes hardly longer than writing the same bytes and syncing
+them once, and a load hardly longer than reading them.
+
+Baselines: `torch.save` followed by fsync, and `torch.load`; `torch.distributed.checkpoint` in one process (its
+writer syncs its files by default). One process, one state. The savers take turns in every repeat, after a first
+turn that is not counted; each keeps one checkpoint and removes the one before when the time has been taken, so
+that all of them find the page cache and the disk alike.
+
+- `save`: seconds from the call until the bytes are on disk; for this package also `blocked`, the part of it that
+  is kept from the caller.
+- `load`: seconds to fill existing tensors. The files' pages are dropped from the cache before (posix_fadvise), as
+  far as the kernel does so on request: the bound tells.
+- bounds, from the same turns: one file of as many bytes, written in 8 MiB pieces and synced once; the same file
+  read back in 16 MiB pieces.
+
+rate = state bytes / seconds. The gates compare within a turn and take the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from checkpoint import CheckpointConfig, Checkpointer
+from checkpoint.bench import Bound, Gate, Report, arguments
+
+_MIB = 1 << 20
+
+State = dict[str, torch.Tensor]
+
+
+class Saver(Protocol):
+    """One way to save and load a state."""
+
+    name: str
+    folder: Path
+    """Its own."""
+
+    def save(self, state: State, turn: int) -> float:
+        """Save, durable when this returns; return the seconds that a training loop would have waited."""
+
+    def load(self, found: State, turn: int) -> None:
+        """Fill the tensors with what was saved in this turn."""
+
+    def tidy(self, turn: int) -> None:
+        """Remove what was saved in the turn before."""
+
+
+def main() -> int:
+    """Run the benchmark; return 1 if a saver did not give back what it was given."""
+    parser = arguments(__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="size of the state (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary folder)")
+    options = parser.parse_args()
+    mib, repeats = (8, 1) if options.smoke else (options.mib, options.repeats)
+    if mib < 1 or repeats < 1:
+        parser.error("--mib and --repeats: at least 1")
+    state = make_state(mib * _MIB)
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    report = Report(
+        "checkpoint.bandwidth",
+        {"state_bytes": nbytes, "tensors": len(state), "repeats": repeats, "threads": torch.get_num_threads()},
+    )
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="bandwidth-") as folder:
+        savers: list[Saver] = [Raw(folder), WithTorch(folder), WithDcp(folder), WithCheckpoint(folder)]
+        wrong = measure(report, savers, state, repeats)
+    judge(report, nbytes, wrong)
+    report.show()
+    if options.json:
+        report.write(options.json)
+    return int(wrong > 0)
+
+
+def make_state(nbytes: int) -> State:
+    """Return parameters and two moments of random values, in matrices of up to 16 MiB and small vectors."""
+    generator = torch.Generator().manual_seed(0)
+    state: State = {}
+    left = nbytes // 4
+    layer = 0
+    while left > 0:
+        for kind in ("parameter", "exp_avg", "exp_avg_sq"):
+            numel = min(max(left, 1), 4 * _MIB - layer % 7)
+            state[f"{kind}.{layer}.weight"] = torch.randn(numel, generator=generator)
+            state[f"{kind}.{layer}.bias"] = torch.randn(1024, generator=generator)
+            left -= numel + 1024
+        layer += 1
+    return state
+
+
+def measure(report: Report, savers: Sequence[Saver], state: State, repeats: int) -> int:
+    """Let the savers take turns; return how many loads were not what had been saved."""
+    found = {name: torch.empty_like(tensor) for name, tensor in state.items()}
+    wrong = 0
+    for turn in range(repeats + 1):
+        for saver in savers:
+            seconds = {}
+            begun_s = time.perf_counter()
+            seconds["blocked"] = saver.save(state, turn)
+            seconds["save"] = time.perf_counter() - begun_s
+            for tensor in found.values():
+                tensor.zero_()
+            _drop_pages(saver.folder)
+            begun_s = time.perf_counter()
+            saver.load(found, turn)
+            seconds["load"] = time.perf_counter() - begun_s
+            saver.tidy(turn)
+            if not isinstance(saver, Raw):
+                wrong += not all(torch.equal(found[name], tensor) for name, tensor in state.items())
+            if turn:
+                for metric, value in seconds.items():
+                    report.add(saver.name, metric, "s", value)
+    return wrong
+
+
+class Raw:
+    """The bound: the bytes in one file, without structure or digest."""
+
+    name = "raw"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder, self.name)
+        self.folder.mkdir()
+        self._buffer = memoryview(bytearray(16 * _MIB))
+
+    def save(self, state: State, turn: int) -> float:
+        begun_s = time.perf_counter()
+        descriptor = os.open(self.folder / str(turn), os.O_WRONLY | os.O_CREAT, 0o644)
+        for tensor in state.values():
+            data = memoryview(tensor.numpy().data).cast("B")
+            for start in range(0, data.nbytes, 8 * _MIB):
+                os.write(descriptor, data[start : start + 8 * _MIB])
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return time.perf_counter() - begun_s
+
+    def load(self, found: State, turn: int) -> None:
+        descriptor = os.open(self.folder / str(turn), os.O_RDONLY)
+        while os.readv(descriptor, [self._buffer]):
+            pass
+        os.close(descriptor)
+
+    def tidy(self, turn: int) -> None:
+        (self.folder / str(turn - 1)).unlink(missing_ok=True)
+
+
+class WithTorch:
+    """torch.save, then fsync; torch.load, then copies into the destinations."""
+
+    name = "torch"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder, self.name)
+        self.folder.mkdir()
+
+    def save(self, state: State, turn: int) -> float:
+        begun_s = time.perf_counter()
+        with open(self.folder / str(turn), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return time.perf_counter() - begun_s
+
+    def load(self, found: State, turn: int) -> None:
+        for name, tensor in torch.load(self.folder / str(turn), weights_only=True).items():
+            found[name].copy_(tensor)
+
+    def tidy(self, turn: int) -> None:
+        (self.folder / str(turn - 1)).unlink(missing_ok=True)
+
+
+class WithDcp:
+    """torch.distributed.checkpoint."""
+
+    name = "dcp"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder, self.name)
+        self.folder.mkdir()
+
+    def save(self, state: State, turn: int) -> float:
+        begun_s = time.perf_counter()
+        with _one_process():
+            dcp_save(dict(state), checkpoint_id=self.folder / str(turn), no_dist=True)
+        return time.perf_counter() - begun_s
+
+    def load(self, found: State, turn: int) -> None:
+        with _one_process():
+            dcp_load(dict(found), checkpoint_id=self.folder / str(turn), no_dist=True)
+
+    def tidy(self, turn: int) -> None:
+        shutil.rmtree(self.folder / str(turn - 1), ignore_errors=True)
+
+
+class WithCheckpoint:
+    """This package; its retention removes the checkpoint before."""
+
+    name = "checkpoint"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder, self.name)
+        self._checkpointer = Checkpointer(self.folder, config=CheckpointConfig(keep_last=1))
+
+    def save(self, state: State, turn: int) -> float:
+        handle = self._checkpointer.save(turn, state)
+        handle.result()
+        return handle.blocked_s
+
+    def load(self, found: State, turn: int) -> None:
+        info = self._checkpointer.latest()
+        assert info is not None
+        self._checkpointer.load(info, found)
+
+    def tidy(self, turn: int) -> None:
+        while len(list(self.folder.iterdir())) > 1:
+            time.sleep(0.001)
+
+
+def judge(report: Report, nbytes: int, wrong: int) -> None:
+    """Add rates, bounds and gates."""
+    samples = {(case, metric): values for (case, metric, _), values in report.samples.items()}
+    del report.samples["raw", "blocked", "s"]
+    for (case, metric), values in samples.items():
+        for seconds in values:
+            if metric != "blocked":
+                report.add(case, f"{metric} rate", "GB/s", nbytes / seconds / 1e9)
+    hows = {"save": "written in 8 MiB pieces, one fsync", "load": "read in 16 MiB pieces"}
+    for metric, how in hows.items():
+        rate = nbytes / statistics.median(samples["raw", metric]) / 1e9
+        report.bounds.append(Bound(metric, rate, "GB/s", how))
+    for metric, limit in (("save", 1.15), ("load", 1.25)):
+        pairs = zip(samples["checkpoint", metric], samples["raw", metric], strict=True)
+        ratio = statistics.median(ours / bound for ours, bound in pairs)
+        report.gates.append(Gate(f"{metric} time over the bound", ratio, limit, ratio <= limit))
+    report.gates.append(Gate("loads that differ from what was saved", wrong, 0, wrong == 0))
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose
+        yield
+
+
+def _drop_pages(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
