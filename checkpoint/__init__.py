@@ -1,11 +1,7 @@
-"""Verified, reshardable checkpoints of training state that is spread over ranks.
+"""Verified, reshardable checkpoints of training state that is spread over ranks; README.md shows how.
 
-from checkpoint import Checkpointer
-
-with Checkpointer("checkpoints") as ck:
-    ck.save(step, {"weight": weight}, {"note": "plain values"})
-    info = ck.latest()
-    ck.load(info, {"weight": weight})
+`Checkpointer` saves and loads, `read`, `verify` and `export` need nothing but a path, and every error is a
+`CheckpointError`.
 """
 
 from checkpoint.access import VerifyReport, export, read, verify

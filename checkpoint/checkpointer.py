@@ -266,8 +266,8 @@ class Checkpointer:
         self._failed.add(attempt.name)
         try:
             attempt.abandon(error)
-        except StorageError as second:
-            error.add_note(f"the other ranks could not be told and will time out: {second}")
+        except Exception as second:  # noqa: BLE001  carried by the first error, which must get through
+            error.add_note(f"the other ranks could not be told and will time out: {second!r}")
 
     def _join(self, timeout_s: float | None = None) -> bool:
         """Wait for the thread of the last save; return whether it ended."""

@@ -154,7 +154,7 @@ class Attempt:
         for path in (f"{PARTS}/{stem}.arrow", f"{stem}.safetensors", f"{stem}.objects.json"):
             self._storage.remove(f"{self.folder}/{path}")
         if not aborted:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
             text = objects.canonical({"rank": self._rank, "reason": reason})
             self._storage.write(f"{self.folder}/{ABORT}", text)
 

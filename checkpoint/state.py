@@ -109,6 +109,8 @@ def owners(pieces: Iterable[Piece], world_size: int) -> dict[str, int]:
 def _piece(name: object, value: object) -> Piece:
     if not isinstance(name, str) or not name:
         raise InvalidState("is not a name; names are non-empty strings")
+    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise InvalidState("is not a name; it has half of a surrogate pair")
     if isinstance(value, RankLocal):
         tensor = _tensor(value.tensor)
         shape = tuple(tensor.shape)

@@ -208,6 +208,7 @@ def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
         "late": FlatSlice(torch.ones(3), (4,), 2),
         "box": BoxSlice(torch.ones(2, 2), (3, 3), (2, 0)),
         "": torch.ones(1),
+        "half \ud800": torch.ones(1),
     }
     with Checkpointer(tmp_path) as ck, pytest.raises(InvalidState) as caught:
         ck.save(1, wrong)  # type: ignore[arg-type]
@@ -220,7 +221,8 @@ def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
         "'flat': a FlatSlice holds one dimension, this one 2",
         "'late': range [2, 5) leaves its 4 elements",
         "'box': box at [2, 0] of shape [2, 2] leaves shape [3, 3]",
-        "'': is not a name",
+        "'': is not a name; names are non-empty strings",
+        "is not a name; it has half of a surrogate pair",
     ):
         assert part in message
     assert Checkpointer(tmp_path).latest() is None

@@ -180,6 +180,20 @@ def test_a_rank_that_cannot_write_fails_every_rank_and_is_named(tmp_path: Path):
     assert latest.step == 1
 
 
+def test_the_others_are_told_whatever_the_error_says(tmp_path: Path):
+    def save(rank: int) -> BaseException | None:
+        with checkpointer(tmp_path, rank, 2) as ck:
+            try:
+                return ck.save(1, {}, {"\ud800": 1} if rank else {}).exception(20)
+            except InvalidState as error:
+                return error
+
+    first, second = ranks(2, save)
+    assert isinstance(second, InvalidState)
+    assert isinstance(first, SaveAborted)
+    assert "rank 1 failed: InvalidState: objects: cannot be kept as JSON" in str(first)
+
+
 def test_the_rank_that_fails_frees_its_space_and_so_do_the_others(tmp_path: Path):
     def save(rank: int) -> None:
         with checkpointer(tmp_path, rank, 2) as ck:
