@@ -218,11 +218,6 @@ def _engine(config: RunConfig) -> Iterator[Problem]:
             "offload.optimizer",
             "cpu needs sharded optimizer state; allowed with engine.zero_stage = 1, 2, 3",
         )
-    if config.optim.kind == "muon" and engine.zero_stage > 0:
-        yield (
-            "optim.kind",
-            "muon needs whole matrices, which ZeRO shards flatten; allowed with engine.zero_stage = 0",
-        )
     if config.profile.start_step > config.steps:
         yield "profile.start_step", f"{config.profile.start_step} lies behind the last step ({config.steps})"
     if config.faulttol.heartbeat_interval_s * 4 > config.launch.frozen_timeout_s:

@@ -120,8 +120,8 @@ class OptimConfig:
     """`adamw` for everything; `muon` orthogonalises the momentum of the hidden matrices and uses AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate (AdamW groups)."""
-    muon_lr: float = 0.02
-    """kind=muon: peak learning rate of the matrices."""
+    muon_lr: float = 2e-3
+    """kind=muon: peak learning rate of the matrices; their steps are scaled to the size of AdamW's."""
     muon_momentum: float = 0.95
     """kind=muon: Nesterov momentum; 0 to 1."""
     beta1: float = 0.9

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from trainsys.check import accumulation_steps, data_ranks
 from trainsys.compat import quiet_deepspeed
 from trainsys.config import RunConfig
 from trainsys.errors import MissingExtraError, NumericsError
+from trainsys.muon import Muon, Shard
 from trainsys.partition import Slices, partition_of
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +58,7 @@ class Engine:
         self._undo_averaging = data_ranks(config.parallel) * accumulation_steps(config)
         os.environ.setdefault("LOCAL_RANK", "0")  # read unconditionally by deepspeed.initialize
         deepspeed.init_distributed(
-            dist_backend=torch.distributed.get_backend(),
+            dist_backend=dist.get_backend(),
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=settings.timeout_s),
         )
@@ -69,6 +71,8 @@ class Engine:
             self._engine.optimizer,
             separate_master=settings.precision != "fp32",
         )
+        if isinstance(optimizer, Muon) and self._stage > 0:
+            self._describe_shards(optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -137,6 +141,17 @@ class Engine:
         """Release hooks and buffers; the model stays."""
         self._engine.destroy()
 
+    def _describe_shards(self, optimizer: Muon) -> None:
+        """Tell Muon which part of which matrix lies where in the flat tensors that ZeRO gave it."""
+        self._partition.create_state()
+        holders = [
+            (holder, [Shard(part.name, part.shape, part.start, part.offset, part.master.numel()) for part in parts])
+            for group, holder, parts in self._partition.held()
+            if group["kind"] == "muon"
+        ]
+        assert dist.group.WORLD is not None
+        optimizer.shard(holders, dist.group.WORLD, self.device)
+
     def _clip_replicated(self) -> float:
         """Clip already-reduced gradients (ZeRO 0, where DeepSpeed clips but does not tell the norm)."""
         limit = self._clip if self._clip > 0 else float("inf")
@@ -174,8 +189,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    # While it is imported DeepSpeed warns that there is no GPU; the device is the recipe's choice and is shown.
-    logging.getLogger("DeepSpeed").addFilter(_says_more_than_no_gpu)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     try:
         import deepspeed
     except ImportError as error:
@@ -184,5 +198,7 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _says_more_than_no_gpu(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a warning of DeepSpeed says more than what the recipe chose: no GPU, an optimizer of ours."""
+    message = record.getMessage()
+    return "Setting accelerator to CPU" not in message and "untested optimizer" not in message

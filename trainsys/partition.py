@@ -37,6 +37,8 @@ class Fragment:
     shape: tuple[int, ...]
     start: int
     """First element, in the flattened parameter."""
+    offset: int
+    """First element, in the tensor that the optimizer holds for it."""
     master: Tensor
     """fp32 weights, 1-D; shares memory with what the optimizer updates."""
     state: Mapping[str, Tensor]
@@ -65,16 +67,24 @@ class Partition(ABC):
         """Yield each optimizer parameter group with the tensors the optimizer holds state for."""
 
     @abstractmethod
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank owns of each parameter's optimizer state; call `create_state` first."""
+    def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
+        """Yield (group, tensor, what lies in it of which parameter) for every tensor the optimizer holds.
+
+        The same tensors in the same order on every rank; call `create_state` first.
+        """
 
     @abstractmethod
     def after_load(self) -> None:
         """Bring what ZeRO caches of the weights in line with tensors that were just overwritten."""
 
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank owns of each parameter's optimizer state, empty where it owns nothing."""
+        self.create_state()
+        for _, _, fragments in self.held():
+            yield from fragments
+
     def slices(self) -> Slices:
         """Return weights and optimizer state of this rank, by name."""
-        self.create_state()
         found = self.weights()
         for fragment in self.fragments():
             if self._separate_master:
@@ -92,7 +102,7 @@ class Partition(ABC):
                     if key not in state:
                         state[key] = torch.zeros_like(holder, memory_format=torch.preserve_format)
                 if group["kind"] == "adamw" and "step" not in state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device)
 
     def steps_taken(self) -> float:
         """Return the updates the optimizer has applied (those skipped for fp16 overflow do not count)."""
@@ -144,12 +154,13 @@ class Replicated(Partition):
                     found[f"optimizer.{key}.{self._names[holder]}"] = self._base_optimizer.state[holder][key]
         return found
 
-    def fragments(self) -> Iterator[Fragment]:
+    def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
         for group, holders in self.groups():
             for holder in holders:
                 state = self._base_optimizer.state[holder]
                 kept = {key: state[key].view(-1) for key in STATE_KEYS[group["kind"]]}
-                yield Fragment(self._names[holder], tuple(holder.shape), 0, holder.data.view(-1), kept)
+                master = holder.data.view(-1)
+                yield group, holder, [Fragment(self._names[holder], tuple(holder.shape), 0, 0, master, kept)]
 
     def after_load(self) -> None:
         return
@@ -165,14 +176,16 @@ class Sharded(Partition):
         for group in self._base_optimizer.param_groups:
             yield group, group["params"]
 
-    def fragments(self) -> Iterator[Fragment]:
+    def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
         for index, (group, (flat,)) in enumerate(self.groups()):
             state = self._base_optimizer.state[flat]
+            fragments = []
             for parameter in self._optimizer.bit16_groups[index]:
-                begin, length, start = self._place(parameter._hp_mapping)
-                kept = {key: state[key].narrow(0, begin, length) for key in STATE_KEYS[group["kind"]]}
-                master = flat.data.narrow(0, begin, length)
-                yield Fragment(self._names[parameter], tuple(parameter.shape), start, master, kept)
+                offset, length, start = self._place(parameter._hp_mapping)
+                kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
+                master = flat.data.narrow(0, offset, length)
+                fragments.append(Fragment(self._names[parameter], tuple(parameter.shape), start, offset, master, kept))
+            yield group, flat, fragments
 
     def after_load(self) -> None:
         if self._separate_master:
@@ -208,16 +221,19 @@ class FullySharded(Partition):
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
             yield self._base_optimizer.param_groups[zero.sub_group_to_group_id[index]], [flat]
 
-    def fragments(self) -> Iterator[Fragment]:
+    def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
         zero = self._optimizer
         for index, (group, (flat,)) in enumerate(self.groups()):
             state = self._base_optimizer.state[flat]
+            fragments = []
             for parameter in zero.fp16_groups[index]:
                 _, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
                 start, length = self._range(parameter)
                 kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
                 master = flat.data.narrow(0, offset, length)
-                yield Fragment(self._names[parameter], tuple(parameter.ds_shape), start, master, kept)
+                shape = tuple(parameter.ds_shape)
+                fragments.append(Fragment(self._names[parameter], shape, start, offset, master, kept))
+            yield group, flat, fragments
 
     def after_load(self) -> None:
         if not self._separate_master:

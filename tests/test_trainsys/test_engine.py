@@ -155,6 +155,9 @@ def relative(found: list[float], expected: list[float]) -> float:
             "--model.moe.balance_weight=0",
         ),
         ("--engine.zero_stage=2", "--engine.gradient_clip_norm=0"),
+        ("--engine.zero_stage=0", "--optim.kind=muon"),
+        ("--engine.zero_stage=2", "--optim.kind=muon"),
+        ("--engine.zero_stage=3", "--optim.kind=muon"),
     ],
     ids=" ".join,
 )
@@ -167,7 +170,8 @@ def test_twenty_steps_on_two_ranks_equal_a_plain_torch_loop(overrides: tuple[str
     assert relative(reports[0]["norms"], norms) < 1e-4
     for name, value in assembled(reports, weights).items():
         error = float((value - weights[name]).norm() / weights[name].norm())
-        assert error < 1e-5, f"{name}: {error}"
+        # Muon's iteration, a polynomial of degree 3,125, amplifies the rounding of the sums.
+        assert error < (1e-4 if "--optim.kind=muon" in overrides else 1e-5), f"{name}: {error}"
     assert reports[0]["counters"]["steps_taken"] == STEPS
 
 
