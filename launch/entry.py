@@ -48,12 +48,18 @@ Outcome = Returned | Raised
 
 
 def execute(
-    entry: str, payload: Any, *, heartbeat_path: Path, heartbeat_interval_s: float, stop: threading.Event
+    entry: str,
+    payload: Any,
+    *,
+    heartbeat_path: Path,
+    heartbeat_interval_s: float,
+    stop: threading.Event,
+    joined: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Import `entry`, call it in this process with its context, and tell how it ended; raises nothing.
 
     The rank's place is read from the environment. The heartbeat begins once the entry is imported: that is
-    when the rank has joined.
+    when the rank has joined. `joined` is called then, and may block.
     """
     try:
         function = _load(entry)
@@ -62,6 +68,7 @@ def execute(
             Heartbeat(heartbeat_path, heartbeat_interval_s) as heartbeat,
             RankContext(env, heartbeat, stop) as context,
         ):
+            joined()
             return Returned(_as_json(function(context, payload)))
     except BaseException as error:  # noqa: BLE001 - carried to the launcher, SystemExit included
         return raised(error)

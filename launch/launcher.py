@@ -61,9 +61,7 @@ def _check(config: LaunchConfig, heartbeat_interval_s: float) -> None:
         wrong.append(f"launch.kind: {config.kind!r} is none of {', '.join(sorted(_START_BY_KIND))}")
     positive = ("cpus_per_rank", "start_timeout_s", "frozen_timeout_s", "hang_timeout_s", "stop_grace_s")
     wrong += [
-        f"launch.{name}: {getattr(config, name)} is not above 0"
-        for name in positive
-        if not getattr(config, name) > 0
+        f"launch.{name}: {getattr(config, name)} is not above 0" for name in positive if not getattr(config, name) > 0
     ]
     if config.gpus_per_rank < 0:
         wrong.append(f"launch.gpus_per_rank: {config.gpus_per_rank} is below 0")

@@ -96,9 +96,7 @@ class LocalRanks:
 class _Process:
     """One rank's process, from start to reaped."""
 
-    def __init__(
-        self, job: Job, env: RankEnv, config: LaunchConfig, heartbeat_interval_s: float, folder: Path
-    ) -> None:
+    def __init__(self, job: Job, env: RankEnv, config: LaunchConfig, heartbeat_interval_s: float, folder: Path) -> None:
         self.exit: Exit | None = None
         self._heartbeat_path = folder / f"rank{env.rank}.heartbeat"
         self._outcome_path = folder / f"rank{env.rank}.outcome.json"
@@ -153,9 +151,7 @@ class _Process:
         return RankReport(pulse, self._outcome, ended)
 
     def tell(self, message: bytes) -> None:
-        with contextlib.suppress(
-            BrokenPipeError, ValueError
-        ):  # it is gone, or was reaped and its pipe closed
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it is gone, or was reaped and its pipe closed
             self._control.write(message)
 
     def kill(self) -> None:

@@ -49,17 +49,14 @@ def seats(homes: Sequence[Home], first_node_id: str) -> list[Seat]:
     The processes of one node all see the GPUs of all of them, as NCCL and DeepSpeed expect: rank `local_rank`
     owns the GPU of that index among them when each reserved one.
     """
-    node_ids = sorted(
-        {home.node_id for home in homes}, key=lambda node_id: (node_id != first_node_id, node_id)
-    )
+    node_ids = sorted({home.node_id for home in homes}, key=lambda node_id: (node_id != first_node_id, node_id))
     result: list[Seat] = []
     for node_rank, node_id in enumerate(node_ids):
         actors = [index for index, home in enumerate(homes) if home.node_id == node_id]
         actors.sort(key=lambda index: [_gpu_order(gpu) for gpu in homes[index].gpu_ids])
         gpus = sorted({gpu for index in actors for gpu in homes[index].gpu_ids}, key=_gpu_order)
         result += [
-            Seat(actor, local_rank, len(actors), node_rank, tuple(gpus))
-            for local_rank, actor in enumerate(actors)
+            Seat(actor, local_rank, len(actors), node_rank, tuple(gpus)) for local_rank, actor in enumerate(actors)
         ]
     return result
 

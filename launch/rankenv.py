@@ -59,9 +59,7 @@ class RankEnv:
         if rank >= world_size:
             raise ValueError(f"environment: RANK: {rank} is not below WORLD_SIZE {world_size}")
         if local_rank >= local_world_size:
-            raise ValueError(
-                f"environment: LOCAL_RANK: {local_rank} is not below LOCAL_WORLD_SIZE {local_world_size}"
-            )
+            raise ValueError(f"environment: LOCAL_RANK: {local_rank} is not below LOCAL_WORLD_SIZE {local_world_size}")
         return cls(
             rank=rank,
             world_size=world_size,

@@ -13,6 +13,7 @@ from typing import Any
 
 from launch import context, entry, placement, ray_cluster, ray_rank
 from launch.config import LaunchConfig
+from launch.errors import ClusterError
 from launch.job import Job
 from launch.placement import Home
 from launch.rankenv import RankEnv
@@ -33,6 +34,7 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
     demand = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
     with (
         ray_cluster.joined(config.ray_address) as own,
+        _cluster_errors(),
         ray_cluster.reserved(demand, job.world_size, own=own, timeout_s=config.start_timeout_s) as group,
     ):
         ranks = RayRanks(job, heartbeat_interval_s)
@@ -41,6 +43,16 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
             yield ranks
         finally:
             ranks.kill()
+
+
+@contextlib.contextmanager
+def _cluster_errors() -> Iterator[None]:
+    """Turn into a ClusterError what Ray raises of itself, such as a head that is gone."""
+    ray = ray_cluster.import_ray()
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"Ray failed: {error}") from error
 
 
 class RayRanks:
@@ -141,9 +153,7 @@ class RayRanks:
                 }
             )
 
-    def _bury(
-        self, node_id: str, homes: list[Home], offsets: list[int], patience_s: list[float]
-    ) -> list[bytes]:
+    def _bury(self, node_id: str, homes: list[Home], offsets: list[int], patience_s: list[float]) -> list[bytes]:
         """`ray_rank.bury` on that node: here, or by a task there."""
         ray = self._ray
         if node_id == ray.get_runtime_context().get_node_id():
@@ -183,7 +193,7 @@ class _Actor:
     def run(self, description: dict[str, Any]) -> None:
         self._started = True
         self._run_ref = self._handle.run.options(concurrency_group="run").remote(description)
-        self._poll_ref = self._ask("poll", self.offset)
+        self._poll_ref = self._ask("poll", self.offset, self.report.pulse is not None)
 
     def tell(self, method: str) -> None:
         if self.report.exit is None:
@@ -211,13 +221,8 @@ class _Actor:
             pass  # the network hiccuped: ask again, silence is judged by the supervisor
         except ray.exceptions.RayError as error:
             self._ended(error)
-        if (
-            self._started
-            and self._poll_ref is None
-            and self.report.outcome is None
-            and self.report.exit is None
-        ):
-            self._poll_ref = self._ask("poll", self.offset)
+        if self._started and self._poll_ref is None and self.report.outcome is None and self.report.exit is None:
+            self._poll_ref = self._ask("poll", self.offset, self.report.pulse is not None)
         return printed
 
     @property
@@ -237,9 +242,7 @@ class _Actor:
         outcome = entry.from_json(answer["outcome"]) if answer["outcome"] is not None else None
         if isinstance(outcome, entry.Returned):
             self._handle.__ray_terminate__.remote()
-        self.report = RankReport(
-            pulse, outcome, Exit(code=0) if isinstance(outcome, entry.Returned) else None
-        )
+        self.report = RankReport(pulse, outcome, Exit(code=0) if isinstance(outcome, entry.Returned) else None)
         printed: bytes = answer["printed"]
         self.offset += len(printed)
         return printed

@@ -82,14 +82,11 @@ def joined(address: str) -> Iterator[bool]:
             f"{address}: a Ray client stands outside the cluster, where ranks cannot reach it; "
             "submit a job to the cluster instead"
         )
-    if "ray" not in sys.modules and find_token(os.environ):
-        # Ray sends the token to a cluster that is named only if asked to; it is read when Ray is imported.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     own = not address and not os.environ.get("RAY_ADDRESS")
-    if own:
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # its default, made explicit: the same without a warning
+    if "ray" not in sys.modules and (own or find_token(os.environ)):
+        # For a Ray of our own the default, without Ray's warning; to a cluster that is named Ray sends the
+        # token only if this asks for it. Read when Ray is imported: later it would change half of Ray.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray = import_ray()
     if ray.is_initialized():
         yield False
@@ -119,9 +116,7 @@ def reserved(demand: Mapping[str, float], world_size: int, *, own: bool, timeout
     wanted = {name: amount for name, amount in demand.items() if amount > 0}
     if own and not placement.fits(wanted, world_size, nodes):
         raise PlacementError(_no_room(ray, wanted, world_size, "which is all there will be"))
-    group = placement_group(
-        [wanted] * world_size, strategy=placement.strategy(wanted, world_size, nodes), name="launch"
-    )
+    group = placement_group([wanted] * world_size, strategy=placement.strategy(wanted, world_size, nodes))
     try:
         if not group.wait(timeout_seconds=timeout_s):
             raise PlacementError(_no_room(ray, wanted, world_size, f"and had no room in {timeout_s:g} s"))
@@ -131,13 +126,16 @@ def reserved(demand: Mapping[str, float], world_size: int, *, own: bool, timeout
 
 
 def _start(ray: Any) -> None:
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="WARNING",
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="WARNING",
+            object_store_memory=_OBJECT_STORE_BYTES,
+        )
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(f"a Ray of our own could not be started: {error}") from error
 
 
 def _join(ray: Any, address: str) -> None:

@@ -47,9 +47,7 @@ def submit(
         runtime_env["working_dir"] = str(working_dir)
     # `exec` leaves no shell between Ray, which signals, and the command.
     with _errors(address):
-        job_id: str = _client(address).submit_job(
-            entrypoint=f"exec {shlex.join(argv)}", runtime_env=runtime_env
-        )
+        job_id: str = _client(address).submit_job(entrypoint=f"exec {shlex.join(argv)}", runtime_env=runtime_env)
     return job_id
 
 
@@ -94,9 +92,7 @@ def _client(address: str) -> Any:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         # Ray would silently prefer it to the address it is given.
         if os.environ.get(name, address) != address:
-            raise ClusterError(
-                f"{address}: {name} is set to {os.environ[name]}, which Ray would use; unset it"
-            )
+            raise ClusterError(f"{address}: {name} is set to {os.environ[name]}, which Ray would use; unset it")
     ray_cluster.probe(url.hostname, url.port or (443 if url.scheme == "https" else 80), address)
     ray_cluster.import_ray()
     from ray.job_submission import JobSubmissionClient

@@ -29,6 +29,7 @@ class RankActor:
         self._folder = Path(tempfile.mkdtemp(prefix="launch-"))
         self._log_path = log_path(self._folder)
         self._stop = threading.Event()
+        self._seen = threading.Event()
         self._outcome: entry.Outcome | None = None
         _print_to(self._log_path)
         faulthandler.enable()
@@ -56,14 +57,21 @@ class RankActor:
             heartbeat_path=heartbeat_path(self._folder),
             heartbeat_interval_s=description["heartbeat_interval_s"],
             stop=self._stop,
+            # A rank that freezes before the driver saw its first pulse would not be known to have joined.
+            joined=self._seen.wait,
         )
         sys.stdout.flush()
         self._outcome = outcome  # before the traceback is printed: see supervisor
         if isinstance(outcome, entry.Raised):
             sys.stderr.write(outcome.traceback)
 
-    def poll(self, offset: int) -> dict[str, Any]:
-        """The heartbeat, what was printed since `offset`, and the outcome once there is one."""
+    def poll(self, offset: int, seen: bool) -> dict[str, Any]:
+        """The heartbeat, what was printed since `offset`, and the outcome once there is one.
+
+        `seen` says that the driver had a pulse before; the entry is called only then.
+        """
+        if seen:
+            self._seen.set()
         with open(self._log_path, "rb") as log:
             log.seek(offset)
             printed = log.read(_LOG_CHUNK_BYTES)

@@ -19,9 +19,7 @@ from launch.job import Job, JobResult
 from launch.verdict import Fault, Limits, RankReport, RankStatus
 
 _POLL_S = 0.1
-_SETTLE_S = (
-    1.0  # how long others may still report after the first failure, so that its cause is among the reports
-)
+_SETTLE_S = 1.0  # how long others may still report after the first failure, so that its cause is among the reports
 _STACKS_S = 0.5  # how long ranks get to write the stacks of their threads before they are killed
 _LONGEST_TICK_S = 5.0  # a supervisor that was itself suspended for longer holds no rank to account for it
 _TAIL_BYTES = 8192
@@ -152,8 +150,7 @@ class _Watch:
         self.now_s += min(looked_s - self._looked_s, _LONGEST_TICK_S)
         self._looked_s = looked_s
         self.statuses = [
-            verdict.observe(status, report, self.now_s)
-            for status, report in zip(self.statuses, reports, strict=True)
+            verdict.observe(status, report, self.now_s) for status, report in zip(self.statuses, reports, strict=True)
         ]
         self.quiet = self.quiet or verdict.ended_badly(self.statuses)
         if printed and not self.quiet:

@@ -196,9 +196,7 @@ def describe(statuses: Sequence[RankStatus], rank: int, fault: Fault, limits: Li
         return f"died{when}: {status.exit.summary}{_where(status)}"
     if status.outcome is not None:
         if blamed:
-            return (
-                f"hung: its entry returned, but its process has not ended {limits.exit_timeout_s:g} s later"
-            )
+            return f"hung: its entry returned, but its process has not ended {limits.exit_timeout_s:g} s later"
         return "returned"
     if status.pulse is None:
         return f"never joined in {limits.start_timeout_s:g} s" if blamed else "had not joined yet"

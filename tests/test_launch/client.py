@@ -113,6 +113,7 @@ class Driver:
         for line in self._process.stdout:
             if line.startswith("{"):  # Ray's own messages are not
                 self._events.put(json.loads(line))
+        self._events.put({"event": "gone"})
 
     def __enter__(self) -> Self:
         return self

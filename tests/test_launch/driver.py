@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def run(request: dict[str, Any]) -> None:
         )
     except (launch.LaunchError, ValueError) as error:
         say(event="refused", job=job.name, type=type(error).__name__, text=str(error))
+    except BaseException:  # a bug: the test should see it rather than wait
+        say(event="crashed", job=job.name, text=traceback.format_exc())
+        raise
     else:
         say(event="ended", **{"job": job.name, **dataclasses.asdict(result)})
 

@@ -20,6 +20,12 @@ def echo(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     return {"rank": context.env.rank, "world_size": context.env.world_size, "payload": payload}
 
 
+def places(context: RankContext, payload: dict[str, Any]) -> list[int]:
+    """Return where this rank is among the others."""
+    env = context.env
+    return [env.rank, env.local_rank, env.local_world_size, env.node_rank]
+
+
 def steps(context: RankContext, payload: dict[str, Any]) -> int:
     """Walk through `num_steps` steps, struck by the faults of the schedule; note the process first."""
     _note_process(context, payload)
