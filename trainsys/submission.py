@@ -28,7 +28,7 @@ def submit_run(resolved: Resolved, *, address: str, resume: bool, working_dir: P
     argv = ["trainsys", "launch", *overrides_of(config)]
     if resume:
         argv.append("--resume")
-    return ray_job.submit(argv, address=address, working_dir=working_dir)
+    return ray_job.submit(argv, address=address, working_dir=working_dir, stop_grace_s=config.launch.stop_grace_s)
 
 
 def overrides_of(config: RunConfig) -> list[str]:
