@@ -41,19 +41,22 @@ class RankEnv:
                 f"environment: {', '.join(missing)}: not set beside {', '.join(present)}; "
                 "start ranks with torchrun or `launch`, or unset them all"
             )
+        lonely = environ["MASTER_ADDR"] == "" and environ["WORLD_SIZE"] == "1"
         numbers = _integers(
             environ,
             {
                 "RANK": 0,
                 "WORLD_SIZE": 1,
                 "LOCAL_RANK": 0,
-                "MASTER_PORT": 1,
+                "MASTER_PORT": 0 if lonely else 1,
                 "LOCAL_WORLD_SIZE": 1,
                 "GROUP_RANK": 0,
                 "TORCHELASTIC_RESTART_COUNT": 0,
             },
         )
         rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+        if not environ["MASTER_ADDR"] and not lonely:
+            raise ValueError(f"environment: MASTER_ADDR: empty, though WORLD_SIZE is {world_size}")
         local_rank = numbers["LOCAL_RANK"]
         local_world_size = numbers.get("LOCAL_WORLD_SIZE", world_size)
         if rank >= world_size:
