@@ -26,9 +26,7 @@ VARIANTS = {
     "one key head, wide heads": replace(SMALL, num_kv_heads=1, head_dim=6, tied_head=False),
     "as many key as query heads": replace(SMALL, num_kv_heads=0, rope_theta=100.0),
     "experts after a dense layer": replace(SMALL, moe=EXPERTS),
-    "experts everywhere, one a token": replace(
-        SMALL, moe=MoEConfig(num_experts=3, top_k=1, balance_weight=0.5)
-    ),
+    "experts everywhere, one a token": replace(SMALL, moe=MoEConfig(num_experts=3, top_k=1, balance_weight=0.5)),
 }
 TOKENS = torch.randint(0, 32, (2, 10), generator=torch.Generator().manual_seed(1))
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0, 2], [5, 5, 5, 5, 5, 5, 5, 5, 6, 6]])
@@ -54,9 +52,7 @@ def gradients(model: nn.Module, output: tuple[Tensor, Tensor]) -> dict[str, Tens
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_decoder_equals_its_reference_in_outputs_and_every_gradient(
-    config: ModelConfig, packed: bool
-) -> None:
+def test_the_decoder_equals_its_reference_in_outputs_and_every_gradient(config: ModelConfig, packed: bool) -> None:
     model = make(config)
     documents = DOCUMENTS if packed else torch.zeros_like(DOCUMENTS)
     positions = POSITIONS if packed else torch.arange(10).expand(2, 10)
@@ -163,6 +159,18 @@ def test_activation_checkpointing_keeps_one_activation_a_block() -> None:
     assert saved_elements(True) < saved_elements(False) / 4
 
 
+@pytest.mark.filterwarnings("ignore")  # what dynamo does to tensors and functions makes torch warn
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, moe=EXPERTS)], ids=["dense", "experts"])
+def test_compiled_blocks_change_no_bit_and_no_name(config: ModelConfig) -> None:
+    eager, compiled = (make(config).bfloat16() for _ in range(2))
+    for block in blocks(compiled):
+        block.compile(backend="aot_eager", fullgraph=True)
+    outputs = [model(TOKENS, document_ids_BT=DOCUMENTS) for model in (eager, compiled)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+    wanted, got = (gradients(model, output) for model, output in zip((eager, compiled), outputs, strict=True))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = make(replace(SMALL, dropout=0.5))
     assert not torch.equal(model(TOKENS)[0], model(TOKENS)[0])
@@ -209,15 +217,11 @@ def test_a_model_on_the_meta_device_has_names_and_shapes_but_no_memory() -> None
         empty = build_small(SMALL)
     full = build_small(SMALL)
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert {n: p.shape for n, p in empty.named_parameters()} == {
-        n: p.shape for n, p in full.named_parameters()
-    }
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
 
 
 def test_the_vocabulary_is_rounded_up_to_64_rows_and_a_tied_head_shares_them() -> None:
-    model = build(
-        replace(SMALL, vocab_size=0), vocab_size=257, max_positions=8, activation_checkpointing=False, seed=0
-    )
+    model = build(replace(SMALL, vocab_size=0), vocab_size=257, max_positions=8, activation_checkpointing=False, seed=0)
     assert isinstance(model, Decoder)
     assert model.embedding.weight.shape == (320, 16)
     assert model.head.weight is model.embedding.weight
@@ -246,9 +250,7 @@ def test_flops_are_three_times_the_products_of_a_forward() -> None:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(TOKENS)
         length = TOKENS.shape[1]
-        half_scores = (
-            2 * config.num_layers * length * config.dim
-        )  # torch counts all T^2 scores, the formula half
+        half_scores = 2 * config.num_layers * length * config.dim  # torch counts all T^2 scores, the formula half
         weighing = 2 * config.moe.top_k * config.dim if config.moe.num_experts else 0  # of the chosen outputs
         forward = counter.get_total_flops() // TOKENS.numel() - half_scores - weighing
         assert flops_per_token(model, length) == 3 * forward
