@@ -1,7 +1,8 @@
 """What faulttol raises.
 
 FaultTolError
-└── HeartbeatError      a heartbeat file that cannot be what it is taken for
+├── HeartbeatError      a heartbeat file that cannot be what it is taken for
+└── InjectedFault       what a scheduled fault of kind `raise` raises
 """
 
 from __future__ import annotations
@@ -13,3 +14,7 @@ class FaultTolError(Exception):
 
 class HeartbeatError(FaultTolError):
     """A heartbeat file is malformed, or is written from a process that does not own it."""
+
+
+class InjectedFault(FaultTolError):
+    """A scheduled fault of kind `raise`."""

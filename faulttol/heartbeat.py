@@ -83,9 +83,7 @@ class Heartbeat:
         self.beat(step=0, phase="start")
         os.rename(_unfinished(path), path)
         self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._live, args=(interval_s,), name="faulttol-heartbeat", daemon=True
-        )
+        self._thread = threading.Thread(target=self._live, args=(interval_s,), name="faulttol-heartbeat", daemon=True)
         self._thread.start()
 
     def beat(self, *, step: int, phase: str) -> None:
@@ -95,9 +93,7 @@ class Heartbeat:
         of more than 24 bytes.
         """
         if os.getpid() != self._pid:
-            raise HeartbeatError(
-                f"{self.path}: belongs to process {self._pid}, not to its child {os.getpid()}"
-            )
+            raise HeartbeatError(f"{self.path}: belongs to process {self._pid}, not to its child {os.getpid()}")
         name = phase.encode()
         if len(name) > _PHASE_BYTES:
             raise ValueError(f"phase {phase!r}: longer than {_PHASE_BYTES} bytes")

@@ -11,13 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from faulttol.errors import FaultTolError
+from faulttol.errors import InjectedFault
 
 Kind = Literal["raise", "kill", "freeze", "hang"]
-
-
-class InjectedFault(FaultTolError):
-    """What a scheduled `raise` raises."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

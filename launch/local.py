@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from launch.job import Job
 from launch.rankenv import RankEnv
 from launch.supervisor import log_path
 from launch.verdict import Exit, Pulse, RankReport
+
+log = logging.getLogger(__name__)
 
 _GONE_TIMEOUT_S = 30.0
 _LOOPBACK = "127.0.0.1"
@@ -119,11 +122,11 @@ class _Process:
         read_fd, write_fd = os.pipe()
         self._control: IO[bytes] = open(write_fd, "wb", buffering=0)  # noqa: SIM115 - open as long as the rank lives
         try:
-            with open(log_path(job.log_dir, env.rank), "wb") as log:
+            with open(log_path(job.log_dir, env.rank), "wb") as output:
                 self._popen = subprocess.Popen(
                     [sys.executable, "-u", "-m", "launch.worker", str(description_path), str(read_fd)],
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**threads, **os.environ, **env.to_environ()},
                     pass_fds=(read_fd,),
@@ -189,25 +192,25 @@ class _Guardian:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
-            text=True,
-            bufsize=1,
+            bufsize=0,
         )
 
     def guard(self, group: int) -> None:
         self._guarded.add(group)
-        self._tell(f"+{group}\n")
+        self._tell("+", group)
 
     def forget(self, group: int) -> None:
         if group in self._guarded:
             self._guarded.remove(group)
-            self._tell(f"-{group}\n")
+            self._tell("-", group)
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, what: str, group: int) -> None:
         assert self._popen.stdin is not None
         try:
-            self._popen.stdin.write(line)
-        except BrokenPipeError as error:
-            raise LaunchError(f"the guardian process {self._popen.pid} of this launch was killed") from error
+            self._popen.stdin.write(f"{what}{group}\n".encode())
+        except BrokenPipeError:
+            # No reason to end days of work, though its ranks would now outlive a launcher that is killed.
+            log.warning("the guardian process %d of this launch has ended", self._popen.pid)
 
     def __enter__(self) -> Self:
         return self

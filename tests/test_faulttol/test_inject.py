@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from faulttol.inject import Fault, InjectedFault, Injector, fired
+from faulttol.errors import InjectedFault
+from faulttol.inject import Fault, Injector, fired
 
 STEPPING_RANK = """
 import sys
