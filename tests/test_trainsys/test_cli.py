@@ -109,6 +109,17 @@ def output_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
+    text = runs.write_text(tmp_path / "corpus")
+    settings = runs.arguments(
+        f"--data.path={text}", "--steps=4", "--model.num_layers=1", "--parallel.replicate=1", "--evaluation.sequences=0"
+    )
+    runs.succeed("launch", *settings, "--run_dir=eager", cwd=tmp_path)
+    runs.succeed("launch", *settings, "--run_dir=compiled", "--engine.compile=true", cwd=tmp_path, timeout_s=400)
+    assert runs.losses(tmp_path / "compiled") == pytest.approx(runs.losses(tmp_path / "eager"), rel=1e-5)
+
+
 def test_config_prints_every_setting_with_its_source(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
