@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from faulttol import Heartbeat
+from launch import signals
 from launch.rankenv import RankEnv
 
 _HEARTBEAT_INTERVAL_S = 0.5
@@ -42,7 +41,7 @@ class RankContext:
             stop = threading.Event()
             with (
                 Heartbeat(path, _HEARTBEAT_INTERVAL_S) as heartbeat,
-                stop_on_signals(stop),
+                signals.caught(lambda number: stop.set()),
                 cls(env, heartbeat, stop) as context,
             ):
                 yield context
@@ -92,32 +91,6 @@ class RankContext:
         # After an error the group may hold collectives that never end: leaving it could wait for them.
         if error is None:
             self.close()
-
-
-@contextlib.contextmanager
-def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and SIGINT set `stop`; only the main thread can, elsewhere the block changes nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    owner = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            stop.set()
-        else:  # a forked child inherits the handler, and must still end when it is told to
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    before: dict[signal.Signals, Any] = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def listen(host: str) -> socket.socket:

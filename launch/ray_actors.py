@@ -221,6 +221,8 @@ class _Actor:
             pass  # the network hiccuped: ask again, silence is judged by the supervisor
         except ray.exceptions.RayError as error:
             self._ended(error)
+        if self.home is None and self._home_ref is None and self.report.exit is None:
+            self._home_ref = self._ask("home")
         if self._started and self._poll_ref is None and self.report.outcome is None and self.report.exit is None:
             self._poll_ref = self._ask("poll", self.offset, self.report.pulse is not None)
         return printed

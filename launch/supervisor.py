@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from launch import verdict
+from launch import signals, verdict
 from launch.entry import Raised, Returned
 from launch.errors import RankFailed, RankNote
 from launch.job import Job, JobResult
@@ -41,30 +38,15 @@ class Ranks(Protocol):
         """End every rank, whatever state it is in, and return when all are gone. Idempotent."""
 
 
-class StopSignals:
-    """SIGTERM and SIGINT to the launcher, noted while it supervises."""
+class _Stop:
+    """What signals to the launcher have asked for."""
 
     def __init__(self) -> None:
         self.requested = False
         self.impatient = False
         """A SIGINT after the first request: do not wait."""
 
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Note signals inside the block; only the main thread can, elsewhere the block changes nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before: dict[signal.Signals, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, self._note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int) -> None:
         self.impatient = self.impatient or (self.requested and number == signal.SIGINT)
         self.requested = True
 
@@ -82,9 +64,9 @@ def supervise(
     Raises: RankFailed.
     """
     watch = _Watch(ranks, job, on_output)
-    stop = StopSignals()
+    stop = _Stop()
     stop_at_s: float | None = None
-    with stop.caught():
+    with signals.caught(stop.note):
         while True:
             watch.look()
             if verdict.completed(watch.statuses):

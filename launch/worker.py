@@ -15,8 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from launch import entry
-from launch.context import stop_on_signals
+from launch import entry, signals
 
 
 def main(description_path: str, control_fd: str) -> int:
@@ -26,7 +25,7 @@ def main(description_path: str, control_fd: str) -> int:
     stop = threading.Event()
     threading.Thread(target=_obey, args=(int(control_fd), stop), name="launch-control", daemon=True).start()
     entry.extend_path(description["sys_path"])
-    with stop_on_signals(stop):
+    with signals.caught(lambda number: stop.set()):
         outcome = entry.execute(
             description["entry"],
             description["payload"],

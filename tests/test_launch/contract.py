@@ -118,7 +118,7 @@ class LauncherContract:
         self, driver: Driver, request_for: Request, tmp_path: Path
     ) -> None:
         fault = {"kind": "hang", "rank": 1, "step": 1}
-        end = driver.run(request_for("steps", {"num_steps": 3, "faults": [fault]}, hang_timeout_s=1.0))
+        end = driver.run(request_for("steps", {"num_steps": 3, "faults": [fault]}, hang_timeout_s=2.0))
         assert (end["event"], end["rank"], end["reason"]) == ("failed", 1, "hung"), end
         assert fired(tmp_path / "fired") == [Fault(kind="hang", rank=1, step=1)]
         assert "at step 1 (forward)" in end["text"].splitlines()[0]

@@ -27,8 +27,10 @@ def places(context: RankContext, payload: dict[str, Any]) -> list[int]:
 
 
 def steps(context: RankContext, payload: dict[str, Any]) -> int:
-    """Walk through `num_steps` steps, struck by the faults of the schedule; note the process first."""
+    """Walk through `num_steps` steps beside the other ranks, struck by the faults of the schedule."""
     _note_process(context, payload)
+    while len(list(Path(payload["folder"]).glob("rank*.pid"))) < context.env.world_size:
+        time.sleep(0.01)
     faults = [Fault(**fields) for fields in payload.get("faults", [])]
     injector = Injector(faults, rank=context.env.rank, record=Path(payload["folder"]) / "fired")
     for step in range(payload["num_steps"]):

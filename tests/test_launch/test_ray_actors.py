@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -60,9 +61,10 @@ class TestRayActors(LauncherContract):
         self, request_for: Request, environ: Mapping[str, str], tmp_path: Path
     ) -> None:
         with Driver("ray", environ) as driver:
-            driver.submit(request_for("until_stopped", {"deaf": True}))
+            driver.submit(request_for("until_stopped", {"deaf": True, "child": True}))
             driver.until_output("ready")
-            wait_for(lambda: len(noted_pids(tmp_path)) == 2, "ranks to be noted")
+            wait_for(lambda: len(noted_pids(tmp_path)) == 3, "ranks and child to be noted")
+            os.kill(int((tmp_path / "rank0.pid").read_text()), signal.SIGSTOP)
             below = driver.kill()
         try:
             wait_for(lambda: not any(runs(pid) for pid in noted_pids(tmp_path)), "ranks to end", RAY_GONE_S)
