@@ -1,11 +1,13 @@
 """Everything this package raises, as a tree.
 
-CheckpointError ├── InvalidState         the tensors or objects handed to save or load cannot be what they
-claim (also a ValueError) ├── CheckpointNotFound   nothing committed at that place (also a FileNotFoundError)
-├── CorruptCheckpoint    bytes are not the bytes that were committed ├── UnsupportedFormat    written by a
-version of the format that this code does not know ├── StateMismatch        checkpoint and destination differ
-in names, shapes or dtypes ├── StorageError         the storage refused a read or a write (carries the
-OSError) └── SaveFailed           one save did not become a checkpoint; earlier checkpoints are untouched
+CheckpointError
+├── InvalidState         the tensors or objects handed to save or load cannot be what they claim (also a ValueError)
+├── CheckpointNotFound   nothing committed at that place (also a FileNotFoundError)
+├── CorruptCheckpoint    bytes are not the bytes that were committed
+├── UnsupportedFormat    written by a version of the format that this code does not know
+├── StateMismatch        checkpoint and destination differ in names, shapes or dtypes (also a ValueError)
+├── StorageError         the storage refused a read or a write (carries the OSError)
+└── SaveFailed           one save did not become a checkpoint; earlier checkpoints are untouched
     ├── CoverageError    the ranks' slices leave holes, overlap, or disagree about a tensor
     ├── CommitTimeout    a rank did not vote, or rank 0 did not commit, in time
     └── SaveAborted      another rank failed; names it

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 import checkpoint as ck
 from trainsys.data import DataPosition, Order, TokenDataset
 from trainsys.engine import Engine
+from trainsys.errors import RunError
+from trainsys.setup import all_or_none
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +50,67 @@ def save(checkpointer: ck.Checkpointer, engine: Engine, place: Place) -> ck.Save
     )
 
 
-def load(
-    checkpointer: ck.Checkpointer,
-    info: ck.CheckpointInfo,
-    engine: Engine,
-    dataset: TokenDataset,
-    order: Order,
-) -> Place:
-    """Overwrite weights, optimizer state and random generators with a checkpoint's; every rank calls it.
+def load_newest(
+    checkpointer: ck.Checkpointer, engine: Engine, dataset: TokenDataset, order: Order, control: dist.ProcessGroup
+) -> Place | None:
+    """Overwrite weights, optimizer state and generators with the newest checkpoint that is whole; None without any.
 
-    With another number of ranks than at the save, ranks that have no generator state of their own keep their fresh,
-    seeded one; everything else is resharded.
+    Every rank calls it. Rank 0 chooses; where any rank finds damage, all go back to the checkpoint before. With
+    another number of ranks than at the save, ranks that have no generator state of their own keep their fresh, seeded
+    one; everything else is resharded.
 
     Raises:
-        checkpoint.CheckpointError: it is damaged, or describes another model.
+        RunError: there are checkpoints, and each is damaged; naming the damage.
+        checkpoint.CheckpointError: a checkpoint describes another model, or cannot be read.
         data.ResumeError: the tokens, the window length or the order changed since the save.
     """
+    damaged: list[str] = []
     fresh = generator_states()
+    while (info := _choose(checkpointer, control)) is not None:
+        loaded, damage = _agree(partial(_fetch, checkpointer, info, engine, fresh), control)
+        if loaded is not None:
+            return _apply(loaded, engine, fresh, dataset, order)
+        _log.warning("%s: is damaged, going back to the checkpoint before: %s", info.path, damage)
+        damaged.append(f"{info.folder}: {damage}")
+    if damaged:
+        raise RunError("no checkpoint is whole: " + "; ".join(damaged))
+    return None
+
+
+Fetched = tuple[ck.Loaded | None, str]
+"""What was loaded, or nothing and what is damaged."""
+
+
+def _agree(fetch: Callable[[], Fetched], control: dist.ProcessGroup) -> Fetched:
+    """Return this rank's result if every rank loaded, else nothing and the damage that any rank found."""
+    mine = all_or_none(fetch, control)
+    damages = [""] * control.size()
+    dist.all_gather_object(damages, mine[1], group=control)
+    found = [f"rank {rank}: {damage}" for rank, damage in enumerate(damages) if damage]
+    return (None, "; ".join(found)) if found else mine
+
+
+def _choose(checkpointer: ck.Checkpointer, control: dist.ProcessGroup) -> ck.CheckpointInfo | None:
+    """Return rank 0's newest checkpoint, on every rank."""
+    newest = all_or_none(lambda: checkpointer.latest() if control.rank() == 0 else None, control)
+    box = [newest]
+    dist.broadcast_object_list(box, src=0, group=control)
+    return box[0]
+
+
+def _fetch(
+    checkpointer: ck.Checkpointer, info: ck.CheckpointInfo, engine: Engine, fresh: Mapping[str, Tensor]
+) -> Fetched:
     generators = {f"generator.{name}": ck.RankLocal(state) for name, state in fresh.items()}
-    loaded = checkpointer.load(info, {**engine.slices(), **generators})
+    try:
+        return checkpointer.load(info, {**engine.slices(), **generators}), ""
+    except ck.CorruptCheckpoint as error:
+        return None, str(error)
+
+
+def _apply(
+    loaded: ck.Loaded, engine: Engine, fresh: Mapping[str, Tensor], dataset: TokenDataset, order: Order
+) -> Place:
     engine.after_load(loaded.shared["counters"])
     missing = {name.removeprefix("generator.") for name in loaded.missing_local}
     _set_generator_states({name: state for name, state in fresh.items() if name not in missing})

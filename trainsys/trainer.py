@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def train(
     """Train on this rank of a checked `config`; every rank calls it, rank 0 alone calls `choose_folder`."""
     torch.set_num_threads(threads)
     shared = setup.build(config, choose_folder, context)
-    with contextlib.closing(Trainer(shared, resume=resume)) as trainer:
+    with Trainer(shared, resume=resume) as trainer:
         return trainer.run()
 
 
@@ -121,7 +122,7 @@ class Trainer:
             world_size=num_ranks(config.parallel),
             run_id=shared.launch_id,
         )
-        stack.callback(self._checkpointer.close)
+        stack.enter_context(self._checkpointer)
         self._place = Place(step=0, data=data.DataPosition.of(self._dataset, self._order, 0), tokens_seen=0)
         if resume:
             self._resume()
@@ -131,9 +132,14 @@ class Trainer:
         self._throughput = meter.Throughput(config.steps)
         self._peak = meter.peak_of(shared.device, self._dtype, config.metrics.peak_flops_per_s)
 
-    def close(self) -> None:
-        """Wait for pending saves, flush metrics, release the engine; idempotent."""
-        self._closing.close()
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for pending saves (after an error only briefly), flush metrics, release the engine."""
+        self._closing.__exit__(kind, error, trace)
 
     def run(self) -> Summary:
         """Train to the last step or until any rank is asked to stop; either way all is saved when this returns."""
@@ -224,11 +230,9 @@ class Trainer:
 
     def _resume(self) -> None:
         self._shared.context.heartbeat.beat(step=0, phase="load")
-        info = self._checkpointer.latest()
-        if info is None:
-            return
-        self._place = snapshot.load(self._checkpointer, info, self._engine, self._dataset, self._order)
-        self._saved_step = self._place.step
+        place = snapshot.load_newest(self._checkpointer, self._engine, self._dataset, self._order, self._shared.control)
+        if place is not None:
+            self._place, self._saved_step = place, place.step
 
     def _finish(self) -> None:
         """Evaluate, write the model folder and show a sample of what it says."""

@@ -18,6 +18,8 @@ from trainsys import metrics
 SMALL = (
     "--launch.kind=local",
     "--steps=12",
+    "--optim.kind=adamw",
+    "--optim.lr=2e-3",
     "--model.num_layers=2",
     "--model.dim=32",
     "--model.num_heads=4",

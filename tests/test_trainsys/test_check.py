@@ -35,7 +35,7 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
     [
         (
             ["--batch.global_sequences=20"],
-            "command line: batch.global_sequences: 20 is not a multiple of micro_sequences x data ranks (8 x 2 = 16)",
+            "command line: batch.global_sequences: 20 is not a multiple of micro_sequences x data ranks (4 x 2 = 8)",
         ),
         (
             ["--engine.zero_stage=0", "--engine.precision=bf16"],

@@ -25,6 +25,7 @@ STEPS, GLOBAL, VOCAB, LENGTH = 20, 8, 64, 24
 
 SMALL = (
     "--steps=20",
+    "--optim.kind=adamw",
     "--schedule.warmup_steps=4",
     "--model.num_layers=2",
     "--model.dim=32",

@@ -87,6 +87,36 @@ def test_a_run_resumes_with_another_number_of_ranks_and_another_stage(tmp_path: 
         assert found[step] == pytest.approx(loss, rel=1e-5), f"step {step}"
 
 
+def flip_a_bit(checkpoint: Path, rank: int) -> None:
+    """Damage the shard that `rank` wrote, somewhere in its tensors."""
+    (shard,) = checkpoint.glob(f"*{rank}.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks_and_never_trained_from(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    settings = runs.arguments(f"--data.path={text}", f"--run_dir={run}", "--steps=6", "--evaluation.sequences=0")
+    runs.succeed("launch", *settings, cwd=tmp_path)
+    before = runs.losses(run)
+    older, newest = sorted((run / "checkpoints").glob("step-*"))
+    flip_a_bit(newest, rank=1)
+    output = runs.succeed("launch", *settings, "--resume", cwd=tmp_path)
+    assert "resumes after step 3" in output
+    assert runs.losses(run) == before, "steps 4 to 6 were made again, from a whole checkpoint"
+    assert "going back to the checkpoint before: rank 1: " in runs.logs(run)
+
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if checkpoint != newest:
+            flip_a_bit(checkpoint, rank=0)
+    done = runs.run("launch", *settings, "--resume", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "RunError: no checkpoint is whole: " in done.stderr.splitlines()[0]
+    assert older.name in done.stderr.splitlines()[0]
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_same_run(tmp_path: Path, text: Path) -> None:
     settings = runs.arguments(f"--data.path={text}")
