@@ -45,7 +45,7 @@ def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tenso
     """Softmax attention [B, H, T, E]; `mask` is additive, None is causal (all keys for a single query).
 
     On a CPU in bf16 the fused kernel computes at the fp32 rate; three plain products, with the scores rounded
-    to bf16, take a third of its time while the scores are few enough to keep (T = 256: 13 ms for 39 ms).
+    to bf16, take a third of its time while the scores are few enough to keep (`trainsys.bench.decoder`).
     """
     (batch, heads, num_queries, _), num_keys = query_BHTE.shape, key_BKSE.shape[2]
     bf16_on_cpu = query_BHTE.device.type == "cpu" and query_BHTE.dtype == torch.bfloat16
@@ -136,7 +136,5 @@ class Attention(nn.Module):
         query_BTHE, key_BSKE = torch.split(rotate(query_key, cos, sin), [heads, kv_heads], dim=2)
         if cache is not None:
             key_BSKE, value_BSKE = cache.append(layer, key_BSKE, value_BSKE)
-        mixed_BHTE = attend(
-            query_BTHE.transpose(1, 2), key_BSKE.transpose(1, 2), value_BSKE.transpose(1, 2), mask
-        )
+        mixed_BHTE = attend(query_BTHE.transpose(1, 2), key_BSKE.transpose(1, 2), value_BSKE.transpose(1, 2), mask)
         return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

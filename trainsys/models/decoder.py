@@ -87,9 +87,7 @@ class Decoder(nn.Module):
     `max_positions` is the most tokens of a row (None: any number).
     """
 
-    def __init__(
-        self, config: ModelConfig, *, max_positions: int | None, activation_checkpointing: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, max_positions: int | None, activation_checkpointing: bool) -> None:
         super().__init__()
         self.config = config
         self.max_positions = max_positions
@@ -148,11 +146,15 @@ class Decoder(nn.Module):
 def build_decoder(
     config: ModelConfig, *, vocab_size: int, max_positions: int, activation_checkpointing: bool, seed: int
 ) -> Decoder:
-    """A decoder with its initial weights."""
+    """A decoder with its initial weights.
+
+    Their spread is 1 / sqrt(dim), which keeps the size of activations, but at most 0.05: of spreads from 0.02 to
+    0.09 it learned fastest at widths 128 and 384.
+    """
     model = Decoder(
         resolve(config, vocab_size),
         max_positions=max_positions,
         activation_checkpointing=activation_checkpointing,
     )
-    initialise(model, num_layers=config.num_layers, seed=seed)
+    initialise(model, num_layers=config.num_layers, seed=seed, std=min(0.05, config.dim**-0.5))
     return model

@@ -85,9 +85,7 @@ def load_pretrained(folder: Path) -> nn.Module:
     described = json.loads(path.read_text())
     if described.get("model_type") != _MODEL_TYPE:
         config = ModelConfig(kind="hf", path=str(folder))
-        return build_huggingface(
-            config, vocab_size=0, max_positions=0, activation_checkpointing=False, seed=0
-        ).eval()
+        return build_huggingface(config, vocab_size=0, max_positions=0, activation_checkpointing=False, seed=0).eval()
     return _load_decoder(Path(folder), described).eval()
 
 

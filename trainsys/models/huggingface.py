@@ -129,9 +129,7 @@ def build_huggingface(
             causal_lm = _load_weights(transformers, path)
         else:
             if any(path.glob("*.bin")):
-                problem = (
-                    f"'{path}' has pickled weights (*.bin), which are not read; convert them to safetensors"
-                )
+                problem = f"'{path}' has pickled weights (*.bin), which are not read; convert them to safetensors"
                 raise ConfigError([f"config: model.path: {problem}"])
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -150,15 +148,11 @@ def read_config(folder: str) -> Any:
     transformers = _transformers()
     path = Path(folder)
     if not path.is_dir():
-        raise ConfigError(
-            [f"config: model.path: '{folder}' is no folder; no hub is asked: give a local folder"]
-        )
+        raise ConfigError([f"config: model.path: '{folder}' is no folder; no hub is asked: give a local folder"])
     if not (path / "config.json").is_file():
         raise ConfigError([f"config: model.path: '{folder}' has no config.json; give a model's folder"])
     try:
-        hf_config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
+        hf_config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         problem = f"{path / 'config.json'}: {' '.join(str(error).split())}"
         raise ConfigError([f"config: model.path: {problem}"]) from error
@@ -205,9 +199,7 @@ def _check_sizes(config: ModelConfig, hf_config: Any, vocab_size: int, max_posit
             f" {vocab_size} tokens; train with the model's own tokenizer (data.tokenizer)"
         )
     if config.vocab_size not in (0, text.vocab_size):
-        wrong.append(
-            f"model.vocab_size: {config.vocab_size}, but config.json has {text.vocab_size}; allowed: 0"
-        )
+        wrong.append(f"model.vocab_size: {config.vocab_size}, but config.json has {text.vocab_size}; allowed: 0")
     limit = getattr(text, "max_position_embeddings", None) or max_positions
     if limit < max_positions:
         wrong.append(f"data.sequence_length: {max_positions} is over the model's {limit} positions")

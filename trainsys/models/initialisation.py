@@ -12,7 +12,7 @@ _RESIDUAL = ("attention.output.weight", "down.weight", "experts.down")
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, *, num_layers: int, seed: int, std: float = 0.02) -> None:
+def initialise(model: nn.Module, *, num_layers: int, seed: int, std: float) -> None:
     """Fills every matrix from a normal of `std` cut at 3 `std`, residual projections `std / sqrt(2 L)`;
     gains are 1.
 

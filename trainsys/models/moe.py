@@ -67,9 +67,7 @@ class MoE(nn.Module):
         self.router = Router(dim, config.num_experts, config.top_k)
         self.experts = Experts(dim, config.ffn_dim, config.num_experts)
         # Experts that all see every token are one wider expert.
-        self.shared = (
-            SwiGLU(dim, config.num_shared_experts * config.ffn_dim) if config.num_shared_experts else None
-        )
+        self.shared = SwiGLU(dim, config.num_shared_experts * config.ffn_dim) if config.num_shared_experts else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The mapped tokens, and the weighted balance loss of these tokens (at least fp32)."""
@@ -77,9 +75,7 @@ class MoE(nn.Module):
         probability_NE, expert_NK, weight_NK = self.router(x_ND)
         expert_R = expert_NK.flatten()
         order_R = expert_R.argsort(stable=True)
-        inverse_R = torch.empty_like(order_R).scatter_(
-            0, order_R, torch.arange(len(order_R), device=x_BTD.device)
-        )
+        inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=x_BTD.device))
         counts_E = expert_R.bincount(minlength=probability_NE.shape[1])
         sorted_RD: Tensor = _Dispatch.apply(x_ND, order_R, inverse_R)  # type: ignore[no-untyped-call]
         mapped_RD = self.experts(sorted_RD, counts_E)

@@ -82,6 +82,4 @@ def _shape_of(model: nn.Module) -> _Shape:
     assert isinstance(model, Decoder)
     config = model.config
     attention_dim = config.num_heads * config.head_dim
-    return _Shape(
-        config.num_layers, attention_dim, config.moe.num_experts, config.moe.top_k, model.head.weight
-    )
+    return _Shape(config.num_layers, attention_dim, config.moe.num_experts, config.moe.top_k, model.head.weight)
