@@ -8,9 +8,10 @@ later run).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,6 +30,9 @@ from trainsys.partition import Slices, partition_of
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_SCALE_GROWTH_STEPS = 1000
+"""Steps without overflow after which fp16's loss scale is doubled."""
+_NEVER = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +54,23 @@ class Engine:
 
         `optimizer`'s parameter groups carry `initial_lr` and `kind`, see `trainsys.optim`.
         """
-        deepspeed = _import_deepspeed()
+        device = next(model.parameters()).device
+        deepspeed = _import_deepspeed(device.type)
         settings = config.engine
         self._stage: int = settings.zero_stage
         self._clip = settings.gradient_clip_norm
         # DeepSpeed divides by the data ranks and the accumulation steps; our loss is already a share of the whole.
         self._undo_averaging = data_ranks(config.parallel) * accumulation_steps(config)
-        os.environ.setdefault("LOCAL_RANK", "0")  # read unconditionally by deepspeed.initialize
+        self._scales_loss = settings.precision == "fp16"
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(),
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=settings.timeout_s),
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_settings(config), dist_init_required=False
-        )
+        with _local_rank(device.index or 0):
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=deepspeed_settings(config), dist_init_required=False
+            )
         self._partition = partition_of(
             self._stage,
             self._engine.module,
@@ -114,8 +120,10 @@ class Engine:
         applied = bool(self._engine.was_step_applied())
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
-        if applied and not norm < float("inf"):
+        if not norm < float("inf") and not (self._scales_loss and not applied):
             raise NumericsError(f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch")
+        if self._scales_loss:
+            self._grow_scale()
         return Update(gradient_norm=norm, applied=applied, loss_scale=scale)
 
     def slices(self) -> Slices:
@@ -152,6 +160,17 @@ class Engine:
         assert dist.group.WORLD is not None
         optimizer.shard(holders, dist.group.WORLD, self.device)
 
+    def _grow_scale(self) -> None:
+        """Double the loss scale after enough steps without overflow.
+
+        DeepSpeed's own growth comes between a step's backward and its unscaling, and so applies half the gradient.
+        """
+        scaler = self._engine.optimizer.loss_scaler
+        steps_since_overflow = scaler.cur_iter - scaler.last_overflow_iter - 1
+        if steps_since_overflow > 0 and steps_since_overflow % _SCALE_GROWTH_STEPS == 0:
+            scaler.cur_scale *= scaler.scale_factor
+            scaler.cur_hysteresis = scaler.delayed_shift
+
     def _clip_replicated(self) -> float:
         """Clip already-reduced gradients (ZeRO 0, where DeepSpeed clips but does not tell the norm)."""
         limit = self._clip if self._clip > 0 else float("inf")
@@ -162,17 +181,18 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     """Return the DeepSpeed configuration of `config`; the only place that writes one."""
     settings = config.engine
     stage = settings.zero_stage
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": settings.bucket_numel,
         "allgather_bucket_size": settings.bucket_numel,
-        "overlap_comm": settings.device != "cpu" and torch.cuda.is_available(),
+        "overlap_comm": on_gpu,
         "contiguous_gradients": True,
     }
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     if config.offload.optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     built: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
         "gradient_accumulation_steps": accumulation_steps(config),
@@ -183,19 +203,40 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "bf16": {"enabled": settings.precision == "bf16"},
-        "fp16": {"enabled": settings.precision == "fp16"},
+        "fp16": {"enabled": settings.precision == "fp16", "loss_scale_window": _NEVER},
     }
     return built
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(device_type: str) -> Any:
+    """Return DeepSpeed, made to work on the device that the model is on rather than on the best it finds."""
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     try:
         import deepspeed
     except ImportError as error:
         raise MissingExtraError("training", "train") from error
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    if get_accelerator().device_name() != device_type:
+        set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device_type]())
     quiet_deepspeed(deepspeed)
     return deepspeed
+
+
+@contextlib.contextmanager
+def _local_rank(device_index: int) -> Iterator[None]:
+    """Let DeepSpeed, which takes the device from LOCAL_RANK alone, use this one."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device_index)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _is_news(record: logging.LogRecord) -> bool:
