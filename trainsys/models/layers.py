@@ -35,7 +35,11 @@ class Embedding(nn.Embedding):
 
 
 class _NormaliseOnCPU(torch.autograd.Function):
-    """x / rms(x) * gain with a backward in few passes: torch's own takes three times as long in fp32."""
+    """x / rms(x) * gain that keeps only its input for backward.
+
+    torch composes this of small operations on a CPU: it keeps their results, fp32 copies in bf16 among them, and
+    takes more passes over them (`trainsys.bench.decoder`).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
