@@ -34,7 +34,7 @@ _LOOPBACK = "127.0.0.1"
 @contextlib.contextmanager
 def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterator[LocalRanks]:
     """The running ranks of `job`; leaving the block ends what is left of them."""
-    with tempfile.TemporaryDirectory(prefix="launch-") as folder, _Guardian() as guardian:
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, _Guardian(folder) as guardian:
         listener = context.listen(_LOOPBACK)
         ranks = LocalRanks(guardian)
         try:
@@ -185,10 +185,10 @@ class _Process:
 class _Guardian:
     """The process that outlives a killed launcher long enough to end its ranks; see `launch.guardian`."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
         self._guarded: set[int] = set()
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "launch.guardian"],
+            [sys.executable, "-m", "launch.guardian", folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

@@ -50,7 +50,9 @@ class TestLocal(LauncherContract):
     def test_no_rank_outlives_a_launcher_that_is_killed(
         self, request_for: Request, tmp_path: Path, stopped: bool
     ) -> None:
-        with Driver("local", {}) as driver:
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        with Driver("local", {"TMPDIR": str(scratch)}) as driver:
             driver.submit(request_for("until_stopped", {"child": True, "deaf": True}))
             driver.until_output("ready")
             wait_for(lambda: len(noted_pids(tmp_path)) == 3, "ranks and child to be noted")
@@ -59,3 +61,4 @@ class TestLocal(LauncherContract):
             below = driver.kill()
             wait_for(lambda: not any(runs(process.pid) for process in below), "all to end", GONE_S)
             assert len(below) >= 4  # two ranks, a child, the guardian
+        assert list(scratch.iterdir()) == []

@@ -23,7 +23,7 @@ RAY_GONE_S = 20.0
 def environ(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
     """A home of its own, where Ray puts the token that it makes for a new cluster; a folder for its sessions."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # Ray needs a short path
-        yield {"HOME": str(tmp_path_factory.mktemp("home")), "RAY_TMPDIR": folder}
+        yield {"HOME": str(tmp_path_factory.mktemp("home")), "RAY_TMPDIR": folder, "TMPDIR": folder}
 
 
 @pytest.fixture(scope="module")
