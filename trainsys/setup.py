@@ -101,8 +101,8 @@ def device_of(config: RunConfig, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not count:
         raise ConfigError(["config: engine.device: 'cuda' was asked for and this machine shows none; allowed: 'cpu'"])
-    # A launcher that reserves GPUs shows a rank its own alone; otherwise ranks of a machine take them in order.
-    index = 0 if count == 1 else local_rank
+    # Every launcher shows a rank all GPUs of the ranks on its machine.
+    index = local_rank
     if index >= count:
         raise ConfigError(
             [f"config: engine.device: local rank {local_rank} has no GPU of its own; this machine has {count}"]
