@@ -102,12 +102,11 @@ def device_of(config: RunConfig, local_rank: int) -> torch.device:
     if not count:
         raise ConfigError(["config: engine.device: 'cuda' was asked for and this machine shows none; allowed: 'cpu'"])
     # Every launcher shows a rank all GPUs of the ranks on its machine.
-    index = local_rank
-    if index >= count:
+    if local_rank >= count:
         raise ConfigError(
             [f"config: engine.device: local rank {local_rank} has no GPU of its own; this machine has {count}"]
         )
-    return torch.device("cuda", index)
+    return torch.device("cuda", local_rank)
 
 
 def _prepare(
