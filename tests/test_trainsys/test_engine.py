@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,13 @@ from torch.nn import functional as F
 
 from checkpoint import FlatSlice
 from tests.ranks import RankFailed, run_ranks
-from trainsys import meter, models, recipe, schedule
+from trainsys import meter, models, recipe, schedule, setup
 from trainsys.config import RunConfig
 from trainsys.data import IGNORE, StepBatch
 from trainsys.data.batch import Window, micro_batch
 from trainsys.engine import DTYPES, Engine, deepspeed_settings
 from trainsys.optim import build_optimizer
-from trainsys.step import agree, train_step
+from trainsys.step import StepStats, agree, train_step
 
 STEPS, GLOBAL, VOCAB, LENGTH = 20, 8, 64, 24
 
@@ -62,19 +63,33 @@ def windows(step: int) -> list[Window]:
     return found
 
 
-def build(config: RunConfig) -> torch.nn.Module:
-    return models.build(config.model, vocab_size=VOCAB, max_positions=LENGTH, activation_checkpointing=False, seed=3)
+def build(config: RunConfig, local_rank: int = 0) -> torch.nn.Module:
+    """The model in fp32 on the rank's device."""
+    return models.build(
+        config.model,
+        vocab_size=VOCAB,
+        max_positions=LENGTH,
+        activation_checkpointing=config.engine.activation_checkpointing,
+        seed=3,
+    ).to(setup.device_of(config, local_rank))
 
 
 def plain_loop(config: RunConfig) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, gradient norms and final weights of an ordinary loop over whole batches."""
     model = build(config)
+    device = next(model.parameters()).device
     optimizer = build_optimizer(model, config.optim)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         batch = micro_batch(windows(step), document_mask=True)
-        logits, auxiliary = model(batch.tokens, positions_BT=batch.positions, document_ids_BT=batch.document_ids)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+        assert batch.positions is not None
+        assert batch.document_ids is not None
+        logits, auxiliary = model(
+            batch.tokens.to(device),
+            positions_BT=batch.positions.to(device),
+            document_ids_BT=batch.document_ids.to(device),
+        )
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.to(device).flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
         (loss + auxiliary).backward()
         limit = config.engine.gradient_clip_norm or float("inf")
@@ -83,22 +98,22 @@ def plain_loop(config: RunConfig) -> tuple[list[float], list[float], dict[str, T
             group["lr"] = group["initial_lr"] * schedule.factor(config.schedule, step, config.steps)
         optimizer.step()
         losses.append(loss.item())
-    return losses, norms, {name: value.detach() for name, value in model.named_parameters()}
+    return losses, norms, {name: value.detach().cpu() for name, value in model.named_parameters()}
 
 
-def engine_rank(
-    rank: int, world_size: int, overrides: tuple[str, ...], poisoned_rank: int | None = None
-) -> dict[str, Any]:
-    """Train this rank's share of the same batches through the adapter."""
-    config = configure(f"--parallel.replicate={world_size}", *overrides)
-    model = build(config).to(DTYPES[config.engine.precision])
-    engine = Engine(model, build_optimizer(model, config.optim), config)
+def build_engine(config: RunConfig, rank: int) -> Engine:
+    model = build(config, rank).to(DTYPES[config.engine.precision])
+    return Engine(model, build_optimizer(model, config.optim), config)
+
+
+def take_steps(
+    engine: Engine, config: RunConfig, steps: range, *, before_update: Callable[[], None] = lambda: None
+) -> Iterator[StepStats]:
+    """Train this rank's share of the batches of `steps`."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     control = dist.new_group(backend="gloo")
     phases = meter.Phases(engine.device)
-    losses, norms, fences = [], [], []
-    if rank == poisoned_rank:
-        next(engine.module.parameters()).data.fill_(float("nan"))
-    for step in range(1, STEPS + 1):
+    for step in steps:
         share = GLOBAL // world_size
         mine = windows(step)[rank * share : (rank + 1) * share]
         size = config.batch.micro_sequences
@@ -106,22 +121,33 @@ def engine_rank(
         batch = StepBatch(0, micros, sum(micro.num_targets for micro in micros))
         targets, _ = agree(control, batch.num_targets, False)
         factor = schedule.factor(config.schedule, step, config.steps)
-        stats = train_step(
+        yield train_step(
             engine,
             batch,
             total_targets=targets,
             lr=(factor, 0.0),
             control=control,
             phases=phases,
-            before_update=lambda: fences.append(1),
+            before_update=before_update,
         )
-        losses.append(stats.loss)
-        norms.append(stats.gradient_norm)
+
+
+def engine_rank(
+    rank: int, world_size: int, overrides: tuple[str, ...], poisoned_rank: int | None = None
+) -> dict[str, Any]:
+    """Train this rank's share of the same batches through the adapter."""
+    config = configure(f"--parallel.replicate={world_size}", *overrides)
+    engine = build_engine(config, rank)
+    fences: list[int] = []
+    if rank == poisoned_rank:
+        next(engine.module.parameters()).data.fill_(float("nan"))
+    stats = list(take_steps(engine, config, range(1, STEPS + 1), before_update=lambda: fences.append(1)))
+    losses, norms = [each.loss for each in stats], [each.gradient_norm for each in stats]
     weights = {}
     for name, held in engine.slices().items():
         if name.startswith("model."):
-            piece = (held.start, held.tensor.clone()) if isinstance(held, FlatSlice) else (0, held.clone().reshape(-1))
-            weights[name.removeprefix("model.")] = piece
+            start, piece = (held.start, held.tensor) if isinstance(held, FlatSlice) else (0, held.reshape(-1))
+            weights[name.removeprefix("model.")] = (start, piece.clone().cpu())
     assert len(fences) == STEPS
     return {"losses": losses, "norms": norms, "weights": weights, "counters": engine.counters()}
 
