@@ -40,12 +40,8 @@ def check(schedule: ScheduleConfig, steps: int) -> list[str]:
             f"schedule.warmup_steps: {schedule.warmup_steps} does not fit a {schedule.kind} run"
             f" of {steps} steps; allowed: 0 to {max(0, room)}"
         )
-    if not 0 <= schedule.final_ratio <= 1:
-        wrong.append(f"schedule.final_ratio: {schedule.final_ratio} is not a share; allowed: 0 to 1")
     if not 0 <= schedule.decay_steps <= steps:
-        wrong.append(
-            f"schedule.decay_steps: {schedule.decay_steps} does not fit {steps} steps; allowed: 0 to {steps}"
-        )
+        wrong.append(f"schedule.decay_steps: {schedule.decay_steps} does not fit {steps} steps; allowed: 0 to {steps}")
     return sorted(wrong)
 
 
