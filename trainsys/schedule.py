@@ -29,8 +29,7 @@ def factor(schedule: ScheduleConfig, step: int, steps: int) -> float:
 
 
 def check(schedule: ScheduleConfig, steps: int) -> list[str]:
-    """What keeps the schedule from running over `steps` steps, one message per key, sorted; empty when it
-    can."""
+    """What keeps the schedule from running over `steps` steps, one message a key, sorted; empty when it can."""
     wrong = []
     room = steps - (_decay_steps(schedule, steps) if schedule.kind == "wsd" else 0)
     if schedule.kind == "cosine":

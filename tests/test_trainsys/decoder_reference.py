@@ -103,9 +103,7 @@ class _Routes:
         return self.config.balance_weight * experts * sum(share * mean[e] for e, share in enumerate(shares))
 
 
-def _feed_forward(
-    own: Mapping[str, Tensor], config: ModelConfig, x: Tensor, routes: _Routes | None
-) -> Tensor:
+def _feed_forward(own: Mapping[str, Tensor], config: ModelConfig, x: Tensor, routes: _Routes | None) -> Tensor:
     x = _normed(x, own["feed_forward_norm.weight"], config)
     if routes is None:
         return _swiglu(own["feed_forward.gate_up.weight"], own["feed_forward.down.weight"], x)

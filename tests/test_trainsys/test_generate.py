@@ -45,9 +45,7 @@ def make_huggingface(folder: Path) -> nn.Module:
     return build(config, vocab_size=257, max_positions=32, activation_checkpointing=False, seed=0).double()
 
 
-def without_cache(
-    model: nn.Module, context: list[int], num_tokens: int, seed: int, limit: int = 32
-) -> list[int]:
+def without_cache(model: nn.Module, context: list[int], num_tokens: int, seed: int, limit: int = 32) -> list[int]:
     """The same draw, every token from a forward over all before it; half of a full context is forgotten."""
     generator = torch.Generator().manual_seed(seed)
     seen, added = list(context), []
@@ -118,9 +116,7 @@ def test_temperature_0_takes_the_most_likely_token_whatever_the_seed() -> None:
 def test_top_k_chooses_among_the_k_most_likely() -> None:
     model = make()
     likely = set(model(torch.tensor([[97]]))[0][0, -1, :257].topk(3).indices.tolist())
-    drawn = {
-        next(sample(model, [97], vocab_size=257, temperature=5.0, seed=seed, top_k=3)) for seed in range(60)
-    }
+    drawn = {next(sample(model, [97], vocab_size=257, temperature=5.0, seed=seed, top_k=3)) for seed in range(60)}
     assert drawn == likely
 
 

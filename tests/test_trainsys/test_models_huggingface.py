@@ -122,9 +122,7 @@ def test_a_saved_folder_opens_in_transformers_with_the_same_logits(
     folder = write_config(tmp_path / "in", name)
     model = make(folder).to(dtype)
     state = {key: tensor + torch.randn_like(tensor) / 100 for key, tensor in model.named_parameters()}
-    save_pretrained(
-        ModelConfig(kind="hf", path=str(folder)), state, tmp_path / "out", load_tokenizer("bytes")
-    )
+    save_pretrained(ModelConfig(kind="hf", path=str(folder)), state, tmp_path / "out", load_tokenizer("bytes"))
 
     model.load_state_dict(state, strict=False)
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -159,9 +157,7 @@ def test_the_tokenizers_files_go_with_the_model(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     state = dict(make(folder).named_parameters())
 
-    save_pretrained(
-        ModelConfig(kind="hf", path=str(folder)), state, tmp_path / "out", load_tokenizer(str(folder))
-    )
+    save_pretrained(ModelConfig(kind="hf", path=str(folder)), state, tmp_path / "out", load_tokenizer(str(folder)))
 
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert opened("abba")["input_ids"] == [0, 1, 1, 0]
@@ -170,9 +166,7 @@ def test_the_tokenizers_files_go_with_the_model(tmp_path: Path) -> None:
     backend.add_tokens(["ab"])
     other.mkdir()
     backend.save(str(other / "tokenizer.json"))
-    save_pretrained(
-        ModelConfig(kind="hf", path=str(folder)), state, tmp_path / "out2", load_tokenizer(str(other))
-    )
+    save_pretrained(ModelConfig(kind="hf", path=str(folder)), state, tmp_path / "out2", load_tokenizer(str(other)))
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out2")("abba")["input_ids"] == [3, 1, 0]
 
 
@@ -188,9 +182,7 @@ def test_activation_checkpointing_changes_no_bit_of_the_gradient(tmp_path: Path)
 
 def test_blocks_parameters_and_flops_of_a_llama_are_those_of_our_decoder(tmp_path: Path) -> None:
     model = make(write_config(tmp_path, "llama"))
-    same = ModelConfig(
-        num_layers=2, dim=32, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=300, tied_head=False
-    )
+    same = ModelConfig(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=300, tied_head=False)
     decoder = build(same, vocab_size=300, max_positions=32, activation_checkpointing=False, seed=0)
     assert len(blocks(model)) == 2
     assert num_parameters(model) == num_parameters(decoder)
