@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -10,18 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16/fp16 matrix rate without sparsity, from the vendors' data sheets, by a part of the device's name.
-_GPU_PEAKS = {
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
+_GPU_PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2.25e15, 75e12),
+    ("H200 NVL", 836e12, 60e12),
+    ("H200", 989e12, 67e12),
+    ("H100 NVL", 836e12, 60e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+    ("L40S", 362e12, 91.6e12),
+    ("L4", 121e12, 30.3e12),
+    ("RTX 4090", 165e12, 82.6e12),
+    ("MI300X", 1307e12, 163.4e12),
+)
+"""(Words of the device's name, bf16 and fp16 matrix rate without sparsity, fp32 rate) of the vendors' data sheets.
+
+The fp32 rate is the plain one: torch computes fp32 products in TF32 only when told to, and the trainer does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +43,24 @@ def peak_of(device: torch.device, dtype: torch.dtype, stated: float) -> Peak:
     if stated > 0:
         return Peak(stated, "recipe")
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, rate in _GPU_PEAKS.items():
-            if part in name:
-                return Peak(rate if dtype != torch.float32 else rate / 2, "data sheet")
-    return Peak(_matmul_rate(device, dtype), "measured")
+        known = data_sheet_rate(torch.cuda.get_device_name(device), dtype)
+        if known is not None:
+            return Peak(known, "data sheet")
+    return Peak(_matmul_rate(device, dtype, size=8192 if device.type == "cuda" else 1024), "measured")
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, budget_s: float = 0.3) -> float:
+def data_sheet_rate(name: str, dtype: torch.dtype) -> float | None:
+    """Return the FLOP/s that the data sheet of the GPU of this name promises; None for one not known here."""
+    for words, low_precision, fp32 in _GPU_PEAKS:
+        if re.search(rf"\b{words}\b", name):
+            return fp32 if dtype == torch.float32 else low_precision
+    return None
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, budget_s: float = 0.3) -> float:
     """Return the best FLOP/s of a square matrix product over `budget_s`."""
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    right = torch.ones(size, size, dtype=dtype, device=device)
+    left = torch.rand(size, size, device=device).to(dtype)
+    right = torch.rand(size, size, device=device).to(dtype)
     best, end = float("inf"), time.perf_counter() + budget_s
     while time.perf_counter() < end:
         start = time.perf_counter()

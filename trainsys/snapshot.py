@@ -139,7 +139,7 @@ def generator_states() -> dict[str, Tensor]:
         "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).astype(np.int64)),
         "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # this process trains on a GPU
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

@@ -75,7 +75,7 @@ def train_step(
     """
     started = time.perf_counter()
     shares = control.size() * len(batch.micro_batches)
-    sums = torch.zeros(2, dtype=torch.float64)
+    summed = torch.zeros(2, dtype=torch.float64, device=engine.device)  # read once: reading makes the host wait
     for micro in batch.micro_batches:
         with phases("forward"):
             loss, auxiliary = _forward(engine, micro)
@@ -83,8 +83,9 @@ def train_step(
             share = loss / max(total_targets, 1) + auxiliary / shares
         with phases("backward"):
             engine.backward(share)
-        sums += torch.stack((loss.detach(), auxiliary.detach())).cpu().double()
+        summed += torch.stack((loss.detach(), auxiliary.detach()))
     with phases("update"):
+        sums = summed.cpu()
         dist.all_reduce(sums, group=control)
         mean = float(sums[0]) / max(total_targets, 1)
         if not torch.isfinite(sums).all():
@@ -109,13 +110,15 @@ def evaluate(engine: Engine, batches: Iterable[MicroBatch], control: dist.Proces
 
     Every rank must bring the same number of batches, because ZeRO 3 gathers weights in each forward.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    summed, num_targets = torch.zeros((), dtype=torch.float64, device=engine.device), 0
     engine.module.eval()
     with torch.no_grad():
         for batch in batches:
             loss, _ = _forward(engine, batch)
-            sums += torch.tensor([float(loss), float((batch.targets != IGNORE).sum())], dtype=torch.float64)
+            summed += loss
+            num_targets += batch.num_targets
     engine.module.train()
+    sums = torch.tensor([float(summed), num_targets], dtype=torch.float64)
     dist.all_reduce(sums, group=control)
     return float(sums[0] / sums[1].clamp(min=1)), int(sums[1])
 

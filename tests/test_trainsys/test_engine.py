@@ -236,6 +236,20 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_the_run_on_every_rank() -> N
         assert "NumericsError: the loss is nan; lower the learning rate" in report
 
 
+def infinite_gradient_rank(rank: int, world_size: int, stage: int) -> None:
+    config = configure(f"--engine.zero_stage={stage}", "--parallel.replicate=1")
+    engine = build_engine(config, rank)
+    next(engine.module.parameters()).register_hook(lambda gradient: gradient.add(float("inf")))
+    list(take_steps(engine, config, range(1, 2)))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_gradient_that_is_not_finite_ends_the_run_under_every_stage(stage: int) -> None:
+    """DeepSpeed would skip the step in silence under stages 1 to 3."""
+    with pytest.raises(RankFailed, match="NumericsError: the gradient norm is"):
+        run_ranks(infinite_gradient_rank, 1, stage, timeout_s=60)
+
+
 def compiled_nothing(rank: int, world_size: int, folder: str) -> list[str]:
     import os
     from pathlib import Path
