@@ -59,8 +59,9 @@ def data_sheet_rate(name: str, dtype: torch.dtype) -> float | None:
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, budget_s: float = 0.3) -> float:
     """Return the best FLOP/s of a square matrix product over `budget_s`."""
-    left = torch.rand(size, size, device=device).to(dtype)
-    right = torch.rand(size, size, device=device).to(dtype)
+    own = torch.Generator(device).manual_seed(0)  # the global one belongs to the training
+    left = torch.rand(size, size, device=device, generator=own).to(dtype)
+    right = torch.rand(size, size, device=device, generator=own).to(dtype)
     best, end = float("inf"), time.perf_counter() + budget_s
     while time.perf_counter() < end:
         start = time.perf_counter()

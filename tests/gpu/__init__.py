@@ -1,0 +1,1 @@
+"""What needs a GPU: the trainer on CUDA against the same plain loops and checkpoints as on the CPU."""
