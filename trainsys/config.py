@@ -121,7 +121,7 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate (AdamW groups)."""
     muon_lr: float = 2e-3
-    """kind=muon: peak learning rate of the matrices; their steps are scaled to the size of AdamW's."""
+    """kind=muon: peak learning rate of the matrices, whose steps are scaled to the size of AdamW's (0.2 x lr)."""
     muon_momentum: float = 0.95
     """kind=muon: Nesterov momentum; 0 to 1."""
     beta1: float = 0.9

@@ -19,7 +19,7 @@ def export_model(config: RunConfig, info: ck.CheckpointInfo, prepared: data.Prep
     """
     weights = ck.read(info, f"{_PREFIX}*")
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-    models.save_pretrained(config.model, state, out, prepared.tokenizer())
+    models.save_pretrained(config.model, state, out, prepared.tokenizer(), max_positions=config.data.sequence_length)
 
 
 def sample_text(folder: Path, tokenizer: data.Tokenizer, config: EvaluationConfig, seed: int) -> str:
