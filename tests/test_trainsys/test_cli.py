@@ -54,7 +54,7 @@ def test_a_run_s_folder_holds_what_it_promises(finished: Path) -> None:
     run = finished / "runs" / "tiny"
     record = json.loads((run / "config.json").read_text())
     assert record["sources"]["steps"] == "command line"
-    assert record["sources"]["optim.lr"] == "tiny.toml"
+    assert record["sources"]["optim.muon_lr"] == "tiny.toml"
     assert {"python", "torch", "deepspeed", "trainsys"} <= record["versions"].keys()
     assert len(record["run_id"]) == 32
     assert recipe.load([str(run / "config.json")]).config.steps == 4
