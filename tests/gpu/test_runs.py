@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -97,9 +98,13 @@ def test_compiled_blocks_take_the_steps_of_plain_ones(stage: int, tmp_path: Path
         "--parallel.replicate=1",
         f"--engine.zero_stage={stage}",
         "--evaluation.sequences=0",
+        "--profile.start_step=6",
+        "--profile.num_steps=1",
     )
     runs.succeed("launch", *settings, "--run_dir=plain", cwd=tmp_path)
     runs.succeed("launch", *settings, "--run_dir=compiled", "--engine.compile=true", cwd=tmp_path, timeout_s=400)
+    assert "triton_" not in (tmp_path / "plain/profile/rank0.json").read_text()
+    assert "triton_" in (tmp_path / "compiled/profile/rank0.json").read_text(), "the compiler's kernels ran"
     plain, compiled = (runs.losses(tmp_path / name) for name in ("plain", "compiled"))
     print(f"stage {stage}: losses differ by {max(abs(compiled[s] / plain[s] - 1) for s in plain):.1e}")
     assert compiled == pytest.approx(plain, rel=1e-5)
@@ -107,10 +112,17 @@ def test_compiled_blocks_take_the_steps_of_plain_ones(stage: int, tmp_path: Path
 
 def test_a_record_of_a_gpu_run_says_what_the_gpu_did(tmp_path: Path, text: Path) -> None:
     settings = runs.arguments(
-        f"--data.path={text}", "--engine.device=cuda", "--engine.precision=bf16", "--parallel.replicate=1"
+        f"--data.path={text}",
+        "--engine.device=cuda",
+        "--engine.precision=bf16",
+        "--parallel.replicate=1",
+        "--profile.start_step=8",
+        "--profile.num_steps=2",
     )
     runs.succeed("launch", *settings, "--run_dir=run", cwd=tmp_path)
     records = [record for record in metrics.read(tmp_path / "run/metrics.jsonl") if "train/loss" in record]
+    trace = json.loads((tmp_path / "run/profile/rank0.json").read_text())
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
     assert len(records) == 12
     for record in records[2:]:
         phases = [record[f"time/{phase}_s"] for phase in ("forward", "backward", "update")]
