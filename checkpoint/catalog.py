@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from checkpoint.commit import COMMIT, PARTS, AttemptName
-from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
+from checkpoint.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    StorageError,
+    UnsupportedFormat,
+)
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage
 
@@ -82,8 +88,13 @@ def scan(storage: Storage) -> Scan:
             committed.append(Reader(storage, name.folder))
         except CheckpointNotFound:
             uncommitted.append(name)
-        except CheckpointError as error:
+        except (CorruptCheckpoint, UnsupportedFormat) as error:
             broken.append((name, error))
+        except StorageError:
+            # A read that fails says nothing about the checkpoint, unless another process has just removed it.
+            if storage.size(f"{name.folder}/{COMMIT}") is not None:
+                raise
+            uncommitted.append(name)
     committed.sort(key=lambda reader: reader.record.sequence)
     return Scan(tuple(committed), tuple(broken), tuple(uncommitted))
 
@@ -96,16 +107,26 @@ def checkpoints(storage: Storage) -> list[CheckpointInfo]:
 
 
 def latest(storage: Storage, verify: Verify) -> Reader | None:
-    """Return the newest checkpoint that verifies; warn about each that is skipped, with the reason."""
+    """Return the newest checkpoint that verifies; warn about each that is skipped, with the reason.
+
+    None only where nothing was ever committed: a root whose checkpoints are all damaged is not an empty one.
+
+    Raises:
+        CorruptCheckpoint: something was committed, and nothing verifies. StorageError: a read failed.
+    """
     found = scan(storage)
     _warn_broken(found)
+    reasons = [f"{name.folder}: {error}" for name, error in found.broken]
     for reader in reversed(found.committed):
         try:
             check(reader, verify)
-        except CheckpointError as error:
+        except (CorruptCheckpoint, UnsupportedFormat) as error:
             _log.warning("%s is skipped, an older checkpoint is taken: %s", reader.folder, error)
+            reasons.append(f"{reader.folder}: {error}")
         else:
             return reader
+    if reasons:
+        raise CorruptCheckpoint(f"{storage.url}: none of its checkpoints is whole: {'; '.join(sorted(reasons))}")
     return None
 
 

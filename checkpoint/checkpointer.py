@@ -163,6 +163,7 @@ class Checkpointer:
             staged = self._staging.copy(self._mine(pieces))
             text = plain.encode(dict(objects or {}), "objects")
             tree = plain.to_json(shared, "shared")
+            plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit
         except BaseException as error:
             self._abandon(attempt, error)
             raise
@@ -194,10 +195,13 @@ class Checkpointer:
         _log.warning("the save of step %d failed, training goes on: %s", handle.step, error)
 
     def latest(self, verify: catalog.Verify = "quick") -> CheckpointInfo | None:
-        """Return the newest checkpoint that verifies, None if there is none; warn about each that it skips.
+        """Return the newest checkpoint that verifies, None if nothing was committed; warn about each that it skips.
 
         `record` checks the commit record; `quick` also that every file has its size and the slice table its
         fingerprint; `deep` reads every byte.
+
+        Raises:
+            CorruptCheckpoint: there are checkpoints, and none verifies. StorageError: a read failed.
         """
         reader = catalog.latest(self._storage, verify)
         return catalog.info_of(reader) if reader else None

@@ -44,11 +44,13 @@ def generate(
     training = model.training
     model.eval()
     added: list[int] = []
-    for token in islice(stream, num_tokens):
-        if stop_at_end and token == tokenizer.end_of_document:
-            break
-        added.append(token)
-    model.train(training)
+    try:
+        for token in islice(stream, num_tokens):
+            if stop_at_end and token == tokenizer.end_of_document:
+                break
+            added.append(token)
+    finally:
+        model.train(training)
     return tokenizer.decode(context + added)
 
 

@@ -64,16 +64,13 @@ def load_newest(
         checkpoint.CheckpointError: a checkpoint describes another model, or cannot be read.
         data.ResumeError: the tokens, the window length or the order changed since the save.
     """
-    damaged: list[str] = []
     fresh = generator_states()
     while (info := _choose(checkpointer, control)) is not None:
         loaded, damage = _agree(partial(_fetch, checkpointer, info, engine, fresh), control)
         if loaded is not None:
             return _apply(loaded, engine, fresh, dataset, order)
+        # The load has marked it, so that the next choice is another one.
         _log.warning("%s: is damaged, going back to the checkpoint before: %s", info.path, damage)
-        damaged.append(f"{info.folder}: {damage}")
-    if damaged:
-        raise RunError("no checkpoint is whole: " + "; ".join(damaged))
     return None
 
 
@@ -92,10 +89,16 @@ def _agree(fetch: Callable[[], Fetched], control: dist.ProcessGroup) -> Fetched:
 
 def _choose(checkpointer: ck.Checkpointer, control: dist.ProcessGroup) -> ck.CheckpointInfo | None:
     """Return rank 0's newest checkpoint, on every rank."""
-    newest = all_or_none(lambda: checkpointer.latest() if control.rank() == 0 else None, control)
-    box = [newest]
+    box = [all_or_none(partial(_newest, checkpointer) if control.rank() == 0 else lambda: None, control)]
     dist.broadcast_object_list(box, src=0, group=control)
     return box[0]
+
+
+def _newest(checkpointer: ck.Checkpointer) -> ck.CheckpointInfo | None:
+    try:
+        return checkpointer.latest()
+    except ck.CorruptCheckpoint as error:
+        raise RunError(f"no checkpoint is whole: {error}; move them away to start the run anew") from error
 
 
 def _fetch(
@@ -139,7 +142,7 @@ def generator_states() -> dict[str, Tensor]:
         "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).astype(np.int64)),
         "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_initialized():  # this process trains on a GPU
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # this process trains on a GPU
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 

@@ -244,9 +244,10 @@ class Trainer:
     def _export(self) -> None:
         config, shared = self._config, self._shared
         entropy = shared.prepared.unigram_entropy
+        loss = f"validation loss {self._validation[1]:.4f} nats/token" if self._validation[0] else "not validated"
         self._metrics.say(
-            f"done: {self._place.step} steps, {self._place.tokens_seen:,} tokens; validation loss "
-            f"{self._validation[1]:.4f} nats/token (counting tokens alone: {entropy:.4f})"
+            f"done: {self._place.step} steps, {self._place.tokens_seen:,} tokens; {loss} "
+            f"(counting tokens alone: {entropy:.4f})"
         )
         info = self._checkpointer.latest()
         assert info is not None, "the last step was saved and waited for"

@@ -46,7 +46,7 @@ def assert_whole(root: Path, steps: set[int] | None = None) -> int:
 
 
 def test_a_process_killed_at_any_time_loses_nothing_that_was_committed(tmp_path: Path):
-    (newest,) = run_ranks(_kill_again_and_again, 1, str(tmp_path))
+    (newest,) = run_ranks(_kill_again_and_again, 1, str(tmp_path), timeout_s=600)
     assert newest > 2  # processes came that far between the kills
 
 
@@ -154,7 +154,7 @@ def test_an_error_of_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp
 
 def test_a_process_killed_at_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
     total = num_calls(tmp_path / "one")
-    (steps,) = run_ranks(_kill_everywhere, 1, str(tmp_path), total)
+    (steps,) = run_ranks(_kill_everywhere, 1, str(tmp_path), total, timeout_s=600)
     assert steps == sorted(steps)
     assert set(steps) == {1, 2}
 
@@ -208,6 +208,8 @@ def _fill_within_a_limit(rank: int, world_size: int, root: str) -> str:
 
 def test_a_full_disk_fails_its_save_alone_and_its_space_is_given_back(tmp_path: Path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command here")
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")

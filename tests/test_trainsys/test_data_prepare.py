@@ -27,6 +27,7 @@ import pytest
 from tests.test_trainsys.data_reference import documents, prepared, texts, write_lines
 from trainsys.config import DataConfig
 from trainsys.data import PrepareProgress, ensure_prepared, prepare, read_prepared, verify
+from trainsys.data.document import LONG_DOCUMENT_BYTES
 from trainsys.data.errors import (
     BusyError,
     DiskFullError,
@@ -550,3 +551,17 @@ def test_numbers_in_the_manifest_do_not_depend_on_the_day(tmp_path: Path) -> Non
     os.utime(first / "meta.json", ns=(1, 1))
     assert tree(first) == tree(prepared(source, tmp_path / "second"))
     assert np.load(first / "unigram.npy").sum() == read_prepared(first).train.tokens
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1, 2])
+def test_prepared_parquet_keeps_its_documents_apart_at_every_length(tmp_path: Path, excess: int) -> None:
+    """A row of tokens is read in pieces; the end of its document may not be lost where a piece would be that alone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_bytes(b"a" * (LONG_DOCUMENT_BYTES + excess))
+    (source / "b.txt").write_bytes(b"b" * 5000)
+    config = DataConfig(path=str(source), validation_fraction=0.0)
+    first = prepare(config, tmp_path / "parquet", format="parquet")
+    again = prepare(DataConfig(path=str(tmp_path / "parquet/train/*.parquet"), validation_fraction=0.0), tmp_path / "b")
+    assert again.train.documents == first.train.documents
+    assert again.train.tokens == first.train.tokens

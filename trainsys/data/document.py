@@ -207,9 +207,11 @@ def _rows(batch: pa.RecordBatch, where: str) -> Iterator[_RowPieces]:
 
 
 def _cut_tokens(tokens: NDArray[np.int64], ends: bool) -> _RowPieces:
-    for start in range(0, max(len(tokens), 1), LONG_DOCUMENT_BYTES):
-        row_done = start + LONG_DOCUMENT_BYTES >= len(tokens)
-        yield tokens[start : start + LONG_DOCUMENT_BYTES], ends and row_done, row_done
+    # No piece is the last token alone: that may be the end-of-document token, without which a piece is empty.
+    for start in range(0, max(len(tokens) - 1, 1), LONG_DOCUMENT_BYTES):
+        row_done = start + LONG_DOCUMENT_BYTES >= len(tokens) - 1
+        stop = len(tokens) if row_done else start + LONG_DOCUMENT_BYTES
+        yield tokens[start:stop], ends and row_done, row_done
 
 
 def _choice(names: Any) -> str:
