@@ -100,7 +100,8 @@ def device_of(config: RunConfig, local_rank: int) -> torch.device:
             raise ConfigError(["config: engine.precision: fp16 does not train on CPU; use bf16 or fp32"])
         return torch.device("cpu")
     if not count:
-        raise ConfigError(["config: engine.device: 'cuda' was asked for and this machine shows none; allowed: 'cpu'"])
+        ray = "; under Ray reserve one for every rank: --launch.gpus_per_rank=1" if config.launch.kind == "ray" else ""
+        raise ConfigError([f"config: engine.device: 'cuda' was asked for and this rank is shown no GPU{ray}"])
     # Every launcher shows a rank all GPUs of the ranks on its machine.
     if local_rank >= count:
         raise ConfigError(

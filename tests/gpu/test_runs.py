@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ import checkpoint as ck
 import launch
 from launch import Job, RankContext
 from tests.gpu.devices import needs_gpus
-from tests.test_trainsys import runs
+from tests.test_trainsys import runs, test_hf
 from tests.test_trainsys.test_resume import assert_equal_state
 from trainsys import folder, metrics, recipe, trainer
 
@@ -45,6 +46,16 @@ def train(settings: list[str], run_dir: Path, *, resume: bool) -> None:
     interval_s = config.faulttol.heartbeat_interval_s
     result = launch.run(job, config.launch, heartbeat_interval_s=interval_s, on_output=lambda output: None)
     assert result.outcome == "completed", runs.logs(run_dir)
+
+
+def copy_up_to_step_6(whole: Path, part: Path) -> None:
+    """Copy a run as it was after step 6, if it kept all its checkpoints."""
+    shutil.copytree(whole, part)
+    with ck.Checkpointer(part / "checkpoints") as checkpointer:
+        later = [info.path for info in checkpointer.list() if info.step > 6]
+    assert len(later) == 2
+    for path in later:
+        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +87,7 @@ def test_a_run_resumed_from_its_checkpoint_takes_the_steps_of_the_run_that_went_
     )
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train(settings, whole, resume=False)
-    shutil.copytree(whole, resumed)
-    with ck.Checkpointer(resumed / "checkpoints") as checkpointer:
-        later = [info.path for info in checkpointer.list() if info.step > 6]
-    assert len(later) == 2
-    for path in later:
-        shutil.rmtree(path)
+    copy_up_to_step_6(whole, resumed)
     train(settings, resumed, resume=True)
     assert "resumes after step 6" in (resumed / "logs/rank0.log").read_text()
     assert runs.losses(resumed) == runs.losses(whole)
@@ -130,3 +136,59 @@ def test_a_record_of_a_gpu_run_says_what_the_gpu_did(tmp_path: Path, text: Path)
         assert sum(phases) < 1.5 * record["time/step_s"]
         assert 0 < record["speed/mfu"] < 1
         assert 0 < record["memory/peak_bytes"] < torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_upon_the_other_kind_of_device(first: str, then: str, tmp_path: Path, text: Path) -> None:
+    settings = runs.arguments(f"--data.path={text}", "--parallel.replicate=1", "--checkpoint.keep_last=9")
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    train([*settings, f"--engine.device={first}"], whole, resume=False)
+    copy_up_to_step_6(whole, moved)
+    train([*settings, f"--engine.device={then}"], moved, resume=True)
+    expected = runs.losses(whole)
+    assert runs.losses(moved) == pytest.approx(expected, rel=1e-5)
+    assert [runs.losses(moved)[step] for step in range(7, 13)] != [expected[step] for step in range(7, 13)]
+
+
+def test_a_llama_takes_the_steps_on_a_gpu_that_it_takes_on_the_cpu(tmp_path: Path) -> None:
+    corpus = test_hf.write_jsonl(tmp_path)
+    llama = test_hf.write_llama(tmp_path / "llama", corpus)
+    settings = [
+        *("--model.kind=hf", f"--model.path={llama}", f"--data.path={corpus}", "--data.text_key=body"),
+        *(f"--data.tokenizer={llama}", "--parallel.replicate=1", "--engine.zero_stage=3", "--evaluation.sequences=0"),
+    ]
+    for device in ("cuda", "cpu"):
+        runs.succeed(
+            "launch", *runs.arguments(*settings, f"--engine.device={device}", f"--run_dir={device}"), cwd=tmp_path
+        )
+    assert runs.losses(tmp_path / "cuda") == pytest.approx(runs.losses(tmp_path / "cpu"), rel=1e-4)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_ray_actors_on_their_own_gpus_take_the_same_steps(world_size: int, tmp_path: Path, text: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    settings = (f"--data.path={text}", "--engine.device=cuda", f"--parallel.replicate={world_size}")
+    runs.succeed("launch", *runs.arguments(*settings, "--run_dir=local"), cwd=tmp_path)
+    ray = ("--launch.kind=ray", "--launch.gpus_per_rank=1", "--run_dir=ray")
+    output = runs.succeed("launch", *runs.arguments(*settings, *ray), cwd=tmp_path)
+    assert f"{world_size} rank(s) on cuda" in output
+    assert runs.losses(tmp_path / "ray") == pytest.approx(runs.losses(tmp_path / "local"), rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, id="2 GPUs", marks=needs_gpus(2))])
+def test_a_killed_rank_ends_the_run_of_those_that_wait_for_it_on_their_gpus(
+    world_size: int, tmp_path: Path, text: Path
+) -> None:
+    settings = runs.arguments(
+        f"--data.path={text}", "--engine.device=cuda", f"--parallel.replicate={world_size}", "--steps=100000"
+    )
+    with runs.running("launch", *settings, "--run_dir=run", cwd=tmp_path) as process:
+        runs.wait_for_step(process, tmp_path / "run", 5)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        (victim,) = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+        victim.kill()
+        assert process.wait(timeout=30) == 1
+        assert "rank 1" in (tmp_path / "background.log").read_text()
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        assert not alive
