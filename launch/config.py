@@ -21,7 +21,7 @@ class LaunchConfig:
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for one rank; above 0."""
     gpus_per_rank: float = 0.0
-    """GPUs that Ray reserves for one rank; 0 runs on CPU."""
+    """GPUs that Ray reserves for one rank; 0 reserves none."""
     start_timeout_s: float = 180.0
     """Seconds until every rank must have joined; past that the run ends and the missing ranks are named."""
     frozen_timeout_s: float = 30.0

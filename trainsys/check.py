@@ -68,6 +68,7 @@ _AT_LEAST_ONE = (
     "engine.bucket_numel",
     "checkpoint.keep_last",
     "metrics.every",
+    "profile.num_steps",
     *(f"parallel.{axis.name}" for axis in dataclasses.fields(ParallelConfig)),
 )
 _AT_LEAST_ZERO = (
@@ -91,7 +92,6 @@ _AT_LEAST_ZERO = (
     "checkpoint.keep_every",
     "metrics.peak_flops_per_s",
     "profile.start_step",
-    "profile.num_steps",
     "launch.gpus_per_rank",
     "seed",
 )
@@ -133,8 +133,12 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
     for key in (*_AT_LEAST_ZERO, *_ABOVE_ZERO):
         if math.isinf(_value(config, key)):
             yield key, "infinity is no setting; give a number"
-    if not config.name or "/" in config.name:
+    if config.name in ("", ".", "..") or "/" in config.name:
         yield "name", f"{config.name!r} cannot name a folder; give a text without '/'"
+    if config.seed >= 2**63:
+        yield "seed", f"{config.seed} is out of range; allowed: 0 to 2^63 - 1"
+    if not config.data.validation_fraction and not config.data.validation_path and config.evaluation.sequences:
+        yield "data.validation_fraction", "0 holds nothing out to evaluate on; set evaluation.sequences = 0 as well"
 
 
 def _value(config: RunConfig, key: str) -> float:

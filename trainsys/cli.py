@@ -66,10 +66,10 @@ def launch(recipes: Recipes, resume: Resume = False) -> None:
         sys.stdout.buffer.flush()
 
     with _reported():
-        from trainsys.session import launch_ranks
+        from trainsys.session import launch_ranks, outcome_of
 
         result = launch_ranks(_resolve(recipes), resume=resume, on_output=show)
-        raise typer.Exit(EXIT_STOPPED if result.outcome == "stopped" else 0)
+        raise typer.Exit(EXIT_STOPPED if outcome_of(result) == "stopped" else 0)
 
 
 @app.command(context_settings=_WITH_OVERRIDES, epilog=_OVERRIDES)

@@ -9,12 +9,15 @@ RUN/model/           the trained model, written at the end
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import re
 import subprocess
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -98,20 +101,45 @@ class RunFolder:
             raise RunError(f"{self.path}: holds no run: {error.strerror} (config.json)") from error
         except json.JSONDecodeError as error:
             raise RunError(f"{self.config}: is damaged: {error}") from error
+        if not isinstance(found, dict) or not {"config", "run_id", "starts"} <= found.keys():
+            raise RunError(f"{self.config}: is not the record of a run; choose another --run_dir")
         return found
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process of this file system from training in this folder inside the block.
 
-def open_run(resolved: recipe.Resolved, *, resume: bool) -> RunFolder:
-    """Return the folder for this start of a run, its record written.
+        The operating system lets go when this process ends, however it ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.path}: another process trains here; stop it first") from error
+            yield
+
+
+@contextlib.contextmanager
+def open_run(resolved: recipe.Resolved, *, resume: bool) -> Iterator[RunFolder]:
+    """Yield the folder for this start of a run, its record written; no other process can train in it meanwhile.
 
     Raises:
-        RunError: as `choose`; ConfigError: resuming would change what the run is (see `_IDENTITY`).
+        RunError: as `choose`, or another process trains there.
+        ConfigError: resuming would change what the run is (see `_IDENTITY`).
     """
     folder = choose(resolved.config, resume=resume)
     if resume:
         _require_same_run(folder, resolved)
-    folder.write_record(resolved)
-    return folder
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder.path}: cannot hold a run: {error.strerror}; set --run_dir") from error
+    with folder.held():
+        folder.write_record(resolved)
+        yield folder
 
 
 _IDENTITY = ("model.", "data.", "optim.kind", "engine.precision", "seed")
@@ -134,7 +162,7 @@ def _require_same_run(folder: RunFolder, resolved: recipe.Resolved) -> None:
 def choose(config: RunConfig, *, resume: bool) -> RunFolder:
     """Return the folder for `config`: a new one, or with `resume` the one to continue.
 
-    Without `run_dir` a new run takes the first free of `runs/<name>`, `runs/<name>-2`, …; resuming takes the last.
+    Without `run_dir` a new run takes the next free of `runs/<name>`, `runs/<name>-2`, …; resuming takes the last.
 
     Raises:
         RunError: `run_dir` already holds a run and `resume` was not asked for, or there is no run to resume.
@@ -147,17 +175,24 @@ def choose(config: RunConfig, *, resume: bool) -> RunFolder:
             raise RunError(f"{folder.path}: already holds a run; --resume continues it, another --run_dir starts one")
         return folder
     root = Path("runs").absolute()
-    taken = _numbered(root, config.name)
-    if not resume:
-        number = max(taken, default=0) + 1
-        return RunFolder(root / (config.name if number == 1 else f"{config.name}-{number}"))
-    if not taken:
+    own = {number: path for number, path in _numbered(root, config.name).items() if _name_of(path) == config.name}
+    if resume and not own:
         raise RunError(f"{root}: holds no run named {config.name!r} to resume; start one without --resume")
-    return RunFolder(taken[max(taken)])
+    if resume:
+        return RunFolder(own[max(own)])
+    number = max(own, default=0) + 1
+    while (path := root / (config.name if number == 1 else f"{config.name}-{number}")).exists():
+        number += 1  # another run's name, or no run
+    return RunFolder(path)
+
+
+def _name_of(path: Path) -> str:
+    name: str = RunFolder(path).record()["config"]["name"]
+    return name
 
 
 def _numbered(root: Path, name: str) -> dict[int, Path]:
-    """Return the runs of this name under `root`, by number."""
+    """Return the runs in folders called `name` or `name-<number>`, by number; `gpt-2` may be a run of that name."""
     pattern = re.compile(re.escape(name) + r"(?:-(\d+))?")
     found = {}
     for entry in root.iterdir() if root.is_dir() else ():

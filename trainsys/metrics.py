@@ -6,6 +6,7 @@ A record is a flat dict of `section/name` keys; `train/loss` is in nats per toke
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -92,7 +93,9 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, record: Record) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
+        # JSON has no infinity (the gradient norm of an fp16 step that overflowed).
+        values = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def say(self, text: str) -> None:
         return

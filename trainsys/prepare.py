@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from trainsys import data, recipe
+from trainsys.check import check
 from trainsys.errors import ConfigError
 
 _FORMATS = ("arrow", "parquet")
@@ -25,7 +26,9 @@ def prepare_data(overrides: list[str], out: Path, file_format: str) -> data.Prep
     foreign = [argument for argument in overrides if not argument.startswith("--data.")]
     if foreign:
         raise ConfigError(f"command line: {argument}: not a setting of the data section" for argument in foreign)
-    config = recipe.load([], ["--name=prepare", "--steps=1", *overrides]).config.data
+    resolved = recipe.load([], ["--name=prepare", "--steps=21", "--evaluation.sequences=0", *overrides])
+    check(resolved.config, sources=resolved.sources)
+    config = resolved.config.data
     show = Meter()
     info = data.prepare(config, out, on_progress=show, format=cast(Literal["arrow", "parquet"], file_format))
     show.finish(info)

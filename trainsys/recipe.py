@@ -170,7 +170,7 @@ def _unknown_keys(tree: Mapping[str, Any], source: str) -> list[str]:
             dotted = f"{prefix}{key}"
             if dotted in keys:
                 continue
-            if dotted not in sections:
+            if not key or dotted not in sections:
                 problems.append(f"{source}: {dotted}: {_unknown(dotted, [*keys, *sections])}")
             elif isinstance(value, Mapping):
                 visit(value, f"{dotted}.")

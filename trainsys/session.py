@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -13,7 +14,7 @@ from launch import Job, JobResult, RankContext, RankEnv
 from trainsys import folder
 from trainsys.check import check, num_ranks
 from trainsys.config import RunConfig
-from trainsys.errors import ConfigError
+from trainsys.errors import ConfigError, RunError
 from trainsys.recipe import Resolved
 
 ENTRY = "trainsys.trainer:run_rank"
@@ -31,13 +32,14 @@ def train_here(resolved: Resolved, *, resume: bool) -> str:
         RankEnv.from_environ(os.environ)
     except ValueError as error:
         raise ConfigError(str(error).splitlines()) from error
-    with RankContext.open(os.environ) as context:
+    with contextlib.ExitStack() as stack:
+        context = stack.enter_context(RankContext.open(os.environ))
         check(resolved.config, world_size=context.env.world_size, sources=resolved.sources)
         os.environ.update(context.env.to_environ())
         return train(
             context,
             resolved.config,
-            lambda: folder.open_run(resolved, resume=resume),
+            lambda: stack.enter_context(folder.open_run(resolved, resume=resume)),
             resume=resume,
             threads=threads_per_rank(resolved.config),
         ).outcome
@@ -52,18 +54,29 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
     from trainsys.trainer import rank_payload
 
     check(resolved.config, sources=resolved.sources)
-    run = folder.open_run(resolved, resume=resume)
     config = _with_console(resolved.config)
-    job = Job(
-        entry=ENTRY,
-        payload=rank_payload(config, run, resume=resume, threads=threads_per_rank(config)),
-        world_size=num_ranks(config.parallel),
-        log_dir=run.logs,
-        name=config.name,
-    )
-    return launch.run(
-        job, config.launch, heartbeat_interval_s=config.faulttol.heartbeat_interval_s, on_output=on_output
-    )
+    with folder.open_run(resolved, resume=resume) as run:
+        job = Job(
+            entry=ENTRY,
+            payload=rank_payload(config, run, resume=resume, threads=threads_per_rank(config)),
+            world_size=num_ranks(config.parallel),
+            log_dir=run.logs,
+            name=config.name,
+        )
+        result = launch.run(
+            job, config.launch, heartbeat_interval_s=config.faulttol.heartbeat_interval_s, on_output=on_output
+        )
+    if result.killed:
+        raise RunError(
+            f"{run.path}: asked to stop, {len(result.killed)} rank(s) had not saved after launch.stop_grace_s = "
+            f"{config.launch.stop_grace_s:g} s and were killed; --resume continues from the last checkpoint before"
+        )
+    return result
+
+
+def outcome_of(result: JobResult) -> str:
+    """Return how the run ended, as its ranks tell it: a stop that came after the last step stopped nothing."""
+    return next((rank["outcome"] for rank in result.results if rank), result.outcome)
 
 
 def threads_per_rank(config: RunConfig) -> int:

@@ -65,7 +65,11 @@ def load_newest(
         data.ResumeError: the tokens, the window length or the order changed since the save.
     """
     fresh = generator_states()
+    tried: set[str] = set()
     while (info := _choose(checkpointer, control)) is not None:
+        if info.folder in tried:
+            raise RunError(f"{info.path}: is damaged and cannot be marked so (storage not writable?); move it away")
+        tried.add(info.folder)
         loaded, damage = _agree(partial(_fetch, checkpointer, info, engine, fresh), control)
         if loaded is not None:
             return _apply(loaded, engine, fresh, dataset, order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,8 @@ class Summary:
 def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]:
     """Train on this rank and return its Summary as JSON; the entry of every launcher, see `rank_payload`."""
     config = recipe.from_tree(payload["config"])
+    if os.path.isdir(payload["cwd"]):  # relative paths of a recipe mean the same here as where it was launched
+        os.chdir(payload["cwd"])
     check(config, world_size=context.env.world_size)
     folder = RunFolder(Path(payload["folder"]))
     return dataclasses.asdict(
@@ -75,6 +78,7 @@ def rank_payload(config: RunConfig, folder: RunFolder, *, resume: bool, threads:
         "folder": str(folder.path),
         "resume": resume,
         "threads": threads,
+        "cwd": os.getcwd(),
     }
 
 
@@ -163,7 +167,7 @@ class Trainer:
         if self._saved_step < self._place.step:
             self._save()
         if self._saved is not None:
-            self._saved.result(self._config.checkpoint.commit_timeout_s)
+            self._saved.result()  # the commit has a time limit of its own
         if stopped:
             self._metrics.say(f"stopped after step {self._place.step} as asked; --resume continues from there")
         else:
@@ -317,10 +321,11 @@ class Trainer:
             yield lambda: None
             return
         skipped = max(0, window.start_step - 1 - self._place.step)
+        active = window.start_step + window.num_steps - 1 - self._place.step - skipped
         target = self._shared.folder.profile / f"rank{self._shared.rank}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         with torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=skipped, warmup=0, active=window.num_steps, repeat=1),
+            schedule=torch.profiler.schedule(wait=skipped, warmup=0, active=active, repeat=1),
             on_trace_ready=lambda profile: profile.export_chrome_trace(str(target)),
         ) as profile:
             yield profile.step

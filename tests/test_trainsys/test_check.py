@@ -70,6 +70,16 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
         (["--optim.lr=inf"], "command line: optim.lr: infinity is no setting; give a number"),
         (["--optim.lr=nan"], "command line: optim.lr: nan is out of range; allowed: 0 or more"),
         (["--name=a/b"], "command line: name: 'a/b' cannot name a folder; give a text without '/'"),
+        (["--name=.."], "command line: name: '..' cannot name a folder; give a text without '/'"),
+        (
+            ["--seed=9223372036854775808"],
+            "command line: seed: 9223372036854775808 is out of range; allowed: 0 to 2^63 - 1",
+        ),
+        (
+            ["--data.validation_fraction=0"],
+            "command line: data.validation_fraction: 0 holds nothing out to evaluate on; set evaluation.sequences = 0 "
+            "as well",
+        ),
         (
             ["--schedule.warmup_steps=500"],
             "command line: schedule.warmup_steps: 500 does not fit a cosine run of 100 steps; allowed: 0 to 99",

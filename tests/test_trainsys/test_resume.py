@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import checkpoint as ck
 from tests.test_trainsys import runs
+from trainsys import RunError, folder, recipe
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -156,3 +158,55 @@ def test_resuming_as_another_run_is_refused_before_anything_starts(tmp_path: Pat
     missing = runs.run("launch", *runs.arguments(f"--run_dir={tmp_path / 'none'}"), "--resume", cwd=tmp_path)
     assert missing.returncode == 1
     assert missing.stderr == f"{tmp_path / 'none'}: holds no run to resume; start one without --resume\n"
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None:
+    resolved = recipe.load(["tiny"], [f"--run_dir={tmp_path / 'run'}"])
+    with (
+        folder.open_run(resolved, resume=False),
+        pytest.raises(RunError, match="another process trains here; stop it first"),
+        folder.open_run(resolved, resume=True),
+    ):
+        raise AssertionError("unreachable")
+    with folder.open_run(resolved, resume=True) as again:
+        assert len(again.record()["starts"]) == 2
+
+
+def test_resuming_takes_the_last_run_of_that_name_and_no_other_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt-2", "gpt", "gpt"):
+        with folder.open_run(recipe.load(["tiny"], [f"--name={name}"]), resume=False):
+            pass
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["gpt", "gpt-2", "gpt-3"]
+    with folder.open_run(recipe.load(["tiny"], ["--name=gpt"]), resume=True) as last:
+        assert last.path.name == "gpt-3"
+    with folder.open_run(recipe.load(["tiny"], ["--name=gpt-2"]), resume=True) as other:
+        assert other.path.name == "gpt-2"
+
+
+def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        pytest.raises(RunError, match="is not the record of a run"),
+        folder.open_run(recipe.load(["tiny"], [f"--run_dir={tmp_path}"]), resume=True),
+    ):
+        raise AssertionError("unreachable")
+
+
+@pytest.mark.slow
+def test_ranks_that_did_not_save_in_time_are_no_clean_stop(tmp_path: Path, text: Path) -> None:
+    settings = runs.arguments(
+        f"--data.path={text}", f"--run_dir={tmp_path / 'run'}", "--steps=100000", "--launch.stop_grace_s=1"
+    )
+    with runs.running("launch", *settings, cwd=tmp_path) as process:
+        runs.wait_for_step(process, tmp_path / "run", 2)
+        for rank in psutil.Process(process.pid).children(recursive=True):
+            if "launch.worker" in rank.cmdline():
+                rank.suspend()
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    printed = (tmp_path / "background.log").read_text()
+    assert code == 1, printed
+    assert "were killed; --resume continues from the last checkpoint before" in printed
