@@ -177,11 +177,12 @@ class Reader:
                 problems.append(f"{piece.name!r} was saved {how}, the destination is not")
             else:
                 (missing_local if piece.kind == "local" else missing).append(piece.name)
-        # A rank's own tensors (a generator of a device that is not here) may stay behind; shared ones may not.
-        unexpected = {name for name, owner in saved if owner == SHARED} - {p.name for p in wanted}
+        unexpected = {name for name, owner in saved if owner in (SHARED, rank)} - {p.name for p in wanted}
         if strict:
             extra = [f"{name!r} is not in the checkpoint" for name in missing]
-            extra += [f"{name!r} is in the checkpoint and has no destination" for name in unexpected]
+            # A rank's own tensors (the generator of a device that is not here) may stay behind, shared ones may not.
+            left = [name for name in unexpected if (name, SHARED) in saved]
+            extra += [f"{name!r} is in the checkpoint and has no destination" for name in left]
             if extra:
                 problems += [*sorted(extra), "strict=False loads what both have"]
         if problems:

@@ -140,11 +140,11 @@ def test_a_record_of_a_gpu_run_says_what_the_gpu_did(tmp_path: Path, text: Path)
 
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_goes_on_upon_the_other_kind_of_device(first: str, then: str, tmp_path: Path, text: Path) -> None:
-    settings = runs.arguments(f"--data.path={text}", "--parallel.replicate=1", "--checkpoint.keep_last=9")
+    settings = (f"--data.path={text}", "--parallel.replicate=1", "--checkpoint.keep_last=9")
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    train([*settings, f"--engine.device={first}"], whole, resume=False)
+    train(runs.arguments(*settings, f"--engine.device={first}"), whole, resume=False)
     copy_up_to_step_6(whole, moved)
-    train([*settings, f"--engine.device={then}"], moved, resume=True)
+    train(runs.arguments(*settings, f"--engine.device={then}"), moved, resume=True)
     expected = runs.losses(whole)
     assert runs.losses(moved) == pytest.approx(expected, rel=1e-5)
     assert [runs.losses(moved)[step] for step in range(7, 13)] != [expected[step] for step in range(7, 13)]
