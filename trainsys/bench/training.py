@@ -9,6 +9,7 @@ tokens/s x operations per token over the peak of all ranks' devices (`metrics.pe
 matrix product measured at the start on a CPU).
 
 Baseline and bound: tokens/s if every device computed at that peak. Gate: every run's loss falls.
+`results/training-*.json` were written by it on machines with one and two H200s; each holds its settings.
 """
 
 from __future__ import annotations
