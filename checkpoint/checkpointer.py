@@ -219,7 +219,8 @@ class Checkpointer:
 
         Raises:
             StateMismatch: names, shapes or dtypes differ.
-            CorruptCheckpoint: bytes are not what was committed; no destination was touched.
+            CorruptCheckpoint: bytes are not what was committed; no destination was touched, unless the files changed
+                or went away between their verification and the copy that follows it.
         """
         pieces = pieces_of(tensors)
         reader = self._reader(info)
