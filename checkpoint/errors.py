@@ -10,6 +10,7 @@ CheckpointError
 └── SaveFailed           one save did not become a checkpoint; earlier checkpoints are untouched
     ├── CoverageError    the ranks' slices leave holes, overlap, or disagree about a tensor
     ├── CommitTimeout    a rank did not vote, or rank 0 did not commit, in time
+    ├── TornSnapshot     tensors changed while they were being copied; names them
     └── SaveAborted      another rank failed; names it
 """
 
@@ -62,6 +63,15 @@ class CommitTimeout(SaveFailed):
         super().__init__(message)
         self.missing_ranks = missing_ranks
         """Ranks that were waited for, ascending."""
+
+
+class TornSnapshot(SaveFailed):
+    """Tensors were mutated before their copies were over: no fence stood before the update, or it was bypassed."""
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
+        """Tensors seen to have changed, sorted."""
 
 
 class SaveAborted(SaveFailed):
