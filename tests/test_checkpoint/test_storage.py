@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import os
+import random
 import uuid
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpoint import StorageError
-from checkpoint.storage import FsspecStorage, LocalStorage, Storage, open_storage, sizes
+from checkpoint.local import LocalStorage
+from checkpoint.remote import FsspecStorage
+from checkpoint.storage import Storage, open_storage, sizes
 
 
 class StorageContract(abc.ABC):
@@ -34,6 +38,26 @@ class StorageContract(abc.ABC):
             for part in (b"ab", memoryview(b"cd"), bytearray(b"ef")):
                 sink.write(part)
         assert storage.read("file") == b"abcdef"
+
+    def test_blocks_make_one_file(self, storage: Storage):
+        data = bytearray(os.urandom(100_001))
+        borders = [0, 3, 4_096, 5_000, 50_000, 50_001, 98_304, len(data)]
+        blocks = list(itertools.pairwise(borders))
+        with storage.create_at("folder/file", len(data)) as sink:
+            if not sink.in_order:
+                random.Random(0).shuffle(blocks)
+            for start, end in blocks:
+                sink.write_at(start, memoryview(data)[start:end])
+        assert storage.read("folder/file") == data
+
+    def test_an_empty_file_of_blocks_is_a_file(self, storage: Storage):
+        with storage.create_at("file", 0):
+            pass
+        assert storage.size("file") == 0
+
+    def test_a_file_that_misses_blocks_is_refused(self, storage: Storage):
+        with pytest.raises(StorageError, match="3 of 10 bytes"), storage.create_at("file", 10) as sink:
+            sink.write_at(0, memoryview(b"abc"))
 
     def test_writing_again_replaces_whole(self, storage: Storage):
         storage.write("file", b"the first")

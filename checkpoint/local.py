@@ -1,0 +1,283 @@
+"""A folder of a POSIX file system: temporary name, fsync, rename, fsync of the folder.
+
+Large files go past the kernel's cache where they can (O_DIRECT), straight out of the caller's memory: of each
+block the whole pages, if they lie in memory as they will lie in the file, modulo the page. The pages at the
+edges of blocks, which two blocks share, are put together here and go through the cache, last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoint.storage import BlockSink, Entry, Sink, Source, check_written, named
+
+_PAGE = 4096
+"""Offset, length and memory address of a direct write are multiples of this: the largest that disks ask for."""
+
+
+class _LocalFile:
+    """Both ends of a local file, by descriptor."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor = descriptor
+        self._path = path
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        with named(self._path, "write"):
+            while view.nbytes:
+                view = view[os.write(self._descriptor, view) :]
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        with named(self._path, "read"):
+            while done < buffer.nbytes:
+                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+                if not count:
+                    break
+                done += count
+        return done
+
+
+class _Blocks:
+    """A local file of known size, written in any order by any number of threads."""
+
+    in_order = False
+
+    def __init__(self, cached: int, direct: int | None, path: Path) -> None:
+        """Write through the descriptor `cached`, and whole pages through `direct` if there is one."""
+        self._cached = cached
+        self._direct = direct
+        self._path = path
+        self._edges: dict[int, bytearray] = {}
+        self._written = 0
+        self._lock = threading.Lock()
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        view = data.cast("B")
+        with named(self._path, "write"):
+            if self._direct is None:
+                _pwrite(self._cached, offset, view)
+            else:
+                self._write_pages(offset, view, self._direct)
+        with self._lock:
+            self._written += view.nbytes
+
+    def finish(self, nbytes: int) -> None:
+        """Write what was put together of the edges; raise StorageError unless all of the file was handed over."""
+        check_written(self._path, self._written, nbytes)
+        with named(self._path, "write"):
+            for page, content in self._edges.items():
+                _pwrite(self._cached, page, memoryview(content)[: nbytes - page])
+        self._edges.clear()
+
+    def _write_pages(self, offset: int, view: memoryview, direct: int) -> None:
+        end = offset + view.nbytes
+        first, last = -(-offset // _PAGE) * _PAGE, end // _PAGE * _PAGE
+        if first >= last:  # within one page, or about the border of two
+            self._keep_edge(offset, view[: max(0, first - offset)])
+            self._keep_edge(max(offset, first), view[max(0, first - offset) :])
+            return
+        middle = view[first - offset : last - offset]
+        if _is_aligned(middle):
+            first += _pwrite_direct(direct, first, middle)
+        _pwrite(self._cached, first, view[first - offset : last - offset])
+        self._keep_edge(offset, view[: -offset % _PAGE])
+        self._keep_edge(last, view[last - offset :])
+
+    def _keep_edge(self, offset: int, view: memoryview) -> None:
+        if not view.nbytes:
+            return
+        page = offset // _PAGE * _PAGE
+        with self._lock:
+            edge = self._edges.setdefault(page, bytearray(_PAGE))
+            edge[offset - page : offset - page + view.nbytes] = view
+
+
+class LocalStorage:
+    """A folder of a POSIX file system."""
+
+    longest_poll_s = 0.1
+    rereads_cheaply = True
+
+    def __init__(self, root: Path, *, direct_io: bool = True) -> None:
+        self._root = Path(os.path.abspath(root))
+        self._direct_io = direct_io
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def entries(self, folder: str) -> list[Entry]:
+        path = self._root / folder
+        found = []
+        with named(path, "list"):
+            try:
+                with os.scandir(path) as scan:
+                    for item in scan:
+                        with contextlib.suppress(FileNotFoundError):  # removed since: as if never listed
+                            facts = item.stat(follow_symlinks=False)
+                            found.append(Entry(item.name, item.is_dir(), facts.st_size, facts.st_mtime))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(found, key=lambda e: e.name)
+
+    def size(self, path: str) -> int | None:
+        full = self._root / path
+        with named(full, "look at"):
+            try:
+                found = full.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def read(self, path: str) -> bytes:
+        full = self._root / path
+        with named(full, "read"):
+            return full.read_bytes()
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Source]:
+        full = self._root / path
+        with named(full, "open"):
+            descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield _LocalFile(descriptor, full)
+        finally:
+            os.close(descriptor)
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.create(path) as sink:
+            sink.write(data)
+
+    @contextlib.contextmanager
+    def create(self, path: str) -> Iterator[Sink]:
+        full = self._root / path
+        with self._temporary(full) as (descriptor, _):
+            yield _LocalFile(descriptor, full)
+
+    @contextlib.contextmanager
+    def create_at(self, path: str, nbytes: int) -> Iterator[BlockSink]:
+        full = self._root / path
+        with self._temporary(full) as (cached, temporary):
+            with named(full, "write"):
+                _set_aside(cached, nbytes)
+                direct = _open_direct(temporary) if self._direct_io else None
+            try:
+                sink = _Blocks(cached, direct, full)
+                yield sink
+                sink.finish(nbytes)
+            finally:
+                if direct is not None:
+                    os.close(direct)
+
+    def remove(self, path: str) -> None:
+        full = self._root / path
+        with named(full, "remove"):
+            with contextlib.suppress(FileNotFoundError):
+                if full.is_dir() and not full.is_symlink():
+                    shutil.rmtree(full)
+                else:
+                    full.unlink()
+            if full.parent.exists():
+                _sync_folder(full.parent)
+
+    @contextlib.contextmanager
+    def _temporary(self, full: Path) -> Iterator[tuple[int, Path]]:
+        """Yield descriptor and name of a new file that becomes `full`, durably, when the block ends."""
+        temporary = full.with_name(f".{full.name}.tmp")
+        with named(full, "create"):
+            self._make_folder(full.parent)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                yield descriptor, temporary
+                with named(full, "write"):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            with named(full, "write"):
+                os.rename(temporary, full)
+                _sync_folder(full.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to tell; a leftover is collected later
+                temporary.unlink()
+            raise
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents, each durable in its own parent."""
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(descriptor: int, nbytes: int) -> None:
+    """Give a new file its size and, where the file system can, its space; OSError if there is not enough.
+
+    Not `os.posix_fallocate`: where the file system cannot, that one writes to every page.
+    """
+    if nbytes == 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    while libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            os.ftruncate(descriptor, nbytes)
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open a file past the kernel's cache; None where its file system has no such thing."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def _is_aligned(view: memoryview) -> bool:
+    """Whether a buffer starts on a page; read-only ones count as unaligned, their address cannot be asked for."""
+    return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % _PAGE == 0
+
+
+def _pwrite(descriptor: int, offset: int, view: memoryview) -> None:
+    while view.nbytes:
+        count = os.pwrite(descriptor, view, offset)
+        offset, view = offset + count, view[count:]
+
+
+def _pwrite_direct(descriptor: int, offset: int, view: memoryview) -> int:
+    """Write whole pages past the cache; return the bytes written, fewer where the file system wants it otherwise."""
+    done = 0
+    while done < view.nbytes and done % _PAGE == 0:
+        try:
+            done += os.pwrite(descriptor, view[done:], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break
+    return done
