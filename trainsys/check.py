@@ -14,11 +14,12 @@ from trainsys.errors import ConfigError
 Problem = tuple[str, str]
 """(dotted key, what is wrong; what is allowed)."""
 
+_MIN_STAGING_BYTES = 64 << 20
 _UNSUPPORTED_AXES = ("pipeline", "shard", "context", "tensor", "expert")
 
 
 def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None) -> None:
-    """Raise if values contradict each other, or the number of ranks when `world_size` is given.
+    """Raise if values contradict each other, or the number of ranks when `world_size` is given: ranks already run.
 
     Raises:
         ConfigError: every problem at once, each with the source of the value it names.
@@ -29,6 +30,8 @@ def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[
         *_parallel(config, world_size),
         *_batch(config),
         *_engine(config),
+        *_checkpoint(config),
+        *(_launch(config) if world_size is None else ()),
         *(_split(problem) for problem in schedule.check(config.schedule, config.steps)),
     ]
     known = sources or {}
@@ -240,3 +243,22 @@ def _engine(config: RunConfig) -> Iterator[Problem]:
             f"{config.launch.frozen_timeout_s:g} s is under four heartbeats "
             f"(faulttol.heartbeat_interval_s = {config.faulttol.heartbeat_interval_s:g} s)",
         )
+
+
+def _checkpoint(config: RunConfig) -> Iterator[Problem]:
+    saving, remote = config.checkpoint, config.checkpoint.remote
+    if isinstance(saving.staging_bytes, int) and saving.staging_bytes < _MIN_STAGING_BYTES:
+        yield (
+            "checkpoint.staging_bytes",
+            f"{saving.staging_bytes} is out of range; allowed: 'auto', or {_MIN_STAGING_BYTES} (64 MiB) or more",
+        )
+    if remote.url and saving.every and remote.every % saving.every:
+        yield (
+            "checkpoint.remote.every",
+            f"{remote.every} is not a multiple of checkpoint.every ({saving.every}); only what was saved is copied",
+        )
+
+
+def _launch(config: RunConfig) -> Iterator[Problem]:
+    if config.engine.device == "cuda" and config.launch.kind == "ray" and not config.launch.gpus_per_rank:
+        yield "engine.device", "'cuda' under Ray needs GPUs reserved for every rank: --launch.gpus_per_rank=1"

@@ -77,6 +77,7 @@ class Engine:
             self._engine.optimizer,
             separate_master=settings.precision != "fp32",
         )
+        self._steps_taken = 0.0
         if isinstance(optimizer, Muon) and self._stage > 0:
             self._describe_shards(optimizer)
 
@@ -118,6 +119,7 @@ class Engine:
         scale = float(getattr(self._engine.optimizer, "cur_scale", 1.0))
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
+        self._steps_taken += applied
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         if not norm < float("inf") and not (self._scales_loss and not applied):
@@ -131,14 +133,18 @@ class Engine:
         return self._partition.slices()
 
     def counters(self) -> dict[str, float]:
-        """Return the numbers that go with `slices`: applied updates and the loss scaler."""
+        """Return the numbers that go with `slices`: the loss scaler, and the updates applied.
+
+        Counted here, because the optimizer's own count lies on the device and reading it makes the host wait.
+        """
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         kept = {key: float(getattr(scaler, key)) for key in _SCALER_FIELDS if hasattr(scaler, key)}
-        return {"steps_taken": self._partition.steps_taken(), **kept}
+        return {"steps_taken": self._steps_taken, **kept}
 
     def after_load(self, counters: Mapping[str, float]) -> None:
         """Finish a load that overwrote `slices()`: restore `counters` and refresh what ZeRO caches."""
-        self._partition.set_steps_taken(counters["steps_taken"])
+        self._steps_taken = counters["steps_taken"]
+        self._partition.set_steps_taken(self._steps_taken)
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for key in _SCALER_FIELDS:
             if key in counters and hasattr(scaler, key):

@@ -8,7 +8,8 @@ checkpoint does not depend on the number of ranks or the stage that wrote it:
     optimizer.<key>.<parameter>    one per tensor of the optimizer's state (exp_avg, exp_avg_sq, momentum_buffer)
 
 The three classes differ in where ZeRO keeps these; they touch DeepSpeed 0.19 objects by attribute and import nothing
-of it. Tensors returned are live views: writing to them is how a checkpoint is loaded.
+of it. Tensors returned are live views: writing to them is how a checkpoint is loaded, and their version counters are
+those of the tensors that training mutates.
 """
 
 from __future__ import annotations
@@ -104,17 +105,6 @@ class Partition(ABC):
                 if group["kind"] == "adamw" and "step" not in state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device)
 
-    def steps_taken(self) -> float:
-        """Return the updates the optimizer has applied (those skipped for fp16 overflow do not count)."""
-        self.create_state()
-        taken = [
-            float(self._base_optimizer.state[holder]["step"])
-            for _, holders in self.groups()
-            for holder in holders
-            if "step" in self._base_optimizer.state[holder]
-        ]
-        return max(taken, default=0.0)
-
     def set_steps_taken(self, steps: float) -> None:
         """Set the update count that bias correction uses."""
         self.create_state()
@@ -139,7 +129,7 @@ class Replicated(Partition):
     """ZeRO 0: every rank holds everything."""
 
     def weights(self) -> Slices:
-        return {f"model.{name}": parameter.data for parameter, name in self._names.items()} | self._buffers()
+        return {f"model.{name}": parameter.detach() for parameter, name in self._names.items()} | self._buffers()
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         for group in self._base_optimizer.param_groups:
@@ -159,7 +149,7 @@ class Replicated(Partition):
             for holder in holders:
                 state = self._base_optimizer.state[holder]
                 kept = {key: state[key].view(-1) for key in STATE_KEYS[group["kind"]]}
-                master = holder.data.view(-1)
+                master = holder.detach().view(-1)
                 yield group, holder, [Fragment(self._names[holder], tuple(holder.shape), 0, 0, master, kept)]
 
     def after_load(self) -> None:
@@ -170,7 +160,7 @@ class Sharded(Partition):
     """ZeRO 1 and 2: each rank owns one contiguous range of every group's flattened parameters."""
 
     def weights(self) -> Slices:
-        return {f"model.{name}": parameter.data for parameter, name in self._names.items()} | self._buffers()
+        return {f"model.{name}": parameter.detach() for parameter, name in self._names.items()} | self._buffers()
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         for group in self._base_optimizer.param_groups:
@@ -183,7 +173,7 @@ class Sharded(Partition):
             for parameter in self._optimizer.bit16_groups[index]:
                 offset, length, start = self._place(parameter._hp_mapping)
                 kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
-                master = flat.data.narrow(0, offset, length)
+                master = flat.detach().narrow(0, offset, length)
                 fragments.append(Fragment(self._names[parameter], tuple(parameter.shape), start, offset, master, kept))
             yield group, flat, fragments
 
@@ -212,7 +202,7 @@ class FullySharded(Partition):
         found: Slices = {}
         for parameter, name in self._names.items():
             start, length = self._range(parameter)
-            tensor = parameter.ds_tensor.data.narrow(0, 0, length)  # type: ignore[attr-defined]
+            tensor = parameter.ds_tensor.detach().narrow(0, 0, length)  # type: ignore[attr-defined]
             found[f"model.{name}"] = FlatSlice(tensor, tuple(parameter.ds_shape), start)  # type: ignore[attr-defined]
         return found | self._buffers()
 
@@ -230,7 +220,7 @@ class FullySharded(Partition):
                 _, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
                 start, length = self._range(parameter)
                 kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
-                master = flat.data.narrow(0, offset, length)
+                master = flat.detach().narrow(0, offset, length)
                 shape = tuple(parameter.ds_shape)
                 fragments.append(Fragment(self._names[parameter], shape, start, offset, master, kept))
             yield group, flat, fragments

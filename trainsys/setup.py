@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +23,7 @@ from trainsys.folder import RunFolder
 
 _CONTROL_TIMEOUT = timedelta(hours=24)
 """While one rank prepares data or writes a model the others wait; the launcher notices a dead one long before."""
-
+_BEAT_S = 1.0
 
 T = TypeVar("T")
 
@@ -123,11 +125,30 @@ def _prepare(
         return data.ensure_prepared(config.data, cache, on_progress=show)
 
     context.heartbeat.beat(step=0, phase="prepare")
-    if context.env.local_rank == 0:
-        all_or_none(prepare, control)
-    else:
-        all_or_none(lambda: None, control)
+    with _waiting(context):
+        all_or_none(prepare if context.env.local_rank == 0 else lambda: None, control)
     return data.read_prepared(prepare())
+
+
+@contextlib.contextmanager
+def _waiting(context: RankContext) -> Iterator[None]:
+    """Keep the heartbeat of a rank that does not prepare moving: the one that does is the one to be watched."""
+    if context.env.local_rank == 0:
+        yield
+        return
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_BEAT_S):
+            context.heartbeat.beat(step=0, phase="prepare")
+
+    beating = threading.Thread(target=beat, name="waiting")
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
 
 
 def all_or_none(action: Callable[[], T], control: dist.ProcessGroup) -> T:

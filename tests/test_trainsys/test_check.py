@@ -34,6 +34,21 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
     ("overrides", "expected"),
     [
         (
+            ["--engine.device=cuda"],
+            "command line: engine.device: 'cuda' under Ray needs GPUs reserved for every rank: "
+            "--launch.gpus_per_rank=1",
+        ),
+        (
+            ["--checkpoint.staging_bytes=1000"],
+            "command line: checkpoint.staging_bytes: 1000 is out of range; allowed: 'auto', or 67108864 (64 MiB) "
+            "or more",
+        ),
+        (
+            ["--checkpoint.every=10", "--checkpoint.remote.url=s3://b/r", "--checkpoint.remote.every=25"],
+            "command line: checkpoint.remote.every: 25 is not a multiple of checkpoint.every (10); only what was saved "
+            "is copied",
+        ),
+        (
             ["--batch.global_sequences=20"],
             "command line: batch.global_sequences: 20 is not a multiple of micro_sequences x data ranks (4 x 2 = 8)",
         ),

@@ -210,7 +210,6 @@ def test_bf16_stays_within_its_rounding_of_fp32(stage: int) -> None:
     losses, _, _ = plain_loop(configure())
     reports = run_ranks(engine_rank, 2, (f"--engine.zero_stage={stage}", "--engine.precision=bf16"), timeout_s=120)
     assert relative(reports[0]["losses"], losses) < 1e-2
-    # The extra optimizer step of ZeRO 0 with bf16, which `check` refuses, would show here.
     assert reports[0]["counters"]["steps_taken"] == STEPS
 
 
