@@ -23,6 +23,8 @@ class Read:
     """The elements of the chunk."""
     boxes: tuple[tuple[Shape, Shape], ...]
     """(offset, shape) in the whole tensor."""
+    target: int = 0
+    """Which of the caller's regions wants them."""
 
     @property
     def file(self) -> str:
@@ -46,8 +48,8 @@ class Read:
         return sum(math.prod(shape) for _, shape in self.boxes)
 
 
-def plan(rows: Sequence[SavedSlice], wanted: Region) -> Iterator[Read]:
-    """Yield the chunks of one tensor's saved slices that hold elements of `wanted`."""
+def plan(rows: Sequence[SavedSlice], wanted: Region, target: int = 0) -> Iterator[Read]:
+    """Yield the chunks of one tensor's saved slices that hold elements of `wanted`, region `target` of the caller."""
     for row in rows:
         if not _may_touch(row.region, wanted):
             continue
@@ -60,7 +62,7 @@ def plan(rows: Sequence[SavedSlice], wanted: Region) -> Iterator[Read]:
             chunk = row.region.part(index * per_chunk, min((index + 1) * per_chunk, row.region.numel))
             boxes = tuple(intersect(chunk, wanted))
             if boxes:
-                yield Read(row, index, chunk, boxes)
+                yield Read(row, index, chunk, boxes, target)
 
 
 def coverage_problem(global_shape: Shape, regions: Sequence[Region]) -> str | None:
