@@ -37,8 +37,8 @@ from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, Storage
 from checkpoint.format import fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.reshard import coverage_problem
+from checkpoint.shard import Written, rank_name
 from checkpoint.storage import Storage, sizes
-from checkpoint.writer import Written, rank_name
 
 COMMIT = "COMMIT.json"
 ABORT = "ABORT.json"

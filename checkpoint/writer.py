@@ -1,28 +1,70 @@
-"""One rank's files of one attempt: the shard, the objects, and the slice table that votes for them."""
+"""From filled slots to durable files: hash, write, give the slot back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from checkpoint.format import DTYPES, Entry, digest, encode_header, fingerprint
+from checkpoint.arena import Arena, Slot
+from checkpoint.format import DTYPES, Entry, digests, encode_header, fingerprint
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
-from checkpoint.region import Region
+from checkpoint.shard import Parcel, ShardPlan, Written, _is_whole, _keys, rank_name
 from checkpoint.staging import Staged
 from checkpoint.storage import Storage
+from checkpoint.trace import Trace
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a rank wrote, ready for its vote."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One place that a shard is written to."""
 
-    rows: tuple[SavedSlice, ...]
-    files: tuple[FileRecord, ...]
+    tier: str
+    """Unique in a save."""
+    storage: Storage
+    path: str
+    """Of the shard, in the storage."""
 
 
-def rank_name(rank: int) -> str:
-    """Return the stem of a rank's file names."""
-    return f"r{rank:05d}"
+class Flow(Protocol):
+    """One shard on its way to its targets. Any thread may call any method."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether parcels must be handed over by rising file offset; else in any order. Waits until files are open."""
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that are through: written to every target that did not fail."""
+
+    def put(self, parcel: Parcel, slot: Slot) -> None:
+        """Hand over a filled slot: the parcel's bytes start at its page offset. Returns soon.
+
+        The slot goes back to the arena when no target needs it any more, whatever happens.
+        """
+
+    def cancel(self, error: BaseException) -> None:
+        """Fail every target that is not durable yet: no more parcels come. What was put is given back all the same."""
+
+    def wait(self, tier: str) -> list[int]:
+        """Return when a target's file is whole and durable: the digests of all cuts in file order.
+
+        Raises the error that kept it from becoming so.
+        """
+
+
+class Drain(Protocol):
+    """Who hashes and writes: kept from save to save."""
+
+    def begin(self, plan: ShardPlan, arena: Arena, targets: Sequence[Target], trace: Trace) -> Flow:
+        """Start to open the targets' files; returns at once. The header is written by the drain.
+
+        Shards begun one after the other are written side by side: the slots of all are in one arena. What is done
+        is told to `trace`: spans "hash" and "write", and "sync" for the time from the last byte to durable.
+        """
+
+    def close(self) -> None:
+        """Stop when all that was begun has ended. Idempotent."""
 
 
 def write_rank(storage: Storage, folder: str, rank: int, staged: Sequence[Staged], objects: bytes) -> Written:
@@ -38,7 +80,7 @@ def _write_shard(
 ) -> tuple[list[SavedSlice], FileRecord]:
     # By falling element size, so that every tensor is aligned to its own.
     ordered = sorted(staged, key=lambda s: (-s.piece.tensor.element_size(), s.piece.name))
-    keys = _keys([s.piece.name for s in ordered], [_is_whole(s) for s in ordered], rank)
+    keys = _keys([s.piece.name for s in ordered], [_is_whole(s.piece, s.piece.region) for s in ordered], rank)
     entries = [
         Entry(
             key,
@@ -53,16 +95,16 @@ def _write_shard(
     with storage.create(f"{folder}/{path}") as sink:
         sink.write(header)
         for item in ordered:
-            digests = []
+            found: list[int] = []
             for chunk in item.chunks():
-                digests.append(digest(chunk))
+                found += digests(memoryview(chunk))
                 sink.write(chunk)
-            rows.append(_row(item, rank, path, position, tuple(digests)))
+            rows.append(_row(item, rank, path, position, tuple(found)))
             position += item.piece.nbytes
     return rows, FileRecord(path, position, len(header), fingerprint(header))
 
 
-def _row(item: Staged, rank: int, path: str, byte_start: int, digests: tuple[int, ...]) -> SavedSlice:
+def _row(item: Staged, rank: int, path: str, byte_start: int, found: tuple[int, ...]) -> SavedSlice:
     piece = item.piece
     return SavedSlice(
         name=piece.name,
@@ -72,23 +114,5 @@ def _row(item: Staged, rank: int, path: str, byte_start: int, digests: tuple[int
         region=piece.region,
         file=path,
         byte_start=byte_start,
-        digests=digests,
+        digests=found,
     )
-
-
-def _is_whole(item: Staged) -> bool:
-    return item.piece.kind != "local" and item.piece.region == Region.whole(item.piece.global_shape)
-
-
-def _keys(names: Iterable[str], whole: Iterable[bool], rank: int) -> list[str]:
-    """Return the names tensors have inside the shard: for other tools only, never read back here."""
-    pairs = list(zip(names, whole, strict=True))
-    used = {"__metadata__"} | {name for name, is_whole in pairs if is_whole}
-    keys = []
-    for name, is_whole in pairs:
-        key = name if is_whole and name != "__metadata__" else f"{name}@{rank_name(rank)}"
-        while key in used and not (is_whole and key == name):
-            key += "'"
-        used.add(key)
-        keys.append(key)
-    return keys
