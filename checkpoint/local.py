@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,13 @@ class _Blocks:
 
     def _write_pages(self, offset: int, view: memoryview, direct: int) -> None:
         end = offset + view.nbytes
-        first, last = -(-offset // _PAGE) * _PAGE, end // _PAGE * _PAGE
-        if first >= last:  # within one page, or about the border of two
-            self._keep_edge(offset, view[: max(0, first - offset)])
-            self._keep_edge(max(offset, first), view[max(0, first - offset) :])
-            return
-        middle = view[first - offset : last - offset]
-        if _is_aligned(middle):
-            first += _pwrite_direct(direct, first, middle)
-        _pwrite(self._cached, first, view[first - offset : last - offset])
-        self._keep_edge(offset, view[: -offset % _PAGE])
+        first = -(-offset // _PAGE) * _PAGE
+        last = max(first, end // _PAGE * _PAGE)
+        self._keep_edge(offset, view[: first - offset])
         self._keep_edge(last, view[last - offset :])
+        middle = view[first - offset : last - offset]
+        done = _pwrite_direct(direct, first, middle) if _is_aligned(middle) else 0
+        _pwrite(self._cached, first + done, middle[done:])
 
     def _keep_edge(self, offset: int, view: memoryview) -> None:
         if not view.nbytes:
@@ -159,6 +155,11 @@ class LocalStorage:
         with self.create(path) as sink:
             sink.write(data)
 
+    def write_new(self, path: str, data: bytes) -> None:
+        full = self._root / path
+        with self._temporary(full, _link) as (descriptor, _):
+            _LocalFile(descriptor, full).write(data)
+
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[Sink]:
         full = self._root / path
@@ -192,7 +193,7 @@ class LocalStorage:
                 _sync_folder(full.parent)
 
     @contextlib.contextmanager
-    def _temporary(self, full: Path) -> Iterator[tuple[int, Path]]:
+    def _temporary(self, full: Path, publish: Callable[[Path, Path], None] | None = None) -> Iterator[tuple[int, Path]]:
         """Yield descriptor and name of a new file that becomes `full`, durably, when the block ends."""
         temporary = full.with_name(f".{full.name}.tmp")
         with named(full, "create"):
@@ -206,7 +207,7 @@ class LocalStorage:
             finally:
                 os.close(descriptor)
             with named(full, "write"):
-                os.rename(temporary, full)
+                (publish or os.rename)(temporary, full)
                 _sync_folder(full.parent)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to tell; a leftover is collected later
@@ -230,6 +231,20 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _link(temporary: Path, full: Path) -> None:
+    """Give a file its name unless it is taken."""
+    try:
+        os.link(temporary, full)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        if full.exists():  # a file system without links
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+        os.rename(temporary, full)
+    else:
+        os.unlink(temporary)
 
 
 def _set_aside(descriptor: int, nbytes: int) -> None:
@@ -261,7 +276,7 @@ def _open_direct(path: Path) -> int | None:
 
 def _is_aligned(view: memoryview) -> bool:
     """Whether a buffer starts on a page; read-only ones count as unaligned, their address cannot be asked for."""
-    return not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % _PAGE == 0
+    return view.nbytes > 0 and not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % _PAGE == 0
 
 
 def _pwrite(descriptor: int, offset: int, view: memoryview) -> None:

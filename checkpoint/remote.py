@@ -1,16 +1,29 @@
-"""Any fsspec file system."""
+"""Any fsspec file system.
+
+Large files go through fsspec's own buffered file, in order; those of an S3 store by `checkpoint.multipart`,
+several parts at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import inspect
+import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from checkpoint.errors import StorageError
+from checkpoint.multipart import Uploads
 from checkpoint.storage import BlockSink, Entry, Sink, Source, check_written, named
 
+_S3 = frozenset({"s3", "s3a"})
+_PUTS_WHOLE = _S3 | {"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "r2"}
+"""Protocols that show an object when all of it is there; of others a temporary file is renamed."""
 
-def _remote(path: object, verb: str) -> contextlib.AbstractContextManager[None]:
+
+def remote(path: object, verb: str) -> contextlib.AbstractContextManager[None]:
     """As `named`; what a file system's client raises need not be an OSError (credentials, connections)."""
     return named(path, verb, (Exception,))
 
@@ -21,7 +34,7 @@ class _FsspecSource:
         self._path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        with _remote(self._path, "read"):
+        with remote(self._path, "read"):
             data = self._fs.cat_file(self._path, start=offset, end=offset + buffer.nbytes)
         buffer[: len(data)] = data
         return len(data)
@@ -33,12 +46,12 @@ class _FsspecSink:
         self._path = path
 
     def write(self, data: Any) -> None:
-        with _remote(self._path, "write"):
+        with remote(self._path, "write"):
             self._file.write(memoryview(data).cast("B"))
 
 
 class _OrderedBlocks:
-    """Blocks that come in order are appended."""
+    """Blocks that come in order are appended to a sink."""
 
     in_order = True
 
@@ -53,10 +66,6 @@ class _OrderedBlocks:
         self.written += data.nbytes
 
 
-_PUTS_WHOLE = frozenset({"abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "r2", "s3", "s3a"})
-"""Protocols that show an object when all of it is there; of others a temporary file is renamed."""
-
-
 class FsspecStorage:
     """Any fsspec file system."""
 
@@ -66,8 +75,9 @@ class FsspecStorage:
     def __init__(self, fs: Any, root: str) -> None:
         self._fs = fs
         self._root = root.rstrip("/")
-        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+        protocols = frozenset((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
         self._puts_whole = not _PUTS_WHOLE.isdisjoint(protocols)
+        self._uploads = None if _S3.isdisjoint(protocols) else Uploads(fs)
 
     @property
     def url(self) -> str:
@@ -75,7 +85,7 @@ class FsspecStorage:
 
     def entries(self, folder: str) -> list[Entry]:
         path = self._path(folder)
-        with _remote(path, "list"):
+        with remote(path, "list"):
             self._fs.invalidate_cache(path)
             try:
                 infos = self._fs.ls(path, detail=True)
@@ -90,7 +100,7 @@ class FsspecStorage:
 
     def size(self, path: str) -> int | None:
         full = self._path(path)
-        with _remote(full, "look at"):
+        with remote(full, "look at"):
             self._fs.invalidate_cache(full.rpartition("/")[0])
             try:
                 info = self._fs.info(full)
@@ -100,7 +110,7 @@ class FsspecStorage:
 
     def read(self, path: str) -> bytes:
         full = self._path(path)
-        with _remote(full, "read"):
+        with remote(full, "read"):
             return bytes(self._fs.cat_file(full))
 
     @contextlib.contextmanager
@@ -109,25 +119,36 @@ class FsspecStorage:
 
     def write(self, path: str, data: bytes) -> None:
         full = self._path(path)
-        folder, _, name = full.rpartition("/")
-        with _remote(full, "write"):
-            self._fs.makedirs(folder, exist_ok=True)
-            if self._puts_whole:
-                self._fs.pipe_file(full, data)
-                return
-            temporary = f"{folder}/.{name}.tmp"
-            self._fs.pipe_file(temporary, data)
-            self._fs.mv(temporary, full)
+        with remote(full, "write"):
+            self._put(full, data)
+
+    def write_new(self, path: str, data: bytes) -> None:
+        full = self._path(path)
+        with remote(full, "write"):
+            try:
+                self._make_parent(full)
+                if self._puts_whole and "mode" in inspect.signature(self._fs.pipe_file).parameters:
+                    self._fs.pipe_file(full, data, mode="create")
+                elif self.size(path) is None:
+                    self._put(full, data)
+                else:
+                    raise FileExistsError
+            except OSError as error:
+                if not self._fs.exists(full):
+                    raise
+                # A client that tries again after it heard no answer may find what it put the first time.
+                if self.read(path) != data:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
 
     @contextlib.contextmanager
     def create(self, path: str) -> Iterator[Sink]:
         full = self._path(path)
-        with _remote(full, "create"):
-            self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        with remote(full, "create"):
+            self._make_parent(full)
             file = self._fs.open(full, "wb", autocommit=False)
         try:
             yield _FsspecSink(file, full)
-            with _remote(full, "write"):
+            with remote(full, "write"):
                 file.close()
                 file.commit()
         except BaseException:
@@ -137,16 +158,41 @@ class FsspecStorage:
 
     @contextlib.contextmanager
     def create_at(self, path: str, nbytes: int) -> Iterator[BlockSink]:
-        with self.create(path) as sink:
-            blocks = _OrderedBlocks(sink, self._path(path))
-            yield blocks
-            check_written(self._path(path), blocks.written, nbytes)
+        full = self._path(path)
+        if self._uploads:
+            with self._uploads.open(full, nbytes) as parts:
+                yield parts
+        else:
+            with self.create(path) as sink:
+                blocks = _OrderedBlocks(sink, full)
+                yield blocks
+                check_written(full, blocks.written, nbytes)
+        found = self.size(path)
+        if found != nbytes:
+            raise StorageError(f"{full}: {nbytes} bytes were written, the storage holds {found}")
 
     def remove(self, path: str) -> None:
         full = self._path(path)
-        with _remote(full, "remove"), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(full, recursive=True)
-            self._fs.invalidate_cache(full.rpartition("/")[0])
+        with remote(full, "remove"):
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm(full, recursive=True)
+                self._fs.invalidate_cache(full.rpartition("/")[0])
+            if self._uploads:
+                self._uploads.abort_under(full)
+
+    def _put(self, full: str, data: bytes) -> None:
+        self._make_parent(full)
+        if self._puts_whole:
+            self._fs.pipe_file(full, data)
+            return
+        folder, _, name = full.rpartition("/")
+        temporary = f"{folder}/.{name}.tmp"
+        self._fs.pipe_file(temporary, data)
+        self._fs.mv(temporary, full)
+
+    def _make_parent(self, full: str) -> None:
+        if not self._uploads:  # S3 has no folders; s3fs would ask for the bucket each time, and make a mistyped one
+            self._fs.makedirs(full.rpartition("/")[0], exist_ok=True)
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root

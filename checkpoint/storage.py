@@ -89,6 +89,12 @@ class Storage(Protocol):
     def write(self, path: str, data: bytes) -> None:
         """Write a small file: seen whole or not at all at any time, durable when this returns."""
 
+    def write_new(self, path: str, data: bytes) -> None:
+        """As `write`, for a file that must not be there yet; of several writers at once only one succeeds.
+
+        Storages without such an operation look first, so that two at the very same time are not told apart.
+        """
+
     def create(self, path: str) -> contextlib.AbstractContextManager[Sink]:
         """Open a new large file: whole and durable when the block ends.
 
@@ -132,6 +138,7 @@ _REMEDIES = {
     errno.ENOSPC: "; free space or save elsewhere",
     errno.EDQUOT: "; raise the quota or save elsewhere",
     errno.EFBIG: "; raise the limit on file sizes",
+    errno.EEXIST: "; another process wrote it",
     errno.EROFS: "; save elsewhere",
     errno.EACCES: "; check the permissions",
 }

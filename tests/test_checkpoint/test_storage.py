@@ -64,6 +64,13 @@ class StorageContract(abc.ABC):
         storage.write("file", b"second")
         assert storage.read("file") == b"second"
 
+    def test_a_new_file_replaces_none(self, storage: Storage):
+        storage.write_new("folder/file", b"first")
+        with pytest.raises(StorageError, match="file: cannot write: File exists"):
+            storage.write_new("folder/file", b"other")
+        assert storage.read("folder/file") == b"first"
+        assert sizes(storage, "folder") == {"file": 5}
+
     def test_what_is_absent_has_no_size_and_no_entries(self, storage: Storage):
         assert storage.size("nothing") is None
         assert storage.size("no/folder/file") is None
