@@ -128,7 +128,7 @@ class Attempt:
             shared=shared,
             versions=_versions(),
         )
-        self._storage.write(f"{self.folder}/{COMMIT}", record.to_bytes())
+        self._storage.write_new(f"{self.folder}/{COMMIT}", record.to_bytes())
         return record
 
     def await_commit(self) -> None:
