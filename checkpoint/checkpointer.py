@@ -25,7 +25,7 @@ from checkpoint.format import DTYPES, fingerprint
 from checkpoint.handle import SaveHandle, SaveStats
 from checkpoint.reader import Reader
 from checkpoint.staging import Staged, Staging
-from checkpoint.state import Piece, TensorLike, owners, pieces_of
+from checkpoint.state import Piece, TensorLike, pieces_of, written_by
 from checkpoint.storage import open_storage
 from checkpoint.writer import write_rank
 
@@ -160,7 +160,7 @@ class Checkpointer:
         attempt = Attempt(self._storage, name, self._rank, self._world_size, self._config.commit_timeout_s)
         try:
             pieces = pieces_of(tensors)
-            staged = self._staging.copy(self._mine(pieces))
+            staged = self._staging.copy(written_by(self._rank, self._world_size, pieces))
             text = plain.encode(dict(objects or {}), "objects")
             tree = plain.to_json(shared, "shared")
             plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit
@@ -283,11 +283,6 @@ class Checkpointer:
             return False
         self._thread = None
         return True
-
-    def _mine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        """Return the pieces this rank writes."""
-        owner = owners(pieces, self._world_size)
-        return [p for p in pieces if owner.get(p.name, self._rank) == self._rank and not p.is_empty_part]
 
     def _run(self, job: _Job) -> None:
         """Be the thread of one save; whatever happens ends in its handle."""

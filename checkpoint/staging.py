@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Staging:
     """Host memory for one save at a time, kept from save to save: touching fresh pages costs most."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[int, torch.Tensor] = {}
 
     def copy(self, pieces: Sequence[Piece]) -> list[Staged]:
         """Copy the pieces; their tensors may be mutated when this returns.
@@ -40,15 +41,14 @@ class Staging:
         old, self._buffers = self._buffers, {}
         staged = []
         with torch.no_grad():
-            for piece in pieces:
+            for i, piece in enumerate(pieces):
                 tensor = piece.tensor
-                copy = old.get(piece.name)
+                copy = old.get(i)
                 if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                 copy.copy_(tensor)
-                self._buffers[piece.name] = copy
-                held = Piece(piece.name, piece.kind, copy, piece.global_shape, piece.region)
-                staged.append(Staged(held))
+                self._buffers[i] = copy
+                staged.append(Staged(dataclasses.replace(piece, tensor=copy)))
         return staged
 
     def release(self) -> None:

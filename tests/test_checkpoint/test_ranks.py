@@ -378,7 +378,7 @@ def test_the_tensors_of_a_rank_are_read_by_its_number(tmp_path: Path):
     assert tensor_of(state(values(), 1, 3)["rng"]).tolist() == [1, 1, 1, 1]
 
 
-def test_a_dtensor_is_refused_with_the_way_to_say_it(tmp_path: Path):
+def test_a_dtensor_is_saved_as_it_is_and_its_local_part_is_a_box(tmp_path: Path):
     run_ranks(_save_dtensor, 2, str(tmp_path))
     assert torch.equal(checkpoint.read(tmp_path)["w"], torch.arange(12.0).reshape(4, 3))
 
@@ -390,6 +390,9 @@ def _save_dtensor(rank: int, world_size: int, root: str) -> None:
     whole = torch.arange(12.0).reshape(4, 3)
     sharded = distribute_tensor(whole, init_device_mesh("cpu", (world_size,)), [Shard(0)])
     with checkpointer(root, rank, world_size) as ck:
-        with pytest.raises(InvalidState, match=r"'w': is a DTensor; pass BoxSlice\(t\.to_local\(\)"):
-            ck.save(1, {"w": sharded})
-        ck.save(2, {"w": BoxSlice(sharded.to_local(), (4, 3), (2 * rank, 0))})
+        ck.save(1, {"w": sharded})
+        box = torch.zeros(2, 3)
+        ck.load(ck.save(2, {"w": sharded}).result(20), {"w": BoxSlice(box, (4, 3), (2 * rank, 0))})
+        assert torch.equal(box, whole[2 * rank : 2 * rank + 2])
+        with pytest.raises(InvalidState, match="'w': is a DTensor inside of another slice; pass it as it is"):
+            ck.save(3, {"w": RankLocal(sharded)})
