@@ -20,7 +20,6 @@ exclude each other, and nobody removes a file that a commit may rely on.
 from __future__ import annotations
 
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import xxhash
 from checkpoint import objects
 from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, StorageError
 from checkpoint.format import fingerprint
-from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
+from checkpoint.manifest import ATTEMPT_NAME, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.reshard import coverage_problem
 from checkpoint.shard import Written, rank_name
 from checkpoint.storage import Storage, sizes
@@ -45,7 +44,6 @@ ABORT = "ABORT.json"
 TABLE = "slices.arrow"
 PARTS = "parts"
 
-_FOLDER = re.compile(r"step-(\d{8,18})\.a(\d{1,9})\.([0-9a-f]{16})")
 _FIRST_PAUSE_S = 0.002
 
 
@@ -65,7 +63,7 @@ class AttemptName:
     @classmethod
     def parse(cls, folder: str) -> AttemptName | None:
         """Return the attempt a folder's name stands for; None if it is no attempt's."""
-        match = _FOLDER.fullmatch(folder)
+        match = ATTEMPT_NAME.fullmatch(folder)
         return cls(int(match[1]), int(match[2]), match[3]) if match else None
 
     @property

@@ -13,7 +13,15 @@ import pyarrow as pa
 
 from checkpoint import objects
 from checkpoint.errors import CorruptCheckpoint
-from checkpoint.format import CHUNK_BYTES, CODES, FORMAT, check_version, chunk_count, fingerprint
+from checkpoint.format import (
+    CODES,
+    DIGEST_BYTES,
+    FORMAT,
+    LARGEST_DIGEST_BYTES,
+    check_version,
+    chunk_count,
+    fingerprint,
+)
 from checkpoint.region import Region, Shape
 
 SHARED = -1
@@ -29,13 +37,17 @@ _SCHEMA = pa.schema(
         ("box_shape", pa.list_(pa.int64())),
         ("start", pa.int64()),  # range of the box's row-major order
         ("stop", pa.int64()),
-        ("file", pa.string()),  # path relative to the checkpoint
+        ("file", pa.string()),  # path of a FileRecord
         ("byte_start", pa.int64()),  # from the start of the file
-        ("digests", pa.list_(pa.uint64())),  # of the slice's consecutive CHUNK_BYTES
+        ("digests", pa.list_(pa.uint64())),  # of the slice's consecutive chunks
     ]
 )
 _KEY = b"checkpoint"
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_CHUNK_BYTES = frozenset(1 << n for n in range(12, LARGEST_DIGEST_BYTES.bit_length()))
+"""Bytes under one digest that a table may have."""
+ATTEMPT_NAME = re.compile(r"step-([0-9]{8,18})\.a([0-9]{1,9})\.([0-9a-f]{16})")
+"""A folder of an attempt: step, ordinal, digest of the launch's run_id."""
+_FILE_NAME = re.compile(rf"(?:{ATTEMPT_NAME.pattern}/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,8 @@ class SavedSlice:
     file: str
     byte_start: int
     digests: tuple[int, ...]
+    chunk_bytes: int = DIGEST_BYTES
+    """Bytes under one digest; the same in all rows of a table."""
 
     @property
     def itemsize(self) -> int:
@@ -70,7 +84,7 @@ class SavedSlice:
             problem = f"starts at byte {self.byte_start}"
         else:
             problem = self.region.problem(self.global_shape)
-        if problem is None and len(self.digests) != chunk_count(self.nbytes):
+        if problem is None and len(self.digests) != chunk_count(self.nbytes, self.chunk_bytes):
             problem = f"{len(self.digests)} digests for {self.nbytes} bytes"
         if problem:
             raise CorruptCheckpoint(f"{source}: tensor {self.name!r}: {problem}")
@@ -84,6 +98,8 @@ class FileRecord:
     """
 
     path: str
+    """Its name in the checkpoint's folder; or `<another attempt's folder of the same root>/<name>`, to whose tensors
+    rows refer."""
     nbytes: int
     head_bytes: int
     fingerprint: str
@@ -98,6 +114,7 @@ class SliceTable:
         self.source = source
         """What messages call this table."""
         self._table = table.combine_chunks()
+        self._chunk_bytes: int = metadata.get("chunk_bytes", DIGEST_BYTES)
 
     @classmethod
     def of(cls, rows: Iterable[SavedSlice], metadata: Mapping[str, Any]) -> SliceTable:
@@ -124,7 +141,7 @@ class SliceTable:
 
     def to_bytes(self) -> bytes:
         """Return the table as an uncompressed Arrow IPC file."""
-        header = {"format": FORMAT, "chunk_bytes": CHUNK_BYTES, **self.metadata}
+        header = {"format": FORMAT, **self.metadata, "chunk_bytes": self._chunk_bytes}
         table = self._table.replace_schema_metadata({_KEY: json.dumps(header).encode()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
@@ -141,8 +158,8 @@ class SliceTable:
             if not isinstance(metadata, dict):
                 raise ValueError("its schema carries no metadata of this package")
             check_version(metadata.get("format"), source)
-            if metadata.get("chunk_bytes") != CHUNK_BYTES:
-                raise ValueError(f"chunk_bytes is {metadata.get('chunk_bytes')}, not {CHUNK_BYTES}")
+            if metadata.get("chunk_bytes") not in _CHUNK_BYTES:
+                raise ValueError(f"chunk_bytes is {metadata.get('chunk_bytes')!r}")
             table = table.select(_SCHEMA.names).cast(_SCHEMA)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptCheckpoint(f"{source}: is not a slice table ({error})") from error
@@ -190,6 +207,7 @@ class SliceTable:
             file=cell["file"],
             byte_start=cell["byte_start"],
             digests=tuple(self._table.column("digests")[i].as_py()),
+            chunk_bytes=self._chunk_bytes,
         )
         row.check(self.source)
         return row
@@ -258,8 +276,8 @@ class CommitRecord:
         if not isinstance(self.run_id, str) or not isinstance(self.created, str):
             return "run_id and created must be text"
         for file in self.files:
-            if not isinstance(file.path, str) or not _PLAIN_NAME.fullmatch(file.path):
-                return f"files: {file.path!r} is not the name of a file in this folder"
+            if not isinstance(file.path, str) or not _FILE_NAME.fullmatch(file.path):
+                return f"files: {file.path!r} is not the name of a file in this folder or in another attempt's"
             if not (_is_count(file.nbytes) and _is_count(file.head_bytes) and file.head_bytes <= file.nbytes):
                 return f"files: {file.path}: sizes {file.nbytes!r} and {file.head_bytes!r} make no sense"
         return None

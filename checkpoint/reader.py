@@ -19,9 +19,9 @@ from checkpoint.format import CODES, DTYPES, digest, fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region
 from checkpoint.reshard import Read, plan, view
+from checkpoint.shard import rank_name
 from checkpoint.state import Piece
 from checkpoint.storage import Storage, sizes
-from checkpoint.writer import rank_name
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
 MARK = "BAD.json"
@@ -118,7 +118,7 @@ class Reader:
         for row in rows:
             held[row.file] += row.nbytes
         for file in self.record.files:
-            if held[file.path] != file.nbytes:
+            if "/" not in file.path and held[file.path] != file.nbytes:  # of another's file, a part may be needed
                 yield f"{self._path(file.path)}: {file.nbytes} bytes, {held[file.path]} of them accounted for"
         reads = [read for row in rows for read in plan([row], row.region)]
         yield from (str(fault) for _, _, fault in self._chunks(reads) if fault)
@@ -140,9 +140,8 @@ class Reader:
                 held.append((read, data.copy()))
             else:
                 again.append(read)
-        destination = {piece.name: piece for piece in wanted}
         for read, data in itertools.chain(held, self._verified(again)):
-            piece = destination[read.row.name]
+            piece = wanted[read.target]
             _scatter(read, data, piece.tensor, piece.region)
         return report
 
@@ -163,7 +162,7 @@ class Reader:
         missing_local: list[str] = []
         problems: list[str] = []
         reads: list[Read] = []
-        for piece in wanted:
+        for target, piece in enumerate(wanted):
             owner = rank if piece.kind == "local" else SHARED
             if (piece.name, owner) in saved:
                 rows = self._sound_rows(piece.name, owner)
@@ -171,7 +170,7 @@ class Reader:
                 if problem:
                     problems.append(f"{piece.name!r} {problem}")
                 else:
-                    reads += plan(rows, piece.region)
+                    reads += plan(rows, piece.region, target)
             elif piece.name in names and (piece.kind != "local" or (piece.name, SHARED) in saved):
                 how = "shared by all ranks" if piece.kind == "local" else "rank-local"
                 problems.append(f"{piece.name!r} was saved {how}, the destination is not")
@@ -179,15 +178,15 @@ class Reader:
                 (missing_local if piece.kind == "local" else missing).append(piece.name)
         unexpected = {name for name, owner in saved if owner in (SHARED, rank)} - {p.name for p in wanted}
         if strict:
-            extra = [f"{name!r} is not in the checkpoint" for name in missing]
+            extra = [f"{name!r} is not in the checkpoint" for name in set(missing)]
             # A rank's own tensors (the generator of a device that is not here) may stay behind, shared ones may not.
             left = [name for name in unexpected if (name, SHARED) in saved]
             extra += [f"{name!r} is in the checkpoint and has no destination" for name in left]
             if extra:
                 problems += [*sorted(extra), "strict=False loads what both have"]
         if problems:
-            raise StateMismatch(f"{self.url}: {brief(problems)}")
-        report = LoadReport(tuple(sorted(missing)), tuple(sorted(unexpected)), tuple(sorted(missing_local)))
+            raise StateMismatch(f"{self.url}: {brief(list(dict.fromkeys(problems)))}")
+        report = LoadReport(tuple(sorted(set(missing))), tuple(sorted(unexpected)), tuple(sorted(set(missing_local))))
         return report, reads
 
     def _sound_rows(self, name: str, owner: int) -> list[SavedSlice]:
@@ -255,7 +254,11 @@ class Reader:
 
     @functools.cached_property
     def _sizes(self) -> Mapping[str, int]:
-        return sizes(self._storage, self.folder)
+        """Bytes of the files that are there, by their path in the record; one listing a folder."""
+        found = sizes(self._storage, self.folder)
+        for folder in {path.rpartition("/")[0] for path in self._files} - {""}:
+            found |= {f"{folder}/{name}": nbytes for name, nbytes in sizes(self._storage, folder).items()}
+        return found
 
     def _check_size(self, file: FileRecord) -> None:
         size = self._sizes.get(file.path)
@@ -275,7 +278,8 @@ class Reader:
         return f"; it holds {shown}" if names else ""
 
     def _path(self, path: str) -> str:
-        return f"{self.folder}/{path}"
+        """Return a file's path from the root; a name with a folder is that already."""
+        return path if "/" in path else f"{self.folder}/{path}"
 
 
 def _difference(piece: Piece, row: SavedSlice) -> str | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint.format import CHUNK_BYTES
 from checkpoint.manifest import SavedSlice
 from checkpoint.region import Region, Shape, intersect, row_major
 
@@ -32,7 +31,7 @@ class Read:
 
     @property
     def byte_start(self) -> int:
-        return self.row.byte_start + self.chunk_index * CHUNK_BYTES
+        return self.row.byte_start + self.chunk_index * self.row.chunk_bytes
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +52,7 @@ def plan(rows: Sequence[SavedSlice], wanted: Region, target: int = 0) -> Iterato
     for row in rows:
         if not _may_touch(row.region, wanted):
             continue
-        per_chunk = CHUNK_BYTES // row.itemsize
+        per_chunk = row.chunk_bytes // row.itemsize
         indices = range(len(row.digests))
         if (row.region.offset, row.region.shape) == (wanted.offset, wanted.shape):
             first, last = wanted.start - row.region.start, wanted.stop - row.region.start

@@ -19,7 +19,7 @@ from checkpoint import (
     read,
     verify,
 )
-from checkpoint.format import CHUNK_BYTES
+from checkpoint.format import DIGEST_BYTES
 from tests.test_checkpoint.worlds import same, saved_by, values
 
 SHARED = {"box", "empty", "flat", "scalar", "whole"}
@@ -124,7 +124,7 @@ def test_a_quick_verification_does_not_read_the_tensors(root: Path):
 
 def test_every_damaged_chunk_is_reported(tmp_path: Path):
     with Checkpointer(tmp_path) as ck:
-        info = ck.save(1, {"big": torch.zeros(3 * CHUNK_BYTES, dtype=torch.uint8)}).result(20)
+        info = ck.save(1, {"big": torch.zeros(3 * DIGEST_BYTES, dtype=torch.uint8)}).result(20)
     shard = Path(info.path, "r00000.safetensors")
     data = bytearray(shard.read_bytes())
     data[5000] ^= 1
@@ -132,8 +132,8 @@ def test_every_damaged_chunk_is_reported(tmp_path: Path):
     shard.write_bytes(data)
     problems = verify(tmp_path).problems
     assert len(problems) == 2
-    assert f"bytes [4096, {4096 + CHUNK_BYTES})" in problems[0]
-    assert f"bytes [{4096 + 2 * CHUNK_BYTES}, {4096 + 3 * CHUNK_BYTES})" in problems[1]
+    assert f"bytes [4096, {4096 + DIGEST_BYTES})" in problems[0]
+    assert f"bytes [{4096 + 2 * DIGEST_BYTES}, {4096 + 3 * DIGEST_BYTES})" in problems[1]
 
 
 def test_an_export_is_one_plain_file_of_whole_tensors(root: Path, tmp_path: Path):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from checkpoint import CorruptCheckpoint, UnsupportedFormat
 from checkpoint.format import (
     ALIGN_BYTES,
-    CHUNK_BYTES,
     CODES,
+    DIGEST_BYTES,
     DTYPES,
     FORMAT,
     Entry,
@@ -59,8 +59,8 @@ def test_every_code_names_one_dtype():
 
 
 def test_chunks_are_a_multiple_of_every_element():
-    assert all(CHUNK_BYTES % dtype.itemsize == 0 for dtype in DTYPES)
-    assert [chunk_count(n) for n in (0, 1, CHUNK_BYTES, CHUNK_BYTES + 1)] == [0, 1, 1, 2]
+    assert all(DIGEST_BYTES % dtype.itemsize == 0 for dtype in DTYPES)
+    assert [chunk_count(n) for n in (0, 1, DIGEST_BYTES, DIGEST_BYTES + 1)] == [0, 1, 1, 2]
 
 
 def test_another_version_is_told_from_another_thing():

@@ -86,7 +86,7 @@ def arrow(table: pa.Table, metadata: str | None) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-GOOD = '{"format": "checkpoint/1", "chunk_bytes": 8388608}'
+GOOD = '{"format": "checkpoint/1", "chunk_bytes": 65536}'
 TABLE = pa.ipc.open_file(SliceTable.of([ROW], {}).to_bytes()).read_all()
 
 
@@ -97,7 +97,7 @@ TABLE = pa.ipc.open_file(SliceTable.of([ROW], {}).to_bytes()).read_all()
         (b"ARROW1", "is not a slice table"),
         (arrow(TABLE, None), "carries no metadata of this package"),
         (arrow(TABLE, "{"), "is not a slice table"),
-        (arrow(TABLE, '{"format": "checkpoint/1", "chunk_bytes": 4096}'), "chunk_bytes is 4096"),
+        (arrow(TABLE, '{"format": "checkpoint/1", "chunk_bytes": 4095}'), "chunk_bytes is 4095"),
         (arrow(TABLE.drop(["digests"]), GOOD), "is not a slice table"),
         (arrow(TABLE.set_column(0, "name", pa.array([[1]])), GOOD), "is not a slice table"),
         (arrow(TABLE.set_column(0, "name", pa.array([None], pa.string())), GOOD), "has empty cells"),
