@@ -4,7 +4,7 @@
 `CheckpointError`.
 """
 
-from checkpoint.access import VerifyReport, export, read, verify
+from checkpoint.access import VerifyReport, read, verify
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.checkpointer import Checkpointer, Loaded
 from checkpoint.config import CheckpointConfig
@@ -21,6 +21,7 @@ from checkpoint.errors import (
     StorageError,
     UnsupportedFormat,
 )
+from checkpoint.exporting import HuggingFace, export
 from checkpoint.handle import SaveHandle, SaveStats
 from checkpoint.state import BoxSlice, FlatSlice, RankLocal
 
@@ -35,6 +36,7 @@ __all__ = [
     "CorruptCheckpoint",
     "CoverageError",
     "FlatSlice",
+    "HuggingFace",
     "InvalidState",
     "Loaded",
     "RankLocal",

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from checkpoint import access, catalog
+from checkpoint import access, catalog, exporting
 from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
 from checkpoint.manifest import SHARED
 from checkpoint.storage import open_storage
@@ -97,7 +97,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     """Write tensors into one safetensors file."""
-    nbytes = access.export(options.path, options.out, options.names)
+    nbytes = exporting.export(options.path, options.out, options.names)
     print(f"{options.out}: {_size(nbytes)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Checkpoints by path, without a Checkpointer, a model or a process group: read, verify, export."""
+"""Checkpoints by path, without a Checkpointer, a model or a process group: read and verify."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from checkpoint import catalog
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.commit import AttemptName
 from checkpoint.errors import CheckpointError, CheckpointNotFound, StateMismatch
-from checkpoint.format import CODES, Entry, encode_header
 from checkpoint.manifest import SHARED
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage, open_storage
@@ -94,37 +93,6 @@ def verify(place: Place, *, deep: bool = True, storage_options: Mapping[str, Any
         if str(error) not in problems:
             problems.append(str(error))
     return VerifyReport(reader.url, deep, tuple(problems), num_tensors, reader.record.nbytes)
-
-
-def export(
-    place: Place,
-    out: str | os.PathLike[str],
-    names: str | Iterable[str] = "*",
-    *,
-    storage_options: Mapping[str, Any] | None = None,
-) -> int:
-    """Write whole tensors into one plain safetensors file at a path or fsspec URL; return its bytes.
-
-    One tensor is in memory at a time. The file appears whole or not at all.
-
-    Raises:
-        StateMismatch: no tensor has such a name, or two exported ones would share it.
-    """
-    reader = open_reader(place, storage_options)
-    selected = [name for name, _ in select(reader, names)]
-    entries = []
-    for name in selected:
-        row = reader.table.rows(name)[0]
-        entries.append(Entry(name, row.dtype, row.global_shape))
-    entries.sort(key=lambda e: (-CODES[e.dtype].itemsize, e.key))
-    folder, _, file = os.fspath(out).rpartition("/")
-    target = open_storage(folder or ("/" if os.fspath(out).startswith("/") else "."))
-    header = encode_header(entries, {"format": "pt"})
-    with target.create(file) as sink:
-        sink.write(header)
-        for entry in entries:
-            sink.write(reader.assemble(entry.key).reshape(-1).view(torch.uint8).numpy())
-    return len(header) + sum(entry.nbytes for entry in entries)
 
 
 def open_reader(place: Place, storage_options: Mapping[str, Any] | None = None) -> Reader:

@@ -1,4 +1,4 @@
-"""Reading, verifying and exporting by path: no model, no ranks, no Checkpointer."""
+"""Reading and verifying by path: no model, no ranks, no Checkpointer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import (
@@ -14,8 +13,6 @@ from checkpoint import (
     CheckpointNotFound,
     CorruptCheckpoint,
     StateMismatch,
-    StorageError,
-    export,
     read,
     verify,
 )
@@ -134,34 +131,6 @@ def test_every_damaged_chunk_is_reported(tmp_path: Path):
     assert len(problems) == 2
     assert f"bytes [4096, {4096 + DIGEST_BYTES})" in problems[0]
     assert f"bytes [{4096 + 2 * DIGEST_BYTES}, {4096 + 3 * DIGEST_BYTES})" in problems[1]
-
-
-def test_an_export_is_one_plain_file_of_whole_tensors(root: Path, tmp_path: Path):
-    out = tmp_path / "new" / "all.safetensors"
-    assert export(root, out) == out.stat().st_size
-    assert same(load_file(out), values(6))
-    export(root, f"file://{out}", "[fw]*")
-    assert load_file(out).keys() == {"flat", "whole"}
-
-
-def test_an_export_that_fails_leaves_the_file_that_was_there(root: Path, tmp_path: Path):
-    out = tmp_path / "all.safetensors"
-    export(root, out)
-    before = out.read_bytes()
-    shard = Path(Checkpointer(root).list()[0].path, "r00001.safetensors")
-    data = bytearray(shard.read_bytes())
-    data[4096] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(CorruptCheckpoint):
-        export(root, out)
-    assert out.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"root", "all.safetensors"}
-
-
-def test_an_export_into_nowhere_is_refused(root: Path, tmp_path: Path):
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"file/out\.safetensors: cannot create: Not a directory"):
-        export(root, tmp_path / "file" / "out.safetensors")
 
 
 def test_reading_needs_no_process_group(root: Path):
