@@ -18,25 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 
+# Part of the format, but in a module that a process without torch can import.
+from checkpoint.digest import ALIGN_BYTES as ALIGN_BYTES
+from checkpoint.digest import CHUNK_BYTES as CHUNK_BYTES
+from checkpoint.digest import DIGEST_BYTES as DIGEST_BYTES
+from checkpoint.digest import LARGEST_DIGEST_BYTES as LARGEST_DIGEST_BYTES
+from checkpoint.digest import chunk_count as chunk_count
+from checkpoint.digest import digest as digest
+from checkpoint.digest import digests as digests
+from checkpoint.digest import fingerprint as fingerprint
 from checkpoint.errors import CorruptCheckpoint, SaveFailed, UnsupportedFormat
 from checkpoint.region import Shape
 
 FORMAT = "checkpoint/1"
 """Name and version of the format; a reader refuses any other."""
-CHUNK_BYTES = 8 << 20
-"""What is copied, written and read at once; a multiple of `DIGEST_BYTES`."""
-DIGEST_BYTES = 64 << 10
-"""Bytes of a slice under one digest; a multiple of every element size.
-
-Small, so that a part of a slice can be verified without reading much more than it: a third of 16 MiB costs 1 % more.
-Below 100 kB xxhash keeps the interpreter's lock: at 24 GB/s that is 0.3 ms a `CHUNK_BYTES`, where giving it up and
-waiting to get it back from a busy training loop cost up to 5 ms a digest. A digest is 8 bytes, 0.012 % of the data."""
-LARGEST_DIGEST_BYTES = 8 << 20
-"""Tables of the format may have larger chunks, up to this; the first versions of this package wrote 8 MiB."""
-ALIGN_BYTES = 4096
-"""The data of a shard starts on a multiple of this."""
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
 
@@ -98,29 +94,6 @@ def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> byte
             f"{MAX_HEADER_BYTES}: save fewer, larger tensors per rank"
         )
     return padded.to_bytes(8, "little") + text.ljust(padded)
-
-
-def digest(data: Any) -> int:
-    """Return the xxh3-64 of a buffer."""
-    return xxhash.xxh3_64_intdigest(data)
-
-
-def fingerprint(data: Any) -> str:
-    """Return the xxh3-128 of a buffer, named: what records and small files are held by."""
-    return "xxh3-128:" + xxhash.xxh3_128_hexdigest(data)
-
-
-def digests(data: memoryview) -> list[int]:
-    """Return the digest of each consecutive `DIGEST_BYTES` of a buffer of bytes; the last may be shorter.
-
-    A slice may be digested piecewise, if every piece but its last is whole chunks.
-    """
-    return [digest(data[start : start + DIGEST_BYTES]) for start in range(0, data.nbytes, DIGEST_BYTES)]
-
-
-def chunk_count(nbytes: int, chunk_bytes: int = DIGEST_BYTES) -> int:
-    """Return how many digests a slice of `nbytes` has."""
-    return -(-nbytes // chunk_bytes)
 
 
 def check_version(found: object, source: str) -> None:
