@@ -34,8 +34,7 @@ import xxhash
 from checkpoint import objects
 from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, StorageError
 from checkpoint.format import fingerprint
-from checkpoint.manifest import ATTEMPT_NAME, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
-from checkpoint.reshard import coverage_problem
+from checkpoint.manifest import ATTEMPT_NAME, CommitRecord, FileRecord, SliceTable
 from checkpoint.shard import Written, rank_name
 from checkpoint.storage import Storage, sizes
 
@@ -214,36 +213,9 @@ def check_votes(parts: Sequence[SliceTable], merged: SliceTable) -> None:
             problems.append(f"rank {rank} takes the world for {world_size} ranks, rank 0 for {len(parts)}")
         elif part.metadata["replicated"] != parts[0].metadata["replicated"]:
             problems.append(f"rank {rank} has other replicated tensors (names, shapes or dtypes) than rank 0")
-    problems += tensor_problems(merged)
+    problems += merged.problems()
     if problems:
         raise CoverageError(f"the ranks' slices do not make one state: {brief(problems)}")
-
-
-def tensor_problems(table: SliceTable) -> list[str]:
-    """Return what is wrong with each tensor of a table, by name. Pure."""
-    problems = []
-    kinds: dict[str, bool] = {}
-    for name, owner in table.keys():  # noqa: SIM118  not a mapping
-        rows = table.rows(name, owner)
-        who = repr(name) if owner == SHARED else f"{name!r} of rank {owner}"
-        if kinds.setdefault(name, owner == SHARED) != (owner == SHARED):
-            problems.append(f"{who} is rank-local on some ranks and not on others")
-        problem = rows_problem(rows)
-        if problem:
-            problems.append(f"{who} {problem}")
-    return problems
-
-
-def rows_problem(rows: Sequence[SavedSlice]) -> str | None:
-    """Say why the slices of one tensor do not make it whole; None if they do. Pure."""
-    first = rows[0]
-    for row in rows[1:]:
-        if (row.dtype, row.global_shape) != (first.dtype, first.global_shape):
-            return (
-                f"is {first.dtype} {list(first.global_shape)} in {first.file} "
-                f"but {row.dtype} {list(row.global_shape)} in {row.file}"
-            )
-    return coverage_problem(first.global_shape, [row.region for row in rows])
 
 
 def brief(problems: Sequence[str], limit: int = 20) -> str:

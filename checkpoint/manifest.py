@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from checkpoint import objects
+from checkpoint.columns import Columns, Places, arrow_table, num_nulls
+from checkpoint.coverage import Bools, Ints, coverage_problem
 from checkpoint.errors import CorruptCheckpoint
 from checkpoint.format import (
     CODES,
@@ -114,7 +116,8 @@ class SliceTable:
         self.source = source
         """What messages call this table."""
         self._table = table.combine_chunks()
-        self._chunk_bytes: int = metadata.get("chunk_bytes", DIGEST_BYTES)
+        self.chunk_bytes: int = metadata.get("chunk_bytes", DIGEST_BYTES)
+        """Bytes of a slice under one digest."""
 
     @classmethod
     def of(cls, rows: Iterable[SavedSlice], metadata: Mapping[str, Any]) -> SliceTable:
@@ -141,7 +144,7 @@ class SliceTable:
 
     def to_bytes(self) -> bytes:
         """Return the table as an uncompressed Arrow IPC file."""
-        header = {"format": FORMAT, **self.metadata, "chunk_bytes": self._chunk_bytes}
+        header = {"format": FORMAT, **self.metadata, "chunk_bytes": self.chunk_bytes}
         table = self._table.replace_schema_metadata({_KEY: json.dumps(header).encode()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
@@ -152,18 +155,20 @@ class SliceTable:
     def from_bytes(cls, data: bytes, source: str) -> SliceTable:
         """Return the table that `to_bytes` wrote. Raises CorruptCheckpoint, UnsupportedFormat."""
         try:
-            table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-            table.validate(full=True)
+            table = arrow_table(data)
             metadata = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
             if not isinstance(metadata, dict):
                 raise ValueError("its schema carries no metadata of this package")
             check_version(metadata.get("format"), source)
-            if metadata.get("chunk_bytes") not in _CHUNK_BYTES:
-                raise ValueError(f"chunk_bytes is {metadata.get('chunk_bytes')!r}")
-            table = table.select(_SCHEMA.names).cast(_SCHEMA)
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            chunk_bytes = metadata.get("chunk_bytes")
+            if type(chunk_bytes) is not int or chunk_bytes not in _CHUNK_BYTES:
+                raise ValueError(f"chunk_bytes is {chunk_bytes!r}")
+            table = table.select(_SCHEMA.names)
+            if not table.schema.equals(_SCHEMA):
+                raise ValueError(f"its columns are {', '.join(f'{f.name}: {f.type}' for f in table.schema)}")
+        except (pa.ArrowException, OSError, KeyError, ValueError, RecursionError) as error:
             raise CorruptCheckpoint(f"{source}: is not a slice table ({error})") from error
-        if any(_num_nulls(column) for column in table.columns):
+        if any(num_nulls(column) for column in table.columns):
             raise CorruptCheckpoint(f"{source}: has empty cells")
         return cls(table, metadata, source)
 
@@ -174,49 +179,85 @@ class SliceTable:
         """Return the (name, owner) pairs, in the order of first appearance."""
         return list(self._index)
 
-    def rows(self, name: str, owner: int = SHARED) -> list[SavedSlice]:
-        """Return the checked slices of one tensor; none if there is no such tensor."""
-        return [self._row(i) for i in self._index.get((name, owner), ())]
+    def rows(self, name: str, owner: int = SHARED, touching: Region | None = None) -> list[SavedSlice]:
+        """Return the checked slices of one tensor; none if there is no such tensor.
+
+        With `touching`, a tensor that is whole may leave out slices that hold nothing of that region.
+        """
+        order, starts, _ = self._tensors
+        index = self._index.get((name, owner))
+        if index is None:
+            return []
+        rows = order[starts[index] : starts[index + 1]]
+        if touching is not None and self._whole[index]:
+            rows = self._columns.may_touch(rows, touching)
+        return [self._row(i) for i in rows.tolist()]
 
     def all_rows(self) -> list[SavedSlice]:
         """Return every checked slice."""
         return [self._row(i) for i in range(len(self))]
 
-    @functools.cached_property
-    def _index(self) -> dict[tuple[str, int], list[int]]:
-        index: dict[tuple[str, int], list[int]] = {}
-        names = self._table.column("name").to_pylist()
-        owners = self._table.column("owner").to_pylist()
-        for i, key in enumerate(zip(names, owners, strict=True)):
-            index.setdefault(key, []).append(i)
-        return index
+    def problem(self, name: str, owner: int = SHARED) -> str | None:
+        """Say why the slices of a tensor do not make it whole, each element once; None if they do.
+
+        Raises CorruptCheckpoint if one of them makes no sense by itself.
+        """
+        return None if self._whole[self._index[name, owner]] else _rows_problem(self.rows(name, owner))
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with each tensor, by name. Raises as `problem` does."""
+        found = []
+        kinds: dict[str, bool] = {}
+        for name, owner in self._index:
+            who = repr(name) if owner == SHARED else f"{name!r} of rank {owner}"
+            if kinds.setdefault(name, owner == SHARED) != (owner == SHARED):
+                found.append(f"{who} is rank-local on some ranks and not on others")
+            problem = self.problem(name, owner)
+            if problem:
+                found.append(f"{who} {problem}")
+        return found
+
+    def places(self) -> Places:
+        """Return which bytes of which file each row claims; of rows that make no sense, anything."""
+        return self._columns.places()
+
+    def names(self, rows: Ints) -> list[str]:
+        """Return the names of the tensors that some rows belong to, sorted."""
+        return sorted(set(self._table.column("name").take(pa.array(rows)).to_pylist()))
 
     @functools.cached_property
-    def _columns(self) -> dict[str, list[Any]]:
-        plain = [n for n in _SCHEMA.names if n != "digests"]
-        return {n: self._table.column(n).to_pylist() for n in plain}
+    def _columns(self) -> Columns:
+        return Columns(self._table, self.chunk_bytes)
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[Ints, Ints, list[tuple[str, int]]]:
+        return self._columns.tensors()
+
+    @functools.cached_property
+    def _index(self) -> dict[tuple[str, int], int]:
+        return {key: i for i, key in enumerate(self._tensors[2])}
+
+    @functools.cached_property
+    def _whole(self) -> Bools:
+        """Whether each tensor is known to be whole; where not, its rows tell."""
+        order, starts, _ = self._tensors
+        return self._columns.whole_tensors(order, starts)
 
     def _row(self, i: int) -> SavedSlice:
-        cell = {name: values[i] for name, values in self._columns.items()}
-        row = SavedSlice(
-            name=cell["name"],
-            owner=cell["owner"],
-            dtype=cell["dtype"],
-            global_shape=tuple(cell["global_shape"]),
-            region=Region(tuple(cell["box_offset"]), tuple(cell["box_shape"]), cell["start"], cell["stop"]),
-            file=cell["file"],
-            byte_start=cell["byte_start"],
-            digests=tuple(self._table.column("digests")[i].as_py()),
-            chunk_bytes=self._chunk_bytes,
-        )
+        row = SavedSlice(**self._columns.row(i), chunk_bytes=self.chunk_bytes)
         row.check(self.source)
         return row
 
 
-def _num_nulls(column: pa.ChunkedArray) -> int:
-    nested = pa.types.is_list(column.type)
-    inner = sum(chunk.flatten().null_count for chunk in column.chunks) if nested else 0
-    return int(column.null_count + inner)
+def _rows_problem(rows: Sequence[SavedSlice]) -> str | None:
+    first = rows[0]
+    for row in rows[1:]:
+        if (row.dtype, row.global_shape) != (first.dtype, first.global_shape):
+            return (
+                f"is {first.dtype} {list(first.global_shape)} in {first.file} "
+                f"but {row.dtype} {list(row.global_shape)} in {row.file}"
+            )
+    return coverage_problem(first.global_shape, [row.region for row in rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from checkpoint import objects
-from checkpoint.commit import COMMIT, TABLE, brief, rows_problem, tensor_problems
+from checkpoint.commit import COMMIT, TABLE, brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch
 from checkpoint.format import CODES, DTYPES, digest, fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
@@ -113,7 +113,7 @@ class Reader:
                 self._head(file.path)
             except CorruptCheckpoint as error:
                 yield str(error)
-        yield from (f"{self._path(TABLE)}: tensor {problem}" for problem in tensor_problems(self.table))
+        yield from (f"{self._path(TABLE)}: tensor {problem}" for problem in self.table.problems())
         held = Counter({file.path: file.head_bytes for file in self.record.files})
         for row in rows:
             held[row.file] += row.nbytes
@@ -194,7 +194,7 @@ class Reader:
         rows = self.table.rows(name, owner)
         for row in rows:
             self._check_place(row)
-        problem = rows_problem(rows)
+        problem = self.table.problem(name, owner)
         if problem:
             raise CorruptCheckpoint(f"{self._path(TABLE)}: tensor {name!r} {problem}")
         return rows

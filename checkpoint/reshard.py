@@ -64,28 +64,6 @@ def plan(rows: Sequence[SavedSlice], wanted: Region, target: int = 0) -> Iterato
                 yield Read(row, index, chunk, boxes, target)
 
 
-def coverage_problem(global_shape: Shape, regions: Sequence[Region]) -> str | None:
-    """Say which elements of a tensor the regions leave out or hold twice; None if each is held once."""
-    total = math.prod(global_shape)
-    if total == 0:
-        return None if regions else "is held by no rank"
-    if all(r.shape == global_shape for r in regions):
-        return _flat_problem(total, regions)
-    boxes = [box for region in regions for box in region.boxes()]
-    for i, (offset, shape) in enumerate(boxes):
-        for other_offset, other_shape in boxes[:i]:
-            if all(
-                max(a, b) < min(a + m, b + n)
-                for a, m, b, n in zip(offset, shape, other_offset, other_shape, strict=True)
-            ):
-                return (
-                    f"is held twice where the box at {list(offset)} of shape {list(shape)} "
-                    f"meets the one at {list(other_offset)} of shape {list(other_shape)}"
-                )
-    held = sum(math.prod(shape) for _, shape in boxes)
-    return None if held == total else f"has {total - held} of its {total} elements held by no rank"
-
-
 def view(tensor: torch.Tensor, region: Region, offset: Shape, shape: Shape) -> torch.Tensor:
     """Return the box (offset, shape) of the whole tensor as a view of `tensor`, which holds `region`.
 
@@ -108,14 +86,3 @@ def _may_touch(a: Region, b: Region) -> bool:
     return all(
         max(ao, bo) < min(ao + an, bo + bn) for ao, an, bo, bn in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
     )
-
-
-def _flat_problem(total: int, regions: Sequence[Region]) -> str | None:
-    position = 0
-    for region in sorted(regions, key=lambda r: (r.start, r.stop)):
-        if region.start > position:
-            return f"has elements [{position}, {region.start}) of {total} held by no rank"
-        if region.start < position and region.numel:
-            return f"has elements [{region.start}, {min(position, region.stop)}) of {total} held twice"
-        position = max(position, region.stop)
-    return None if position == total else f"has elements [{position}, {total}) of {total} held by no rank"

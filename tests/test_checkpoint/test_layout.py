@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint.coverage import coverage_problem
 from checkpoint.errors import InvalidState
 from checkpoint.layout import (
     DimLayout,
@@ -24,7 +25,7 @@ from checkpoint.layout import (
     split,
     whole,
 )
-from checkpoint.reshard import coverage_problem, view
+from checkpoint.reshard import view
 from checkpoint.state import FlatSlice, LayoutSlice, Piece, Replica, TensorLike, pieces_of, written_by
 from tests.ranks import run_ranks
 

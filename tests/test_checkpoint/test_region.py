@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint.coverage import coverage_problem
 from checkpoint.region import Region, intersect, row_major
-from checkpoint.reshard import coverage_problem, view
+from checkpoint.reshard import view
 
 
 @st.composite
