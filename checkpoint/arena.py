@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from checkpoint.format import ALIGN_BYTES, CHUNK_BYTES
+from checkpoint.digest import ALIGN_BYTES, CHUNK_BYTES
 
 SLOT_BYTES = CHUNK_BYTES + ALIGN_BYTES
 """A parcel of CHUNK_BYTES, and room for it to start where it will start in its page of the file."""

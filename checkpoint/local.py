@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,10 @@ class LocalStorage:
     @property
     def url(self) -> str:
         return str(self._root)
+
+    @property
+    def reopening(self) -> Mapping[str, Any]:
+        return {"root": str(self._root), "direct_io": self._direct_io}
 
     def entries(self, folder: str) -> list[Entry]:
         path = self._root / folder

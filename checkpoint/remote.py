@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
+from fsspec.implementations.memory import MemoryFileSystem
+
 from checkpoint.errors import StorageError
 from checkpoint.multipart import Uploads
 from checkpoint.storage import BlockSink, Entry, Sink, Source, check_written, named
@@ -82,6 +84,12 @@ class FsspecStorage:
     @property
     def url(self) -> str:
         return str(self._fs.unstrip_protocol(self._root))
+
+    @property
+    def reopening(self) -> Mapping[str, Any] | None:
+        if isinstance(self._fs, MemoryFileSystem):
+            return None
+        return {"root": self.url, "options": dict(self._fs.storage_options)}
 
     def entries(self, folder: str) -> list[Entry]:
         path = self._path(folder)

@@ -67,6 +67,10 @@ class Storage(Protocol):
         """The root, in a form that `open_storage` takes."""
 
     @property
+    def reopening(self) -> Mapping[str, Any] | None:
+        """Arguments with which `open_storage` opens it in another process; None if only this one reaches it."""
+
+    @property
     def longest_poll_s(self) -> float:
         """Longest pause between two looks at the storage."""
 

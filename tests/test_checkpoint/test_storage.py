@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import abc
+import ctypes
+import errno
+import fcntl
 import itertools
+import json
+import mmap
 import os
 import random
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -120,6 +127,12 @@ class StorageContract(abc.ABC):
         storage.write("folder/file", b"x")
         assert open_storage(storage.url).read("folder/file") == b"x"
 
+    def test_what_reopens_it_is_json(self, storage: Storage):
+        storage.write("folder/file", b"x")
+        if storage.reopening is not None:
+            again = open_storage(**json.loads(json.dumps(storage.reopening)))
+            assert again.read("folder/file") == b"x"
+
 
 class TestLocalStorage(StorageContract):
     @pytest.fixture
@@ -173,6 +186,124 @@ class TestLocalStorage(StorageContract):
         monkeypatch.setattr(os, "rename", spy_rename)
         LocalStorage(tmp_path).write("new/file", b"x")
         assert calls == [f"fsync {tmp_path.name}", "fsync .file.tmp", "rename file", "fsync new"]
+
+    def test_a_file_of_blocks_is_absent_until_it_is_whole(self, storage: Storage):
+        with storage.create_at("folder/file", 10) as sink:
+            sink.write_at(0, memoryview(bytes(10)))
+            assert storage.size("folder/file") is None
+        assert storage.size("folder/file") == 10
+
+    def test_blocks_that_fail_leave_no_file(self, storage: Storage):
+        with pytest.raises(StorageError, match="3 of 10 bytes"), storage.create_at("folder/file", 10) as sink:
+            sink.write_at(0, memoryview(b"abc"))
+        assert sizes(storage, "folder") == {}
+
+
+class TestLocalStorageThroughTheCache(TestLocalStorage):
+    @pytest.fixture
+    def storage(self, tmp_path: Path) -> Storage:
+        return open_storage(tmp_path / "root", direct_io=False)
+
+
+# Past the kernel's cache
+
+PAGE = 4096
+
+
+class Pages:
+    """Memory of which every block lies in its page as it will lie in the file."""
+
+    def __init__(self, content: bytes) -> None:
+        self._map = mmap.mmap(-1, len(content) + PAGE)
+        self._map[: len(content)] = content
+        self._memory = memoryview(self._map)
+
+    def block(self, start: int, end: int) -> memoryview:
+        return self._memory[start:end]
+
+
+def pages_in_cache(path: Path) -> int:
+    """Return how many pages of a file the kernel holds in memory."""
+    nbytes = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
+        states = (ctypes.c_ubyte * -(-nbytes // PAGE))()
+        address = ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data)
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(nbytes), states) == 0
+    return sum(state & 1 for state in states)
+
+
+def has_direct_io(folder: Path) -> bool:
+    probe = folder / "probe"
+    probe.touch()
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("direct_io", [True, False])
+def test_only_the_edges_of_blocks_stay_in_the_cache(tmp_path: Path, direct_io: bool):
+    if not has_direct_io(tmp_path):
+        pytest.skip("this file system has no direct I/O")
+    content = random.Random(0).randbytes(100 * PAGE + 77)
+    memory = Pages(content)
+    borders = [0, 3 * PAGE, 20 * PAGE + 5, 60 * PAGE, len(content)]
+    storage = LocalStorage(tmp_path, direct_io=direct_io)
+    with storage.create_at("file", len(content)) as sink:
+        for start, end in itertools.pairwise(borders):
+            sink.write_at(start, memory.block(start, end))
+    assert pages_in_cache(tmp_path / "file") == (2 if direct_io else 101)
+    assert storage.read("file") == content
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_of_any_size_alignment_and_order_make_the_file(tmp_path: Path, seed: int):
+    generator = random.Random(seed)
+    content = generator.randbytes(generator.randrange(1, 40 * PAGE))
+    memory, unaligned = Pages(content), memoryview(b"x" + content)[1:]
+    inner = {generator.randrange(len(content)) for _ in range(generator.randrange(12))}
+    borders = sorted({0, len(content)} | inner | {b // PAGE * PAGE for b in inner if generator.random() < 0.3})
+    blocks = list(itertools.pairwise(borders))
+    generator.shuffle(blocks)
+    storage = LocalStorage(tmp_path)
+    with storage.create_at("file", len(content)) as sink, ThreadPoolExecutor(3) as pool:
+        sources = [memory.block(*block) if generator.random() < 0.7 else unaligned[slice(*block)] for block in blocks]
+        list(pool.map(sink.write_at, [start for start, _ in blocks], sources))
+    assert storage.read("file") == content
+
+
+def test_a_full_disk_is_told_before_the_first_block(tmp_path: Path):
+    storage = LocalStorage(tmp_path)
+    with (
+        pytest.raises(StorageError, match=r"file: cannot write: (No space left|File too large)"),
+        storage.create_at("folder/file", 1 << 60),
+    ):
+        pytest.fail("the block was entered")
+    assert sizes(storage, "folder") == {}
+
+
+@pytest.mark.parametrize("refused", ["open", "pwrite"])
+def test_a_file_system_that_refuses_direct_io_is_written_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+):
+    refusals = []
+    call = getattr(os, refused)
+
+    def refuse(target: object, *arguments: int) -> object:
+        flags = arguments[0] if refused == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            refusals.append(target)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return call(target, *arguments)
+
+    monkeypatch.setattr(os, refused, refuse)
+    content = random.Random(0).randbytes(10 * PAGE + 7)
+    storage = LocalStorage(tmp_path)
+    with storage.create_at("file", len(content)) as sink:
+        sink.write_at(0, Pages(content).block(0, len(content)))
+    assert len(refusals) == 1
+    assert storage.read("file") == content
 
 
 class TestMemoryStorage(StorageContract):
