@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from checkpoint.region import Region
 from checkpoint.reshard import Read, plan, view
 from checkpoint.shard import rank_name
 from checkpoint.state import Piece
-from checkpoint.storage import Storage, sizes
+from checkpoint.storage import MirroredSource, Source, Storage, sizes
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
 MARK = "BAD.json"
 """Written beside a commit record by a rank that found the checkpoint damaged."""
 _RUN_BYTES = 16 << 20
 """Neighbouring chunks are read together up to this size."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +230,8 @@ class Reader:
                     for read in run:
                         first = read.byte_start - start
                         data = buffer[first : first + read.nbytes]
-                        yield read, data, self._fault(read, data, first + read.nbytes <= count)
+                        fault = self._fault(read, data, first + read.nbytes <= count)
+                        yield read, data, None if fault and self._mends(source, read, data) else fault
 
     def _fault(self, read: Read, data: np.ndarray[Any, Any], complete: bool) -> CorruptCheckpoint | None:
         if complete and digest(data) == read.digest:
@@ -238,6 +242,14 @@ class Reader:
             f"[{read.byte_start}, {read.byte_start + read.nbytes}): {what}; {REMEDY}"
         )
 
+    def _mends(self, source: Source, read: Read, data: np.ndarray[Any, Any]) -> bool:
+        """Whether another copy of the file has a chunk sound; it is in `data` then."""
+        for copy in source.copies() if isinstance(source, MirroredSource) else ():
+            if copy.read_into(read.byte_start, data.data) == read.nbytes and digest(data) == read.digest:
+                _log.warning("%s: a copy is damaged, another one is read", self._path(read.file))
+                return True
+        return False
+
     def _head(self, path: str) -> bytes:
         """Return the part of a file that the commit record proves."""
         file = self._files.get(path)
@@ -246,11 +258,12 @@ class Reader:
         self._check_size(file)
         buffer = bytearray(file.head_bytes)
         with self._storage.open(self._path(path)) as source:
-            source.read_into(0, memoryview(buffer))
-        if fingerprint(buffer) != file.fingerprint:
-            where = f"{self._path(path)}: bytes [0, {file.head_bytes})"
-            raise CorruptCheckpoint(f"{where}: the fingerprint does not match; {REMEDY}")
-        return bytes(buffer)
+            for copy in (source, *(source.copies() if isinstance(source, MirroredSource) else ())):
+                copy.read_into(0, memoryview(buffer))
+                if fingerprint(buffer) == file.fingerprint:
+                    return bytes(buffer)
+        where = f"{self._path(path)}: bytes [0, {file.head_bytes})"
+        raise CorruptCheckpoint(f"{where}: the fingerprint does not match; {REMEDY}")
 
     @functools.cached_property
     def _sizes(self) -> Mapping[str, int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -53,6 +53,14 @@ class Source(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill the buffer from `offset`; returns the bytes read, fewer only at the end of the file."""
+
+
+@runtime_checkable
+class MirroredSource(Source, Protocol):
+    """A file of which the storage keeps several copies."""
+
+    def copies(self) -> Sequence[Source]:
+        """Return the copies that this source does not read first."""
 
 
 class Storage(Protocol):
@@ -118,14 +126,17 @@ class Storage(Protocol):
 def open_storage(
     root: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, direct_io: bool = True
 ) -> Storage:
-    """Return the storage at a path or fsspec URL; `options` go to the fsspec file system.
+    """Return the storage at a path, an fsspec URL, or the URL of agents; `options` go to the fsspec file system.
 
     `direct_io` writes large local files past the kernel's cache, where the file system can.
     """
-    # Each of the two knows this module's protocols.
+    # Each of them knows this module's protocols.
     from checkpoint.local import LocalStorage
+    from checkpoint.memory import SCHEME, MemoryStorage
     from checkpoint.remote import FsspecStorage
 
+    if str(root).startswith(SCHEME):
+        return MemoryStorage.of_url(str(root), options or {})
     with named(os.fspath(root), "open", (Exception,)):
         fs, path = fsspec.core.url_to_fs(os.fspath(root), **dict(options or {}))
     if isinstance(fs, LocalFileSystem):
