@@ -6,12 +6,14 @@ CheckpointError
 ├── CorruptCheckpoint    bytes are not the bytes that were committed
 ├── UnsupportedFormat    written by a version of the format that this code does not know
 ├── StateMismatch        checkpoint and destination differ in names, shapes or dtypes (also a ValueError)
+├── UntrustedPickle      reading a foreign checkpoint would run code that it names
 ├── StorageError         the storage refused a read or a write (carries the OSError)
 └── SaveFailed           one save did not become a checkpoint; earlier checkpoints are untouched
     ├── CoverageError    the ranks' slices leave holes, overlap, or disagree about a tensor
     ├── CommitTimeout    a rank did not vote, or rank 0 did not commit, in time
     ├── TornSnapshot     tensors changed while they were being copied; names them
-    └── SaveAborted      another rank failed; names it
+    ├── SaveAborted      another rank failed; names it
+    └── SaveSkipped      saves before it were still under way, and on_pressure is skip
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ class UnsupportedFormat(CheckpointError):
 
 class StateMismatch(CheckpointError, ValueError):
     """Names, shapes or dtypes of the checkpoint and of the destination differ."""
+
+
+class UntrustedPickle(CheckpointError):
+    """Reading it means to unpickle, and so to run, what it names; only the caller can say that it may be trusted."""
 
 
 class StorageError(CheckpointError):
@@ -81,3 +87,7 @@ class SaveAborted(SaveFailed):
         super().__init__(message)
         self.rank = rank
         """The rank that failed first."""
+
+
+class SaveSkipped(SaveFailed):
+    """Nothing of this step is saved: a rank still had too many saves under way, and `on_pressure` is `skip`."""
