@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,23 @@ class Places:
     files: tuple[str, ...]
     start: Ints
     nbytes: Ints
+
+    def outside(self, begins: Sequence[int], ends: Sequence[int]) -> int | None:
+        """Return a row that leaves the bytes [begin, end) of its file; None if there is none. By `files`, in order."""
+        begin, end = (np.array(column, dtype=np.int64)[self.file] for column in (begins, ends))
+        wrong = (self.start < begin) | (self.start > end) | (self.nbytes < 0) | (self.nbytes > end - self.start)
+        return int(np.argmax(wrong)) if wrong.any() else None
+
+    def shared(self) -> tuple[int, int] | None:
+        """Return two rows that have some bytes in common but not all; None if there are none."""
+        rows = np.flatnonzero(self.nbytes)
+        rows = rows[np.lexsort((self.nbytes[rows], self.start[rows], self.file[rows]))]
+        file, start, stop = self.file[rows], self.start[rows], self.start[rows] + self.nbytes[rows]
+        again = (file[1:] == file[:-1]) & (start[1:] == start[:-1]) & (stop[1:] == stop[:-1])
+        keep = np.flatnonzero(np.append(True, ~again))[: len(rows)]
+        file, start, stop, rows = file[keep], start[keep], stop[keep], rows[keep]
+        wrong = np.flatnonzero((file[1:] == file[:-1]) & (start[1:] < stop[:-1]))
+        return (int(rows[wrong[0]]), int(rows[wrong[0] + 1])) if len(wrong) else None
 
 
 class Columns:

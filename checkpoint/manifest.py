@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from checkpoint import objects
 from checkpoint.columns import Columns, Places, arrow_table, num_nulls
@@ -191,11 +192,11 @@ class SliceTable:
         rows = order[starts[index] : starts[index + 1]]
         if touching is not None and self._whole[index]:
             rows = self._columns.may_touch(rows, touching)
-        return [self._row(i) for i in rows.tolist()]
+        return [self.row(i) for i in rows.tolist()]
 
     def all_rows(self) -> list[SavedSlice]:
         """Return every checked slice."""
-        return [self._row(i) for i in range(len(self))]
+        return [self.row(i) for i in range(len(self))]
 
     def problem(self, name: str, owner: int = SHARED) -> str | None:
         """Say why the slices of a tensor do not make it whole, each element once; None if they do.
@@ -221,9 +222,15 @@ class SliceTable:
         """Return which bytes of which file each row claims; of rows that make no sense, anything."""
         return self._columns.places()
 
-    def names(self, rows: Ints) -> list[str]:
-        """Return the names of the tensors that some rows belong to, sorted."""
-        return sorted(set(self._table.column("name").take(pa.array(rows)).to_pylist()))
+    def spec(self, name: str, owner: int = SHARED) -> tuple[str, Shape]:
+        """Return what the first slice of a tensor says of its dtype, as a safetensors code, and its shape."""
+        order, starts, _ = self._tensors
+        row = self._columns.row(int(order[starts[self._index[name, owner]]]))
+        return row["dtype"], row["global_shape"]
+
+    def names_in(self, file: str) -> list[str]:
+        """Return the names of the tensors that have slices in a file, sorted."""
+        return sorted(set(self._table.filter(pc.field("file") == file).column("name").to_pylist()))
 
     @functools.cached_property
     def _columns(self) -> Columns:
@@ -243,7 +250,8 @@ class SliceTable:
         order, starts, _ = self._tensors
         return self._columns.whole_tensors(order, starts)
 
-    def _row(self, i: int) -> SavedSlice:
+    def row(self, i: int) -> SavedSlice:
+        """Return a row, checked."""
         row = SavedSlice(**self._columns.row(i), chunk_bytes=self.chunk_bytes)
         row.check(self.source)
         return row
@@ -278,7 +286,7 @@ class CommitRecord:
 
     @property
     def nbytes(self) -> int:
-        return sum(f.nbytes for f in self.files)
+        return sum(f.nbytes for f in self.files if "/" not in f.path)
 
     def to_bytes(self) -> bytes:
         """Return the record's text, which carries its own fingerprint."""

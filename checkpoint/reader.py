@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from checkpoint import objects
 from checkpoint.commit import COMMIT, TABLE, brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch
-from checkpoint.format import CODES, DTYPES, digest, fingerprint
+from checkpoint.format import CHUNK_BYTES, CODES, fingerprint
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
-from checkpoint.region import Region
+from checkpoint.region import Region, Shape
 from checkpoint.reshard import Read, plan, view
 from checkpoint.shard import rank_name
 from checkpoint.state import Piece
 from checkpoint.storage import MirroredSource, Source, Storage, sizes
+from checkpoint.transfer import Bytes, Transfer, Window, allocate, windows
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
 MARK = "BAD.json"
 """Written beside a commit record by a rank that found the checkpoint damaged."""
-_RUN_BYTES = 16 << 20
-"""Neighbouring chunks are read together up to this size."""
-
-_log = logging.getLogger(__name__)
+_LEAST_BUFFER_BYTES = 32 << 20
+"""A load holds this much even where less is allowed: less would keep its threads waiting for each other."""
+_LOCAL_THREADS = 4
+_REMOTE_THREADS = 16
+"""Reads under way at once, of CHUNK_BYTES each: those of an object store take longer to begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,20 @@ class LoadReport:
     """In the checkpoint, not asked for."""
     missing_local: tuple[str, ...]
     """RankLocal entries that this rank has no saved counterpart for."""
+    read_bytes: int = 0
+    """Bytes of tensors that were read; what was read twice counts twice."""
+    needed_bytes: int = 0
+    """Bytes of tensors that went into destinations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A tensor, or a part of it, to be read."""
+
+    name: str
+    owner: int = SHARED
+    region: Region | None = None
+    """A box of it; all of it if None."""
 
 
 class Reader:
@@ -56,6 +70,7 @@ class Reader:
             raise CheckpointNotFound(f"{storage.url}/{folder}: no {COMMIT}: nothing was committed here")
         self.record = CommitRecord.from_bytes(storage.read(source), source)
         self._files: Mapping[str, FileRecord] = {f.path: f for f in self.record.files}
+        self._placed = False
 
     @property
     def url(self) -> str:
@@ -105,9 +120,8 @@ class Reader:
         """Read everything and yield what is wrong with it, one message a fault."""
         try:
             self.check_files()
+            self._check_places()
             rows = self.table.all_rows()
-            for row in rows:
-                self._check_place(row)
         except CorruptCheckpoint as error:
             yield str(error)
             return
@@ -118,44 +132,76 @@ class Reader:
                 yield str(error)
         yield from (f"{self._path(TABLE)}: tensor {problem}" for problem in self.table.problems())
         held = Counter({file.path: file.head_bytes for file in self.record.files})
-        for row in rows:
-            held[row.file] += row.nbytes
+        for path, _, nbytes in {(row.file, row.byte_start, row.nbytes) for row in rows}:
+            held[path] += nbytes
         for file in self.record.files:
             if "/" not in file.path and held[file.path] != file.nbytes:  # of another's file, a part may be needed
                 yield f"{self._path(file.path)}: {file.nbytes} bytes, {held[file.path]} of them accounted for"
-        reads = [read for row in rows for read in plan([row], row.region)]
-        yield from (str(fault) for _, _, fault in self._chunks(reads) if fault)
+        reads = (read for row in rows for read in plan([row], row.region))
+        with self._transfer() as transfer:
+            yield from map(str, transfer.stream(windows(reads, CHUNK_BYTES), None))
 
     def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
 
-        Between the two, up to `buffer_bytes` of chunks are held in memory; what exceeds it is read, and verified,
-        a second time. From a local disk all is: the kernel has just cached it, and touching fresh memory costs
-        more than a second copy out of the cache.
+        Between the two, chunks are held in memory: up to `buffer_bytes`, at least _LEAST_BUFFER_BYTES. What exceeds
+        that is verified first, and read and verified again when it is copied.
         """
         report, reads = self._plan(wanted, rank, strict)
-        held: list[tuple[Read, np.ndarray[Any, Any]]] = []
-        again: list[Read] = []
-        space = 0 if self._storage.rereads_cheaply else buffer_bytes
-        for read, data in self._verified(reads):
-            if read.nbytes <= space:
-                space -= read.nbytes
-                held.append((read, data.copy()))
-            else:
-                again.append(read)
-        for read, data in itertools.chain(held, self._verified(again)):
-            piece = wanted[read.target]
-            _scatter(read, data, piece.tensor, piece.region)
-        return report
+        *others, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
+        with self._transfer() as transfer:
+            _raise_first(transfer.stream((part for w in others for part in windows(w.reads, CHUNK_BYTES)), None))
+            memory = allocate(max(window.nbytes for window in (last, *others)))
+            for window in (last, *others):
+                _raise_first(transfer.fetch(window, memory))
+                for read, place in zip(window.reads, window.places, strict=True):
+                    piece = wanted[read.target]
+                    _scatter(read, memory[place : place + read.nbytes], piece.tensor, piece.region)
+        return replace(report, read_bytes=transfer.read_bytes, needed_bytes=sum(read.needed_bytes for read in reads))
+
+    def read(self, wanted: Iterable[Want]) -> list[torch.Tensor]:
+        """Return parts of tensors in new host memory; only the chunks that they need are read."""
+        found: list[tuple[torch.Tensor, Region]] = []
+        reads: list[Read] = []
+        for want in wanted:
+            dtype, shape = self.spec(want.name, want.owner)
+            region = want.region or Region.whole(shape)
+            reads += plan(self._sound_rows(want.name, want.owner, region), region, len(found))
+            found.append((torch.empty(region.shape, dtype=dtype), region))
+
+        def consume(read: Read, data: Bytes) -> None:
+            _scatter(read, data, *found[read.target])
+
+        with self._transfer() as transfer:
+            _raise_first(transfer.stream(windows(reads, CHUNK_BYTES), consume))
+        return [tensor for tensor, _ in found]
 
     def assemble(self, name: str, owner: int = SHARED) -> torch.Tensor:
-        """Return a whole tensor in new memory."""
-        rows = self._sound_rows(name, owner)
-        whole = Region.whole(rows[0].global_shape)
-        tensor = torch.empty(whole.shape, dtype=CODES[rows[0].dtype])
-        for read, data in self._verified(list(plan(rows, whole))):
-            _scatter(read, data, tensor, whole)
-        return tensor
+        """Return a whole tensor in new host memory."""
+        return self.read([Want(name, owner)])[0]
+
+    def spec(self, name: str, owner: int = SHARED) -> tuple[torch.dtype, Shape]:
+        """Return the dtype and the shape of a tensor, which is whole; nothing of it is read."""
+        problem = self.table.problem(name, owner)
+        if problem:
+            raise CorruptCheckpoint(f"{self._path(TABLE)}: tensor {name!r} {problem}")
+        dtype, shape = self.table.spec(name, owner)
+        return CODES[dtype], shape
+
+    @contextlib.contextmanager
+    def open(self, file: str) -> Iterator[Source]:
+        """Open one of the files, its size checked."""
+        self._check_size(self._files[file])
+        with self._storage.open(self._path(file)) as source:
+            yield source
+
+    def fault(self, row: SavedSlice, start: int, stop: int, what: str) -> CorruptCheckpoint:
+        """Return the error that says what is wrong with bytes [start, stop) of a slice's file."""
+        where = f"{self._path(row.file)}: tensor {row.name!r}, bytes [{start}, {stop})"
+        return CorruptCheckpoint(f"{where}: {what}; {REMEDY}")
+
+    def _transfer(self) -> Transfer:
+        return Transfer(self, _LOCAL_THREADS if self._storage.rereads_cheaply else _REMOTE_THREADS)
 
     def _plan(self, wanted: Sequence[Piece], rank: int, strict: bool) -> tuple[LoadReport, list[Read]]:
         """Join what is wanted with what is saved. Raises StateMismatch with every difference."""
@@ -168,12 +214,11 @@ class Reader:
         for target, piece in enumerate(wanted):
             owner = rank if piece.kind == "local" else SHARED
             if (piece.name, owner) in saved:
-                rows = self._sound_rows(piece.name, owner)
-                problem = _difference(piece, rows[0])
+                problem = _difference(piece, *self.spec(piece.name, owner))
                 if problem:
                     problems.append(f"{piece.name!r} {problem}")
                 else:
-                    reads += plan(rows, piece.region, target)
+                    reads += plan(self._sound_rows(piece.name, owner, piece.region), piece.region, target)
             elif piece.name in names and (piece.kind != "local" or (piece.name, SHARED) in saved):
                 how = "shared by all ranks" if piece.kind == "local" else "rank-local"
                 problems.append(f"{piece.name!r} was saved {how}, the destination is not")
@@ -192,63 +237,28 @@ class Reader:
         report = LoadReport(tuple(sorted(set(missing))), tuple(sorted(unexpected)), tuple(sorted(set(missing_local))))
         return report, reads
 
-    def _sound_rows(self, name: str, owner: int) -> list[SavedSlice]:
-        """Return the slices of a tensor, which make it whole and lie inside their files."""
-        rows = self.table.rows(name, owner)
-        for row in rows:
-            self._check_place(row)
-        problem = self.table.problem(name, owner)
-        if problem:
-            raise CorruptCheckpoint(f"{self._path(TABLE)}: tensor {name!r} {problem}")
-        return rows
+    def _sound_rows(self, name: str, owner: int, region: Region) -> list[SavedSlice]:
+        """Return the slices of a whole tensor that hold something of a region, all inside their files."""
+        self._check_places()
+        return self.table.rows(name, owner, region)
 
-    def _check_place(self, row: SavedSlice) -> None:
-        file = self._files.get(row.file)
-        if file is None or row.byte_start < file.head_bytes or row.byte_start + row.nbytes > file.nbytes:
-            raise CorruptCheckpoint(f"{self._path(TABLE)}: tensor {row.name!r} lies outside of file {row.file!r}")
-
-    def _verified(self, reads: Sequence[Read]) -> Iterator[tuple[Read, np.ndarray[Any, Any]]]:
-        for read, data, fault in self._chunks(reads):
-            if fault:
-                raise fault
-            yield read, data
-
-    def _chunks(self, reads: Sequence[Read]) -> Iterator[tuple[Read, np.ndarray[Any, Any], CorruptCheckpoint | None]]:
-        """Yield every chunk with its bytes, in file order, and what is wrong with it.
-
-        The bytes are there until the next chunk is asked for.
-        """
-        buffer = np.empty(_RUN_BYTES, dtype=np.uint8)
-        ordered = sorted(reads, key=lambda r: (r.file, r.byte_start))
-        for file, group in itertools.groupby(ordered, key=lambda r: r.file):
-            self._check_size(self._files[file])
-            with self._storage.open(self._path(file)) as source:
-                for run in _runs(group):
-                    start = run[0].byte_start
-                    total = run[-1].byte_start + run[-1].nbytes - start
-                    count = source.read_into(start, buffer[:total].data)
-                    for read in run:
-                        first = read.byte_start - start
-                        data = buffer[first : first + read.nbytes]
-                        fault = self._fault(read, data, first + read.nbytes <= count)
-                        yield read, data, None if fault and self._mends(source, read, data) else fault
-
-    def _fault(self, read: Read, data: np.ndarray[Any, Any], complete: bool) -> CorruptCheckpoint | None:
-        if complete and digest(data) == read.digest:
-            return None
-        what = "the digest does not match" if complete else "the file ends too early"
-        return CorruptCheckpoint(
-            f"{self._path(read.file)}: tensor {read.row.name!r}, bytes "
-            f"[{read.byte_start}, {read.byte_start + read.nbytes}): {what}; {REMEDY}"
-        )
-
-    def _mends(self, source: Source, read: Read, data: np.ndarray[Any, Any]) -> bool:
-        """Whether another copy of the file has a chunk sound; it is in `data` then."""
-        for copy in source.copies() if isinstance(source, MirroredSource) else ():
-            if copy.read_into(read.byte_start, data.data) == read.nbytes and digest(data) == read.digest:
-                _log.warning("%s: a copy is damaged, another one is read", self._path(read.file))
-                return True
-        return False
+    def _check_places(self) -> None:
+        """Raise CorruptCheckpoint unless every slice lies inside its file, and apart from the others."""
+        if not self._placed:
+            places = self.table.places()
+            heads = [self._files[f].head_bytes if f in self._files else 0 for f in places.files]
+            ends = [self._files[f].nbytes if f in self._files else -1 for f in places.files]
+            outside = places.outside(heads, ends)
+            if outside is not None:
+                row = self.table.row(outside)
+                where = f"tensor {row.name!r} lies outside of file {row.file!r}"
+                raise CorruptCheckpoint(f"{self._path(TABLE)}: {where}")
+            shared = places.shared()
+            if shared is not None:
+                rows = [self.table.row(i) for i in shared]
+                where = f"{rows[0].name!r} and {rows[1].name!r} claim the same bytes of file {rows[0].file!r}"
+                raise CorruptCheckpoint(f"{self._path(TABLE)}: tensors {where}")
+            self._placed = True
 
     def _head(self, path: str) -> bytes:
         """Return the part of a file that the commit record proves."""
@@ -284,7 +294,7 @@ class Reader:
         if path == TABLE:
             return ""
         try:
-            names = sorted({row.name for row in self.table.all_rows() if row.file == path})
+            names = self.table.names_in(path)
         except CorruptCheckpoint:
             return ""
         shown = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -295,32 +305,23 @@ class Reader:
         return path if "/" in path else f"{self.folder}/{path}"
 
 
-def _difference(piece: Piece, row: SavedSlice) -> str | None:
-    if DTYPES[piece.tensor.dtype] != row.dtype:
-        saved = str(CODES[row.dtype]).removeprefix("torch.")
-        return f"was saved as {saved}, the destination is {str(piece.tensor.dtype).removeprefix('torch.')}"
-    if piece.global_shape != row.global_shape:
-        return f"was saved with shape {list(row.global_shape)}, the destination has {list(piece.global_shape)}"
+def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:
+    if piece.tensor.dtype != dtype:
+        found, saved = (str(d).removeprefix("torch.") for d in (piece.tensor.dtype, dtype))
+        return f"was saved as {saved}, the destination is {found}"
+    if piece.global_shape != shape:
+        return f"was saved with shape {list(shape)}, the destination has {list(piece.global_shape)}"
     return None
 
 
-def _runs(reads: Iterable[Read]) -> Iterator[list[Read]]:
-    """Group reads of one file, in order, that follow each other without a gap."""
-    run: list[Read] = []
-    for read in reads:
-        if run:
-            end = run[-1].byte_start + run[-1].nbytes
-            if read.byte_start != end or end + read.nbytes - run[0].byte_start > _RUN_BYTES:
-                yield run
-                run = []
-        run.append(read)
-    if run:
-        yield run
+def _raise_first(faults: Iterator[CorruptCheckpoint]) -> None:
+    for fault in faults:
+        raise fault
 
 
 @torch.no_grad()
-def _scatter(read: Read, data: np.ndarray[Any, Any], tensor: torch.Tensor, region: Region) -> None:
-    """Copy what `region` wants of a chunk into the tensor that holds it."""
+def _scatter(read: Read, data: Bytes, tensor: torch.Tensor, region: Region) -> None:
+    """Copy what `region` wants of some chunks into the tensor that holds it."""
     source = torch.from_numpy(data).view(CODES[read.row.dtype])
     for offset, shape in read.boxes:
         view(tensor, region, offset, shape).copy_(view(source, read.region, offset, shape))

@@ -6,20 +6,26 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from checkpoint.coverage import Ints
+from checkpoint.format import CHUNK_BYTES
 from checkpoint.manifest import SavedSlice
 from checkpoint.region import Region, Shape, intersect, row_major
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One chunk of a saved slice that a wanted region needs, and the boxes of the tensor they share."""
+    """A run of chunks of a saved slice that a wanted region needs, and the boxes of the tensor they share."""
 
     row: SavedSlice
-    chunk_index: int
+    first: int
+    """Index of the first chunk."""
+    last: int
+    """Index behind the last chunk."""
     region: Region
-    """The elements of the chunk."""
+    """The elements of the chunks."""
     boxes: tuple[tuple[Shape, Shape], ...]
     """(offset, shape) in the whole tensor."""
     target: int = 0
@@ -31,37 +37,71 @@ class Read:
 
     @property
     def byte_start(self) -> int:
-        return self.row.byte_start + self.chunk_index * self.row.chunk_bytes
+        return self.row.byte_start + self.first * self.row.chunk_bytes
 
     @property
     def nbytes(self) -> int:
         return self.region.numel * self.row.itemsize
 
     @property
-    def digest(self) -> int:
-        return self.row.digests[self.chunk_index]
+    def byte_stop(self) -> int:
+        return self.byte_start + self.nbytes
 
     @property
-    def numel(self) -> int:
-        """Elements that the wanted region takes from the chunk."""
-        return sum(math.prod(shape) for _, shape in self.boxes)
+    def needed_bytes(self) -> int:
+        """Bytes that the wanted region takes from the chunks."""
+        return sum(math.prod(shape) for _, shape in self.boxes) * self.row.itemsize
 
 
 def plan(rows: Sequence[SavedSlice], wanted: Region, target: int = 0) -> Iterator[Read]:
-    """Yield the chunks of one tensor's saved slices that hold elements of `wanted`, region `target` of the caller."""
+    """Yield reads of at most CHUNK_BYTES that hold what `wanted`, region `target` of the caller, needs of a tensor.
+
+    Chunks that hold nothing of it are left out.
+    """
     for row in rows:
-        if not _may_touch(row.region, wanted):
-            continue
-        per_chunk = row.chunk_bytes // row.itemsize
-        indices = range(len(row.digests))
-        if (row.region.offset, row.region.shape) == (wanted.offset, wanted.shape):
-            first, last = wanted.start - row.region.start, wanted.stop - row.region.start
-            indices = indices[max(0, first // per_chunk) : -(-last // per_chunk)]
-        for index in indices:
-            chunk = row.region.part(index * per_chunk, min((index + 1) * per_chunk, row.region.numel))
-            boxes = tuple(intersect(chunk, wanted))
-            if boxes:
-                yield Read(row, index, chunk, boxes, target)
+        boxes = tuple(intersect(row.region, wanted))
+        runs = list(_runs(row, boxes))
+        for first, last in runs:
+            region = _chunks(row, first, last)
+            yield Read(row, first, last, region, boxes if len(runs) == 1 else tuple(intersect(region, wanted)), target)
+
+
+def _chunks(row: SavedSlice, first: int, last: int) -> Region:
+    per_chunk = row.chunk_bytes // row.itemsize
+    return row.region.part(first * per_chunk, min(last * per_chunk, row.region.numel))
+
+
+def _runs(row: SavedSlice, boxes: Sequence[tuple[Shape, Shape]]) -> Iterator[tuple[int, int]]:
+    """Yield the runs [first, last) of chunks that hold elements of the boxes, each of CHUNK_BYTES at most."""
+    if not boxes:
+        return
+    per_chunk = row.chunk_bytes // row.itemsize
+    spans = [_spans(row.region, offset, shape, per_chunk) for offset, shape in boxes]
+    firsts = np.concatenate([starts // per_chunk for starts, _ in spans])
+    lasts = np.concatenate([(starts + extent - 1) // per_chunk + 1 for starts, extent in spans])
+    order = np.argsort(firsts)
+    firsts, lasts = firsts[order], np.maximum.accumulate(lasts[order])
+    gaps = np.flatnonzero(firsts[1:] > lasts[:-1])
+    at_most = CHUNK_BYTES // row.chunk_bytes
+    for first, last in zip(firsts[[0, *(gaps + 1)]].tolist(), lasts[[*gaps, -1]].tolist(), strict=True):
+        for start in range(first, last, at_most):
+            yield start, min(start + at_most, last)
+
+
+def _spans(region: Region, offset: Shape, shape: Shape, per_chunk: int) -> tuple[Ints, int]:
+    """Return where in a region's order spans begin, and how long each is, that a box has something in every chunk of.
+
+    Rows of the box less than a chunk apart are one span.
+    """
+    strides = row_major(region.shape)
+    begin = sum((o - r) * s for o, r, s in zip(offset, region.offset, strides, strict=True)) - region.start
+    starts, extent = np.array([begin], dtype=np.int64), 1
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if len(starts) == 1 and stride - extent < per_chunk:
+            extent += (count - 1) * stride
+        elif count > 1:
+            starts = (np.arange(count) * stride + starts[:, None]).reshape(-1)
+    return starts, extent
 
 
 def view(tensor: torch.Tensor, region: Region, offset: Shape, shape: Shape) -> torch.Tensor:
@@ -77,12 +117,3 @@ def view(tensor: torch.Tensor, region: Region, offset: Shape, shape: Shape) -> t
     strides = row_major(region.shape)
     first = sum(o * s for o, s in zip(local, strides, strict=True)) - region.start
     return tensor.as_strided(shape, [s * unit for s in strides], tensor.storage_offset() + first * unit)
-
-
-def _may_touch(a: Region, b: Region) -> bool:
-    """Cheap test that drops most pairs: the boxes meet, and ranges of the same box meet."""
-    if a.offset == b.offset and a.shape == b.shape:
-        return a.start < b.stop and b.start < a.stop
-    return all(
-        max(ao, bo) < min(ao + an, bo + bn) for ao, an, bo, bn in zip(a.offset, a.shape, b.offset, b.shape, strict=True)
-    )
