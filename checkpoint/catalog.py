@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,13 @@ from checkpoint.storage import Storage
 
 Verify = Literal["record", "quick", "deep"]
 """How far a checkpoint is checked: its commit record; also file sizes and slice table; also every byte."""
+
+PIN = "PIN.json"
+"""In a checkpoint's folder: retention leaves it alone."""
+PROMOTION = "PROMOTION.json"
+"""In a checkpoint's folder: it is being copied to another tier, or is to be; retention leaves it alone."""
+RETIRED = "RETIRED.json"
+"""In a folder: its checkpoint went, files of it are still referred to."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,17 +85,22 @@ class Scan:
     """Checkpoints whose commit record does not, and why."""
     uncommitted: tuple[AttemptName, ...]
     """Attempts under way or abandoned."""
+    retired: tuple[AttemptName, ...]
+    """Checkpoints no more: what is left are files that others refer to."""
 
 
 def scan(storage: Storage) -> Scan:
     """Look at every attempt of a root."""
-    committed, broken, uncommitted = [], [], []
+    committed, broken = [], []
+    uncommitted: list[AttemptName] = []
+    retired: list[AttemptName] = []
     names = (AttemptName.parse(entry.name) for entry in storage.entries("") if entry.is_folder)
     for name in sorted((n for n in names if n), key=lambda n: (n.step, n.launch, n.ordinal)):
         try:
             committed.append(Reader(storage, name.folder))
         except CheckpointNotFound:
-            uncommitted.append(name)
+            is_retired = storage.size(f"{name.folder}/{RETIRED}") is not None
+            (retired if is_retired else uncommitted).append(name)
         except (CorruptCheckpoint, UnsupportedFormat) as error:
             broken.append((name, error))
         except StorageError:
@@ -96,7 +109,7 @@ def scan(storage: Storage) -> Scan:
                 raise
             uncommitted.append(name)
     committed.sort(key=lambda reader: reader.record.sequence)
-    return Scan(tuple(committed), tuple(broken), tuple(uncommitted))
+    return Scan(tuple(committed), tuple(broken), tuple(uncommitted), tuple(retired))
 
 
 def checkpoints(storage: Storage) -> list[CheckpointInfo]:
@@ -149,22 +162,63 @@ def check(reader: Reader, verify: Verify) -> None:
             raise CorruptCheckpoint(problem)
 
 
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A folder that goes, but for files that a checkpoint refers to which stays."""
+
+    folder: str
+    stays: tuple[str, ...] = ()
+    """Names of files, sorted."""
+
+    def __str__(self) -> str:
+        return f"{self.folder} but for {', '.join(self.stays)}" if self.stays else self.folder
+
+
 def removable(
     storage: Storage, *, keep_last: int, keep_every: int, abandoned: Callable[[AttemptName], bool]
-) -> list[str]:
-    """Return the folders of superseded checkpoints, and of uncommitted attempts that are abandoned."""
+) -> list[Removal]:
+    """Return what may go: superseded checkpoints, retired ones that nothing refers to, abandoned attempts.
+
+    A file stays while a checkpoint that stays refers to it, whatever became of the checkpoint that it was part of.
+    """
     found = scan(storage)
-    gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every)
-    return [reader.folder for reader in gone] + [n.folder for n in found.uncommitted if abandoned(n)]
+    held = functools.partial(_is_held, storage)
+    gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every, held=held)
+    referred = references(reader for reader in found.committed if reader not in gone)
+    removals = [Removal(reader.folder, referred.get(reader.folder, ())) for reader in gone]
+    for name in found.retired:
+        stays = referred.get(name.folder, ())
+        there = {entry.name for entry in storage.entries(name.folder)}
+        if not stays or there - {RETIRED, *stays}:
+            removals.append(Removal(name.folder, stays))
+    removals += [Removal(n.folder) for n in found.uncommitted if n.folder not in referred and abandoned(n)]
+    return removals
+
+
+def references(committed: Iterable[Reader]) -> dict[str, tuple[str, ...]]:
+    """Return which files of which other folders checkpoints refer to, sorted. Pure."""
+    found: dict[str, set[str]] = {}
+    for reader in committed:
+        for file in reader.record.files:
+            folder, _, name = file.path.rpartition("/")
+            if folder:
+                found.setdefault(folder, set()).add(name)
+    return {folder: tuple(sorted(names)) for folder, names in found.items()}
 
 
 def superseded(
-    committed: Sequence[Reader], sound: Callable[[Reader], bool], *, keep_last: int, keep_every: int
+    committed: Sequence[Reader],
+    sound: Callable[[Reader], bool],
+    *,
+    keep_last: int,
+    keep_every: int,
+    held: Callable[[Reader], bool] = lambda reader: False,
 ) -> list[Reader]:
     """Return which checkpoints, given oldest commit first, may go. Pure.
 
     The `keep_last` newest sound ones stay, and every newer one, sound or not: a broken checkpoint never
-    pushes a good one out. Of a step that `keep_every` divides, the newest sound commit stays.
+    pushes a good one out. Of a step that `keep_every` divides, the newest sound commit stays. What is `held`
+    stays beside them.
     """
     milestones: set[int] = set()
     num_kept = 0
@@ -173,7 +227,8 @@ def superseded(
         step = reader.record.step
         is_milestone = keep_every > 0 and step % keep_every == 0 and step not in milestones
         if num_kept >= keep_last and not is_milestone:
-            gone.append(reader)
+            if not held(reader):
+                gone.append(reader)
         elif sound(reader):
             num_kept += 1
             milestones.add(step)
@@ -189,10 +244,21 @@ def is_sound(reader: Reader) -> bool:
     return True
 
 
-def remove(storage: Storage, folder: str) -> None:
-    """Remove a checkpoint: its commit record first, so that no half of it is ever taken for one."""
+def remove(storage: Storage, removal: Removal) -> None:
+    """Remove a checkpoint: its commit record first, so that no half of it is ever taken for one.
+
+    One whose files others need is retired: marked, so that what is left of it goes with the last of them.
+    """
+    folder = removal.folder
+    if not removal.stays:
+        storage.remove(f"{folder}/{COMMIT}")
+        storage.remove(folder)
+        return
+    storage.write(f"{folder}/{RETIRED}", b"{}")
     storage.remove(f"{folder}/{COMMIT}")
-    storage.remove(folder)
+    for entry in storage.entries(folder):
+        if entry.name not in (RETIRED, *removal.stays):
+            storage.remove(f"{folder}/{entry.name}")
 
 
 def write_times(storage: Storage, folder: str) -> list[float | None]:
@@ -208,6 +274,10 @@ def write_times(storage: Storage, folder: str) -> list[float | None]:
 def is_idle_since(storage: Storage, name: AttemptName, time_s: float) -> bool:
     """Whether nothing in an attempt's folder was written at or after a Unix time."""
     return all(t is not None and t < time_s for t in write_times(storage, name.folder))
+
+
+def _is_held(storage: Storage, reader: Reader) -> bool:
+    return any(storage.size(f"{reader.folder}/{name}") is not None for name in (PIN, PROMOTION))
 
 
 def _warn_broken(found: Scan) -> None:

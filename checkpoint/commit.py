@@ -110,7 +110,8 @@ class Attempt:
         parts = [self._read_part(rank) for rank in range(self._world_size)]
         merged = SliceTable.merge(parts)
         check_votes(parts, merged)
-        files = [FileRecord(*f) for part in parts for f in part.metadata["files"]]
+        # Several ranks may refer to one file of a checkpoint before.
+        files = list(dict.fromkeys(FileRecord(*f) for part in parts for f in part.metadata["files"]))
         self._check_sizes(files)
         table = merged.to_bytes()
         self._storage.write(f"{self.folder}/{TABLE}", table)
@@ -185,12 +186,15 @@ class Attempt:
         raise SaveAborted(f"{self.folder}: rank {record['rank']} failed: {record['reason']}", record["rank"])
 
     def _check_sizes(self, files: Sequence[FileRecord]) -> None:
-        found = sizes(self._storage, self.folder)
-        for file in files:
-            if found.get(file.path) != file.nbytes:
+        """Raise StorageError unless the storage holds every file in its size, also those of other attempts."""
+        paths = {file: file.path if "/" in file.path else f"{self.folder}/{file.path}" for file in files}
+        found: dict[str, int] = {}
+        for folder in {path.rpartition("/")[0] for path in paths.values()}:
+            found |= {f"{folder}/{name}": nbytes for name, nbytes in sizes(self._storage, folder).items()}
+        for file, path in paths.items():
+            if found.get(path) != file.nbytes:
                 raise StorageError(
-                    f"{self.folder}/{file.path}: {file.nbytes} bytes were written, "
-                    f"the storage holds {found.get(file.path, 'no such file')}"
+                    f"{path}: {file.nbytes} bytes were written, the storage holds {found.get(path, 'no such file')}"
                 )
 
     def _is_committed(self) -> bool:
