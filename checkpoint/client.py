@@ -7,6 +7,7 @@ import errno
 import queue
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ class Agent:
         self._token = token
         self._clock = clock
         self._idle: queue.LifoQueue[Link] = queue.LifoQueue()
+        weakref.finalize(self, _close_all, self._idle)  # a storage that is only read from has no end of its own
         self._gone_until_s = -1.0
         self._reason = ""
 
@@ -108,9 +110,7 @@ class Agent:
 
     def close(self) -> None:
         """Close the idle connections. Idempotent; a later call opens new ones."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._idle.get_nowait().close()
+        _close_all(self._idle)
 
     def _take(self) -> Link:
         with contextlib.suppress(queue.Empty):
@@ -139,3 +139,9 @@ class Agent:
             self._reason = str(error) or type(error).__name__
             self._gone_until_s = self._clock() + _RETRY_S
             raise StorageError(f"agent {self.address}: {self._reason}") from error
+
+
+def _close_all(links: queue.LifoQueue[Link]) -> None:
+    with contextlib.suppress(queue.Empty):
+        while True:
+            links.get_nowait().close()
