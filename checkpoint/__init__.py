@@ -20,9 +20,11 @@ from checkpoint.errors import (
     StateMismatch,
     StorageError,
     UnsupportedFormat,
+    UntrustedPickle,
 )
 from checkpoint.exporting import HuggingFace, export
 from checkpoint.handle import SaveHandle, SaveStats
+from checkpoint.importing import import_from
 from checkpoint.state import BoxSlice, FlatSlice, RankLocal
 
 __all__ = [
@@ -47,8 +49,10 @@ __all__ = [
     "StateMismatch",
     "StorageError",
     "UnsupportedFormat",
+    "UntrustedPickle",
     "VerifyReport",
     "export",
+    "import_from",
     "read",
     "verify",
 ]

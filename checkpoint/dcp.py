@@ -44,6 +44,7 @@ from torch.futures import Future
 from checkpoint import catalog, objects
 from checkpoint.access import open_reader
 from checkpoint.commit import ABORT, COMMIT, Attempt, AttemptName
+from checkpoint.distcp import own_name, own_tensor
 from checkpoint.errors import CorruptCheckpoint
 from checkpoint.format import CODES
 from checkpoint.manifest import SHARED
@@ -139,7 +140,7 @@ class StorageWriter(dcp.StorageWriter):
             packer = Packer(allow_pickle=self._allow_pickle)
             values = {i.index.fqn: _value(i, planner, packer) for i in plan.items if i.type is WriteItemType.BYTE_IO}
             streams = [_stream(i, planner) for i in plan.items if i.type is not WriteItemType.BYTE_IO]
-            streams += [_inner(role.rank, n, tensor) for n, tensor in enumerate(packer.tensors)]
+            streams += [own_tensor(role.rank, n, tensor) for n, tensor in enumerate(packer.tensors)]
             kept = objects.encode({"values": values, "pickled": packer.pickled}, "values that are not tensors")
             attempt.vote(write_part(storage, attempt.folder, role.rank, streams, kept), "")
         except BaseException as error:
@@ -314,18 +315,8 @@ def _stream(item: WriteItem, planner: SavePlanner) -> Stream:
     return Stream(item.index.fqn, data.properties.dtype, tuple(data.size), box, tensors)
 
 
-def _inner_name(number: int) -> str:
-    return f"tensor {number} of the values"
-
-
-def _inner(rank: int, number: int, tensor: torch.Tensor) -> Stream:
-    """Return a tensor found inside a value, as this rank's own."""
-    stream = Stream.of(_inner_name(number), tensor.detach())
-    return dataclasses.replace(stream, owner=rank)
-
-
 def _read_inner(reader: Reader, rank: int, number: int) -> torch.Tensor:
-    return reader.assemble(_inner_name(number), rank)
+    return reader.assemble(own_name(number), rank)
 
 
 def _told(reader: Reader) -> Mapping[str, Any]:

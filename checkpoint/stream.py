@@ -7,8 +7,9 @@ may be larger than memory. The saves of a `Checkpointer` have their own, concurr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,18 @@ class Stream:
         """Return the stream of a whole tensor."""
         shape = tuple(tensor.shape)
         return cls(name, tensor.dtype, shape, Region.whole(shape), lambda: iter((tensor,)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Contents:
+    """A checkpoint of another library, ready to be written as one of ours."""
+
+    step: int
+    streams: Sequence[Stream]
+    objects: Mapping[str, Any]
+    """Plain values, kept as rank 0's."""
+    shared: Mapping[str, Any]
+    """Plain values, kept in the commit record."""
 
 
 def write_file(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from checkpoint.errors import CorruptCheckpoint, InvalidState
+from checkpoint.errors import CorruptCheckpoint, InvalidState, UntrustedPickle
 
 _TAG = "~"
 _PLAIN = (bool, int, float, str, bytes)
@@ -90,7 +90,7 @@ class Unpacker:
         self._trust_pickle = trust_pickle
 
     def unpack(self, value: Any, source: str) -> Any:
-        """Return the value that `Packer.pack` took apart. Raises CorruptCheckpoint, InvalidState."""
+        """Return the value that `Packer.pack` took apart. Raises CorruptCheckpoint, UntrustedPickle."""
         if isinstance(value, list | tuple):
             return type(value)(self.unpack(v, source) for v in value)
         if not isinstance(value, dict):
@@ -117,13 +117,13 @@ class Unpacker:
             return self._instance(kind, inner, value["class"], source)
         if kind == "pickle":
             if not self._trust_pickle:
-                raise InvalidState(f"{source}: was pickled, and unpickling runs code; trust_pickle=True does it")
+                raise UntrustedPickle(f"{source}: was pickled, and unpickling runs code; trust_pickle=True does it")
             return pickle.loads(inner)
         raise CorruptCheckpoint(f"{source}: holds a value of unknown kind {kind!r}")
 
     def _instance(self, kind: str, inner: Any, name: str, source: str) -> Any:
         if name not in self._classes:
-            raise InvalidState(f"{source}: is a {name}, which is not among the classes that are allowed here")
+            raise UntrustedPickle(f"{source}: is a {name}, which is not among the classes that are allowed here")
         module, _, cls_name = name.rpartition(".")
         cls = getattr(importlib.import_module(module), cls_name)
         if kind == "enum":
