@@ -9,10 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpoint import CheckpointConfig, Checkpointer
-from checkpoint.catalog import superseded
-from checkpoint.commit import AttemptName
+from checkpoint.catalog import PIN, PROMOTION, RETIRED, removable, remove, superseded
+from checkpoint.commit import COMMIT, AttemptName
+from checkpoint.format import fingerprint
+from checkpoint.local import LocalStorage
+from checkpoint.manifest import CommitRecord, FileRecord
+from checkpoint.reader import Reader
 from tests.test_checkpoint.worlds import wait_until
 
 
@@ -23,6 +29,7 @@ class Committed:
     step: int
     sound: bool = True
     commit: int = 0
+    held: bool = False
 
     @property
     def record(self) -> SimpleNamespace:
@@ -39,6 +46,27 @@ def kept(committed: list[Committed], *, keep_last: int, keep_every: int = 0) -> 
     """Return the steps that stay, where no step is saved twice."""
     gone = superseded(committed, lambda c: c.sound, keep_last=keep_last, keep_every=keep_every)  # type: ignore[arg-type, attr-defined]
     return [c.step for c in committed if c not in gone]
+
+
+@given(
+    history=st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.booleans()), max_size=9),
+    keep_last=st.integers(1, 4),
+    keep_every=st.integers(0, 3),
+)
+def test_retention_is_what_it_says(history: list[tuple[int, bool, bool]], keep_last: int, keep_every: int):
+    commits = [Committed(step, sound, i, held) for i, (step, sound, held) in enumerate(history)]
+    gone = superseded(commits, lambda c: c.sound, keep_last=keep_last, keep_every=keep_every, held=lambda c: c.held)  # type: ignore[arg-type, attr-defined]
+    sound = [c for c in commits if c.sound]
+    oldest_kept = sound[-keep_last].commit if len(sound) >= keep_last else -1
+    expected = set()
+    for c in commits:
+        if c.commit >= oldest_kept or c.held:  # the newest sound ones, whatever came after, and what is held
+            expected.add(c.commit)
+        if keep_every and c.step % keep_every == 0:
+            sound_since = [o for o in sound if o.step == c.step and o.commit > c.commit]
+            if not sound_since:  # the newest sound commit of a milestone; broken ones that might be it
+                expected.add(c.commit)
+    assert {c.commit for c in commits if c not in gone} == expected
 
 
 def steps(*numbers: int) -> list[Committed]:
@@ -137,3 +165,125 @@ def test_a_folder_that_another_launch_has_just_made_is_not_collected(tmp_path: P
         fresh.mkdir()
         ck.save(2, {"w": torch.ones(1)})
     assert fresh.exists()
+
+
+# Files that others refer to
+
+
+def commit(storage: LocalStorage, step: int, *refers_to: str) -> str:
+    """Make a checkpoint of two small files that refers to files of others; return its folder."""
+    folder = AttemptName.of(step, 0, "run").folder
+    files = []
+    for name in ("r00000.safetensors", "slices.arrow"):
+        data = f"{name} of {step}".encode()
+        storage.write(f"{folder}/{name}", data)
+        files.append(FileRecord(name, len(data), len(data), fingerprint(data)))
+    for path in refers_to:
+        nbytes = storage.size(path)
+        assert nbytes is not None
+        files.append(FileRecord(path, nbytes, 0, fingerprint(b"")))
+    record = CommitRecord(step, step, "run", 1, "2000-01-01", tuple(files), None, {})
+    storage.write(f"{folder}/{COMMIT}", record.to_bytes())
+    return folder
+
+
+def collect(storage: LocalStorage, keep_last: int, *, is_later_launch: bool = False) -> None:
+    """Do what a Checkpointer does after a commit."""
+    for removal in removable(storage, keep_last=keep_last, keep_every=0, abandoned=lambda name: is_later_launch):
+        remove(storage, removal)
+
+
+@pytest.fixture
+def sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take tables for sound: those of these tests are empty."""
+    monkeypatch.setattr("checkpoint.catalog.is_sound", lambda reader: True)
+
+
+@pytest.mark.usefixtures("sound")
+def test_a_file_stays_while_a_checkpoint_that_stays_refers_to_it(tmp_path: Path):
+    storage = LocalStorage(tmp_path)
+    first = commit(storage, 1)
+    shard = f"{first}/r00000.safetensors"
+    for step in (2, 3):
+        commit(storage, step, shard)
+        collect(storage, keep_last=1)
+        assert storage.size(shard) is not None
+        assert [e.name for e in storage.entries(first)] == [RETIRED, "r00000.safetensors"]
+        assert len(list(tmp_path.iterdir())) == 2
+    commit(storage, 4)
+    collect(storage, keep_last=1)
+    assert not (tmp_path / first).exists()
+
+
+@pytest.mark.usefixtures("sound")
+def test_what_a_pinned_checkpoint_refers_to_stays_with_it(tmp_path: Path):
+    storage = LocalStorage(tmp_path)
+    first = commit(storage, 1)
+    pinned = commit(storage, 2, f"{first}/r00000.safetensors")
+    storage.write(f"{pinned}/{PIN}", b"{}")
+    waiting = commit(storage, 3)
+    storage.write(f"{waiting}/{PROMOTION}", b"{}")
+    commit(storage, 4)
+    collect(storage, keep_last=1)
+    assert {p.name for p in tmp_path.iterdir()} == {first, pinned, waiting, AttemptName.of(4, 0, "run").folder}
+    for name, mark in ((pinned, PIN), (waiting, PROMOTION)):
+        storage.remove(f"{name}/{mark}")
+        collect(storage, keep_last=1)
+    assert {p.name for p in tmp_path.iterdir()} == {AttemptName.of(4, 0, "run").folder}
+
+
+@pytest.mark.usefixtures("sound")
+def test_a_folder_that_was_copied_for_its_files_alone_is_no_abandoned_attempt(tmp_path: Path):
+    storage = LocalStorage(tmp_path)
+    first = commit(storage, 1)
+    commit(storage, 2, f"{first}/r00000.safetensors")
+    storage.remove(f"{first}/{COMMIT}")
+    assert removable(storage, keep_last=1, keep_every=0, abandoned=lambda name: True) == []
+
+
+class _Killed(Exception):
+    pass
+
+
+class _DyingStorage(LocalStorage):
+    """Dies before its n-th change."""
+
+    left = 0
+
+    def write(self, path: str, data: bytes) -> None:
+        self._live()
+        super().write(path, data)
+
+    def remove(self, path: str) -> None:
+        self._live()
+        super().remove(path)
+
+    def _live(self) -> None:
+        if not self.left:
+            raise _Killed
+        self.left -= 1
+
+
+@pytest.mark.usefixtures("sound")
+def test_a_kill_at_any_change_of_a_collection_loses_nothing_that_is_referred_to(tmp_path: Path):
+    num_kills = 0
+    while True:
+        root = tmp_path / str(num_kills)
+        storage = LocalStorage(root)
+        first = commit(storage, 1)
+        commit(storage, 2, f"{first}/r00000.safetensors")
+        newest = commit(storage, 3, f"{first}/r00000.safetensors")
+        dying = _DyingStorage(root)
+        dying.left = num_kills
+        try:
+            collect(dying, keep_last=1)
+        except _Killed:
+            num_kills += 1
+        else:
+            break
+        assert storage.size(f"{first}/r00000.safetensors") is not None
+        Reader(storage, newest)
+        collect(storage, keep_last=1, is_later_launch=True)
+        assert sorted(p.name for p in root.iterdir()) == [first, newest]
+        assert [e.name for e in storage.entries(first)] == [RETIRED, "r00000.safetensors"]
+    assert num_kills == 5
