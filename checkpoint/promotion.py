@@ -2,10 +2,11 @@
 
     step-00000100.a0.5a3f…/PROMOTION.json    in the local tier: this checkpoint waits, or is being copied
 
-Rank 0 decides what is copied, and writes it there: retention leaves such a checkpoint alone, the other ranks copy
-their files when it says so, and a later launch goes on where this one ended. At most one checkpoint is on its way;
-of those that wait the newest counts. Every byte is verified on its way; the commit record, the very bytes of the
-local one, goes last. What fails is tried again, ever less often; training never waits for any of it.
+Rank 0 decides what is copied, and writes it there, first before the commit: retention leaves such a checkpoint
+alone, the other ranks copy their files when it says so, and a later launch goes on where this one ended. At most one
+checkpoint is on its way; of those that wait the newest counts. Every byte is verified on its way; the commit record,
+the very bytes of the local one, goes last. What fails is tried again, ever less often; training never waits for any
+of it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
+import numpy as np
+
 from checkpoint import catalog, objects
-from checkpoint.catalog import CheckpointInfo
+from checkpoint.catalog import PROMOTION, CheckpointInfo
 from checkpoint.commit import COMMIT, TABLE, AttemptName, brief
 from checkpoint.config import RemoteConfig
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, SaveFailed, StorageError
@@ -28,7 +31,6 @@ from checkpoint.manifest import FileRecord
 from checkpoint.reader import REMEDY, Reader
 from checkpoint.storage import Storage, sizes
 
-MARKER = "PROMOTION.json"
 _FAILURE = "PROMOTION-FAILED.json"
 _WAITS, _COPIED, _LEFT = "waits", "is copied", "is left to the next launch"
 """States of a marked checkpoint."""
@@ -56,15 +58,21 @@ class Promoter:
         rank: int,
         world_size: int,
         clock: Callable[[], float] = time.monotonic,
+        timeout_s: float = 600.0,
         pause: Callable[[threading.Event, float], object] = threading.Event.wait,
     ) -> None:
-        """Take up what an earlier launch left; `pause(event, s)` returns when the event is set or the time is over."""
+        """Take up what an earlier launch left.
+
+        After `close`, ranks wait no longer than `timeout_s` for each other. `pause(event, s)` returns when the event is
+        set or the time is over.
+        """
         self._local = local
         self._remote = remote
         self._config = config
         self._rank = rank
         self._world_size = world_size
         self._clock = clock
+        self._timeout_s = timeout_s
         self._pause = pause
         self._closing = threading.Event()
         self._never = threading.Event()
@@ -75,18 +83,18 @@ class Promoter:
         for folder in marked(local):
             self.submit(folder)
 
+    def announce(self, folder: str) -> None:
+        """Mark a checkpoint as one that is to be copied; every rank calls it, rank 0 before it commits there."""
+        if self._rank == 0:
+            self._mark(folder, _WAITS)
+
     def submit(self, folder: str) -> Future[CheckpointInfo]:
-        """Have a committed local checkpoint copied; every rank calls it, in the same order.
+        """Have a committed local checkpoint copied that was announced; every rank calls it, in the same order.
 
         The future gives the copy; SaveFailed if a newer checkpoint came first or rank 0 gave up, StorageError if
         this rank did, CorruptCheckpoint if the local one is damaged.
         """
         outcome: Future[CheckpointInfo] = Future()
-        try:
-            self._mark(folder, "waits")
-        except StorageError as error:  # without its mark it may be removed while it is copied
-            outcome.set_exception(error)
-            return outcome
         with self._changed:
             if self._closing.is_set():
                 raise ValueError("submit: this Promoter is closed")
@@ -141,13 +149,13 @@ class Promoter:
         """Rank 0: announce, copy, wait for the others, commit."""
         self._local.remove(f"{folder}/{_FAILURE}")
         self._mark(folder, _COPIED)
-        reader = Reader(self._local, folder)
+        reader = self._again(lambda: Reader(self._local, folder))
         if self._again(lambda: self._remote.size(f"{folder}/{COMMIT}")) is None:
             self._copy_own(reader)
             self._await_others(reader)
             self._again(lambda: self._commit(reader))
         self._collect()
-        self._local.remove(f"{folder}/{MARKER}")
+        self._local.remove(f"{folder}/{PROMOTION}")
         return self._again(lambda: catalog.info_of(Reader(self._remote, folder)))
 
     def _follow(self, folder: str) -> CheckpointInfo:
@@ -156,12 +164,11 @@ class Promoter:
         since_s = self._clock()
         while (state := self._again(lambda: _state(self._local, folder))) is not None:
             if state == _COPIED and not copied:
-                self._copy_own(Reader(self._local, folder))
+                self._copy_own(self._again(lambda: Reader(self._local, folder)))
                 copied, since_s = True, self._clock()
                 continue
-            # Unless this launch ends, a mark that says so is the launch's before, which rank 0 has yet to take up.
-            late = self._clock() - since_s > self._config.retry_s
-            if self._closing.is_set() and (state == _LEFT or late):
+            # Unless this launch ends, such a mark is from the launch before, and rank 0 has yet to take it up.
+            if self._closing.is_set() and (state == _LEFT or self._clock() - since_s > self._timeout_s):
                 raise SaveFailed(f"{folder}: rank 0 has left the copy to the next launch")
             self._pause(self._never, _POLL_S)
         if self._again(lambda: self._remote.size(f"{folder}/{COMMIT}")) is None:
@@ -179,13 +186,12 @@ class Promoter:
             elif is_left:
                 self._mark(folder, _LEFT)
             else:
-                self._local.remove(f"{folder}/{MARKER}")
+                self._local.remove(f"{folder}/{PROMOTION}")
         except CheckpointError as second:
             error.add_note(f"the other ranks could not be told: {second}")
 
     def _mark(self, folder: str, state: str) -> None:
-        if self._rank == 0:
-            self._local.write(f"{folder}/{MARKER}", objects.canonical({"state": state}))
+        self._local.write(f"{folder}/{PROMOTION}", objects.canonical({"state": state}))
 
     def _copy_own(self, reader: Reader) -> None:
         """Copy this rank's share of the files: its own, or of another world size those that fall to it."""
@@ -194,7 +200,10 @@ class Promoter:
                 if _writer(file.path, index) % self._world_size == self._rank:
                     self._again(functools.partial(copy_file, reader, file, self._local, self._remote))
         except CorruptCheckpoint as error:
-            reader.condemn(self._rank, error)
+            try:
+                reader.condemn(self._rank, error)
+            except StorageError as second:
+                error.add_note(f"it could not be marked as damaged: {second}")
             raise
 
     def _await_others(self, reader: Reader) -> None:
@@ -206,8 +215,9 @@ class Promoter:
             if left != missing:
                 missing, since_s = left, self._clock()
             failure = self._failure(reader)
-            if failure is None and self._clock() - since_s > self._config.retry_s:
-                failure = f"not copied within {self._config.retry_s:g} s: {brief(sorted(missing), 8)}"
+            patience_s = self._timeout_s if self._closing.is_set() else self._config.retry_s
+            if failure is None and self._clock() - since_s > patience_s:
+                failure = f"not copied within {patience_s:g} s: {brief(sorted(missing), 8)}"
             if failure is not None:
                 raise SaveFailed(f"{reader.folder}: {failure}")
             self._pause(self._never, _POLL_S)
@@ -232,11 +242,11 @@ class Promoter:
         """Remove what the newest copy supersedes, and copies that were given up."""
         config = self._config
         try:
-            folders = catalog.removable(
+            removals = catalog.removable(
                 self._remote, keep_last=config.keep_last, keep_every=config.keep_every, abandoned=self._is_abandoned
             )
-            for folder in folders:
-                catalog.remove(self._remote, folder)
+            for removal in removals:
+                catalog.remove(self._remote, removal)
         except CheckpointError as error:
             _log.warning("superseded copies stay in %s, the next one tries again: %s", self._remote.url, error)
 
@@ -264,7 +274,7 @@ def marked(local: Storage) -> list[str]:
     """Return the folders of the checkpoints that wait or are being copied, by step: retention leaves them alone."""
     names = (AttemptName.parse(entry.name) for entry in local.entries("") if entry.is_folder)
     ordered = sorted((n for n in names if n), key=lambda n: (n.step, n.launch, n.ordinal))
-    return [n.folder for n in ordered if local.size(f"{n.folder}/{MARKER}") is not None]
+    return [n.folder for n in ordered if local.size(f"{n.folder}/{PROMOTION}") is not None]
 
 
 def copy_file(reader: Reader, file: FileRecord, source: Storage, target: Storage) -> None:
@@ -304,8 +314,10 @@ def _cells(reader: Reader, file: FileRecord) -> Iterator[_Cell]:
     yield position, lambda data: fingerprint(data) == file.fingerprint
     if position == file.nbytes:
         return
-    rows = [row for row in reader.table.all_rows() if row.file == file.path]
-    for row in sorted(rows, key=lambda r: r.byte_start):
+    places = reader.table.places()
+    names = np.array([name == file.path for name in places.files], dtype=np.bool_)
+    rows = np.flatnonzero(names[places.file])
+    for row in (reader.table.row(int(i)) for i in rows[np.argsort(places.start[rows])]):
         for i, expected in enumerate(row.digests):
             start = row.byte_start + i * row.chunk_bytes
             nbytes = min(row.chunk_bytes, row.byte_start + row.nbytes - start)
@@ -365,7 +377,7 @@ def _missing(storage: Storage, wanted: Mapping[str, int]) -> set[str]:
 
 def _state(local: Storage, folder: str) -> str | None:
     """Return what rank 0 has marked a checkpoint with; None when it is done with it."""
-    path = f"{folder}/{MARKER}"
+    path = f"{folder}/{PROMOTION}"
     try:
         mark = objects.parse(local.read(path), path)
     except StorageError:
