@@ -14,9 +14,7 @@ from checkpoint.coverage import coverage_problem
 from checkpoint.errors import InvalidState
 from checkpoint.layout import (
     DimLayout,
-    Layout,
     Run,
-    blocks,
     fused,
     grouped_qkv,
     of_dtensor,
@@ -28,6 +26,7 @@ from checkpoint.layout import (
 from checkpoint.reshard import view
 from checkpoint.state import FlatSlice, LayoutSlice, Piece, Replica, TensorLike, pieces_of, written_by
 from tests.ranks import run_ranks
+from tests.test_checkpoint.worlds import local_part
 
 
 def indices(dim: DimLayout) -> list[int]:
@@ -104,16 +103,6 @@ def gathered(shape: Sequence[int], parts: Sequence[Sequence[Piece]]) -> torch.Te
     return found
 
 
-def local(whole_tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Return the local tensor of a layout, -7 where it is padding."""
-    found = torch.full([dim.local_size for dim in layout], -7, dtype=whole_tensor.dtype)
-    for block in blocks(layout):
-        here = tuple(slice(o, o + n) for o, n in zip(block.local, block.shape, strict=True))
-        there = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-        found[here] = whole_tensor[there]
-    return found
-
-
 LAYOUTS = {
     "gate-up": ((12, 3), lambda r, n: (fused([6, 6], r, n), whole(3))),
     "gate-up, transposed": ((3, 12), lambda r, n: (whole(3), fused([6, 6], r, n))),
@@ -131,7 +120,7 @@ def test_ranks_write_the_whole_tensor_once(name: str, num_ranks: int):
     parts = []
     for rank in range(num_ranks):
         layout = make(rank, num_ranks)
-        pieces = pieces_of({"w": LayoutSlice(local(values, layout), layout)})
+        pieces = pieces_of({"w": LayoutSlice(local_part(values, layout), layout)})
         parts.append(written_by(rank, num_ranks, pieces))
     assert torch.equal(gathered(shape, parts), values)
 
@@ -144,7 +133,7 @@ def test_a_flat_partition_of_any_layout_is_where_it_was_in_the_whole(data: st.Da
     parts = []
     for rank in range(num_ranks):
         layout = make(rank, num_ranks)
-        flat = local(values, layout).flatten()
+        flat = local_part(values, layout).flatten()
         cuts = sorted(data.draw(st.lists(st.integers(0, len(flat)), max_size=3)))
         for start, stop in itertools.pairwise([0, *cuts, len(flat)]):
             part = LayoutSlice(flat[start:stop], layout, start)
@@ -240,7 +229,7 @@ def _check_dtensors(rank: int, world_size: int) -> None:
         found = distribute_tensor(values, mesh, [first, second], src_data_rank=None)
         layout = of_dtensor(found)
         assert layout is not None
-        assert torch.equal(local(values, layout.layout), found.to_local())
+        assert torch.equal(local_part(values, layout.layout), found.to_local())
         assert layout.num_copies == 2 ** [first, second].count(Replicate())
         regions = [[p.region for p in written_by(rank, 4, pieces_of({"w": found}))]]
         everybody: list[list[list]] = [[]] * world_size

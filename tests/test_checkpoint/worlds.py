@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from checkpoint import BoxSlice, CheckpointConfig, Checkpointer, FlatSlice, RankLocal
+from checkpoint.layout import Layout, blocks
 
 SHAPE = (60, 7)
 """Shape of the sliced tensors of `state`."""
@@ -52,6 +53,16 @@ def state(whole: Mapping[str, torch.Tensor], rank: int, world_size: int) -> dict
         "empty": whole["empty"].clone(),
         "rng": RankLocal(torch.full((4,), rank, dtype=torch.uint8)),
     }
+
+
+def local_part(whole: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Return the local tensor of a layout, -7 where it is padding."""
+    found = torch.full([dim.local_size for dim in layout], -7, dtype=whole.dtype)
+    for block in blocks(layout):
+        here = tuple(slice(o, o + n) for o, n in zip(block.local, block.shape, strict=True))
+        there = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+        found[here] = whole[there]
+    return found
 
 
 def blank(rank: int, world_size: int) -> dict[str, Any]:
