@@ -171,10 +171,11 @@ def recover(
     seen = gather([[tier, folder] for tier, folder in here])
     everywhere = set.intersection(*({tuple(pair) for pair in pairs} for pairs in seen))
     skipped = [str(reason) for reason in reasons]
-    for tier_name, folder in seen[0]:
+    for tier_name, folder in dict.fromkeys((tier, folder) for pairs in seen for tier, folder in pairs):
         if (tier_name, folder) not in everywhere:
-            skipped.append(f"{folder} in the {tier_name} tier: not every rank sees it")
-            _log.warning("%s", skipped[-1])
+            reasons.append(StorageError(f"{folder} in the {tier_name} tier: not every rank sees it"))
+            skipped.append(str(reasons[-1]))
+            _log.warning("%s", reasons[-1])
             continue
         item = here[tier_name, folder]
         value, error = _attempt(item, load, verify)
