@@ -1,8 +1,9 @@
 """Host memory in which copies wait to be written: fixed-size slots of one block of shared memory.
 
 One size and a free list: nothing fragments, nothing wraps, slots come back in any order, and a tensor of any size
-passes through. The block is a memory file, so that another process can map it. Its pages exist from their first use
-on, and stay: fresh ones cost more than the copy into them.
+passes through. The block may be a memory file, for another process to map. Its pages exist from their first use
+on, and stay: fresh ones cost more than the copy into them. The last slot given back is the first taken, so no more
+memory is used than was ever needed at once.
 """
 
 from __future__ import annotations
@@ -12,50 +13,96 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+import torch
 
 from checkpoint.digest import ALIGN_BYTES, CHUNK_BYTES
+from checkpoint.errors import SaveFailed
 
 SLOT_BYTES = CHUNK_BYTES + ALIGN_BYTES
 """A parcel of CHUNK_BYTES, and room for it to start where it will start in its page of the file."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Slot:
     """Room for one parcel, page-aligned."""
 
-    index: int
-    address: int
-    memory: memoryview
-    """All SLOT_BYTES of it."""
+    __slots__ = ("_is_pinned", "address", "index", "memory")
+
+    def __init__(self, index: int, address: int, memory: memoryview) -> None:
+        self.index = index
+        self.address = address
+        self.memory = memory
+        """All SLOT_BYTES of it."""
+        self._is_pinned = False
 
     @property
     def offset(self) -> int:
         """Where the slot starts in the memory file."""
         return self.index * SLOT_BYTES
 
+    def touch(self) -> None:
+        """Let the pages exist. Overwrites them."""
+        ctypes.memset(self.address, 0, SLOT_BYTES)
+
+    def pin(self) -> None:
+        """Lock the pages for copies from GPUs; only the first time takes any (0.8 s per GiB).
+
+        Raises SaveFailed where the driver refuses.
+        """
+        if self._is_pinned:
+            return
+        portable = 1  # to all GPUs of the process
+        cudart: Any = torch.cuda.cudart  # untyped
+        code = int(cudart().cudaHostRegister(self.address, SLOT_BYTES, portable))
+        if code:
+            raise SaveFailed(
+                f"staging memory cannot be pinned for GPUs (CUDA error {code}); "
+                "set staging_bytes to less, or raise the limit on locked memory"
+            )
+        self._is_pinned = True
+
+    def unpin(self) -> None:
+        """Undo `pin`."""
+        if self._is_pinned:
+            self._is_pinned = False
+            cudart: Any = torch.cuda.cudart
+            cudart().cudaHostUnregister(self.address)
+
 
 class Arena:
     """A block of shared memory in slots. Threads take and give back at once."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, num_allowed: int | None = None, *, is_file: bool = False) -> None:
+        """Reserve addresses for `num_slots`; hand out no more than `num_allowed` (default: all) until `allow`.
+
+        `is_file` makes it a memory file, that other processes can map. Raises SaveFailed if the system refuses.
+        """
         if num_slots < 1:
             raise ValueError(f"an arena has at least one slot of {SLOT_BYTES} bytes, not {num_slots}")
         self.num_slots = num_slots
-        self.descriptor = os.memfd_create("checkpoint-arena", os.MFD_CLOEXEC)
-        """The memory file: `num_slots` times SLOT_BYTES."""
+        self.descriptor = -1
+        """The memory file: `num_slots` times SLOT_BYTES; -1 without one."""
         try:
-            os.ftruncate(self.descriptor, num_slots * SLOT_BYTES)
+            if is_file:
+                self.descriptor = os.memfd_create("checkpoint-arena", os.MFD_CLOEXEC)
+                os.ftruncate(self.descriptor, num_slots * SLOT_BYTES)
             self._map = mmap.mmap(self.descriptor, num_slots * SLOT_BYTES)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+        except OSError as error:
+            if self.descriptor >= 0:
+                os.close(self.descriptor)
+            raise SaveFailed(
+                f"{num_slots * SLOT_BYTES} bytes of staging memory cannot be had: {error.strerror}; "
+                "set staging_bytes to less, or raise the process's limits"
+            ) from error
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._num_allowed = num_slots if num_allowed is None else num_allowed
+        self._slots: list[Slot] = []  # those that were ever used
+        self._free: list[Slot] = []
         self._changed = threading.Condition()
-        # Taken from the end: slots whose pages exist are used again before fresh ones.
-        self._free = [self._slot(i) for i in reversed(range(num_slots))]
         self._closed = False
 
     def __enter__(self) -> Arena:
@@ -68,19 +115,35 @@ class Arena:
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody holds."""
-        return len(self._free)
+        """Slots that could be taken."""
+        with self._changed:
+            return len(self._free) + self._num_allowed - len(self._slots)
+
+    @property
+    def touched_bytes(self) -> int:
+        """Memory of the slots that were ever used, which is what the arena costs."""
+        return len(self._slots) * SLOT_BYTES
+
+    def allow(self, num_slots: int) -> None:
+        """Hand out up to `num_slots`, or as many as there are, from now on; never fewer than before."""
+        with self._changed:
+            self._num_allowed = max(self._num_allowed, min(num_slots, self.num_slots))
+            self._changed.notify_all()
 
     def try_take(self) -> Slot | None:
         """Return a free slot; None if there is none."""
         with self._changed:
-            return self._free.pop() if self._free else None
+            return self._take()
 
     def take(self, given_up: Callable[[], bool]) -> Slot | None:
         """Return a slot, as soon as one is free; None once `given_up()`, looked at whenever `wake` is called."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._free) or given_up())
-            return None if given_up() else self._free.pop()
+            while not given_up():
+                slot = self._take()
+                if slot is not None:
+                    return slot
+                self._changed.wait()
+            return None
 
     def give_back(self, slot: Slot) -> None:
         """Let a slot be taken again."""
@@ -98,13 +161,35 @@ class Arena:
         if self._closed:
             return
         self._closed = True
-        with self._changed:
-            self._free.clear()
+        for slot in self._slots:
+            slot.unpin()
+            slot.memory.release()
         self._view.release()
-        os.close(self.descriptor)
-        # What still refers to the map, a slot's memory somewhere, keeps it until it goes.
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        # A view that somebody still has keeps the memory until it goes.
         del self._map
 
-    def _slot(self, index: int) -> Slot:
-        start = index * SLOT_BYTES
-        return Slot(index, self._address + start, self._view[start : start + SLOT_BYTES])
+    def _take(self) -> Slot | None:
+        # The last one given back first: its pages exist, and may still be in the cores' caches.
+        if self._free:
+            return self._free.pop()
+        if len(self._slots) >= self._num_allowed:
+            return None
+        start = len(self._slots) * SLOT_BYTES
+        slot = Slot(len(self._slots), self._address + start, self._view[start : start + SLOT_BYTES])
+        self._slots.append(slot)
+        return slot
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that this process could still get, by the kernel and by its control group."""
+    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(facts["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except OSError:  # no control group of version 2, or the root one: no limit
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))

@@ -5,32 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from checkpoint import catalog
 from checkpoint import objects as plain
 from checkpoint.access import open_reader
+from checkpoint.arena import SLOT_BYTES
 from checkpoint.catalog import CheckpointInfo
-from checkpoint.commit import Attempt, AttemptName
 from checkpoint.config import CheckpointConfig
-from checkpoint.errors import CheckpointError, CorruptCheckpoint, InvalidState, StorageError
-from checkpoint.format import DTYPES, fingerprint
-from checkpoint.handle import SaveHandle, SaveStats
+from checkpoint.copies import moments
+from checkpoint.errors import CheckpointError, CorruptCheckpoint, InvalidState, SaveSkipped, StorageError
+from checkpoint.handle import SaveHandle
+from checkpoint.planning import Planner, UpdateOrder
 from checkpoint.reader import Reader
-from checkpoint.staging import Staged, Staging
-from checkpoint.state import Piece, TensorLike, pieces_of, written_by
-from checkpoint.storage import open_storage
-from checkpoint.writer import write_rank
+from checkpoint.saving import Request, Saver
+from checkpoint.state import TensorLike, pieces_of
+from checkpoint.storage import Storage, open_storage
 
 _GRACE_S = 10.0
 """Time a pending save gets to end when an error leaves the `with` block."""
+
+OnError = Literal["raise", "warn"] | Callable[[BaseException], None]
+"""What becomes of the error of a save."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,20 +55,6 @@ class Loaded:
     """The checkpoint."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """One save, handed to its thread."""
-
-    handle: SaveHandle
-    outcome: Future[tuple[CheckpointInfo, SaveStats]]
-    attempt: Attempt
-    staged: Sequence[Staged]
-    objects: bytes
-    shared: Any
-    replicated: str
-    called_s: float
-
-
 class Checkpointer:
     """Saves a state that is spread over ranks, and loads it into any other spread.
 
@@ -86,11 +72,13 @@ class Checkpointer:
         world_size: int = 1,
         run_id: str = "",
         storage_options: Mapping[str, Any] | None = None,
+        on_error: OnError | None = None,
     ) -> None:
         """Open a root: a path, or any fsspec URL with its `storage_options`.
 
         `run_id` is equal on all ranks and new for every launch; a single rank may leave it out. It keeps
-        apart what this launch writes and what a killed one left behind.
+        apart what this launch writes and what a killed one left behind. `on_error` takes the place of the configured
+        one, and may be a function that is called with each error of a save, by `poll`.
         """
         self._config = config or CheckpointConfig()
         _check_arguments(self._config, rank, world_size, run_id)
@@ -98,12 +86,12 @@ class Checkpointer:
         self._world_size = world_size
         self._run_id = run_id or secrets.token_hex(8)
         self._storage = open_storage(root, storage_options)
-        self._first_write_s: float | None = None
-        self._staging = Staging()
-        self._saves: Counter[int] = Counter()
-        self._failed: set[AttemptName] = set()
-        self._thread: threading.Thread | None = None
-        self._handle: SaveHandle | None = None
+        self._on_error: OnError = on_error if on_error is not None else self._config.on_error
+        self._planner = Planner(rank, world_size)
+        self._saver = Saver(self._config, rank, world_size, self._run_id)
+        self._handles: list[SaveHandle] = []
+        self.num_skipped = 0
+        """Saves that were skipped because too many were under way, in each tier."""
         self._closed = False
 
     def __enter__(self) -> Checkpointer:
@@ -132,18 +120,23 @@ class Checkpointer:
         objects: Mapping[str, Any] | None = None,
         *,
         shared: Any = None,
+        update_order: UpdateOrder = (),
+        urgent: bool = False,
     ) -> SaveHandle:
-        """Start a save of this rank's part of the state; every rank calls it.
+        """Start a save of this rank's part of the state; every rank calls it. Returns in milliseconds.
 
-        Returns when the tensors have been copied to host memory: they may be mutated at once. Writing, voting
-        and committing go on in the background. Waits first for the save before this one, and reports its
-        error as `poll` does.
+        The tensors are copied in the background: call `fence` before they are mutated, or let `fence_on` do it.
+        A save whose tensors are mutated all the same fails with TornSnapshot. Writing, voting and committing go on
+        in the background too. Errors of saves before are reported as `poll` does. With two saves still under way it
+        waits for the older one, or skips this one, as `on_pressure` says.
 
         Args:
             step: optimizer steps done.
             tensors: by name. A torch.Tensor is replicated: all ranks hold the same, one writes it.
             objects: this rank's plain Python values by name.
             shared: a plain Python value; rank 0's is kept in the commit record.
+            update_order: names of the tensors that are updated first, second, …; those not named are updated first.
+            urgent: fail unless committed within the configured `urgent_deadline_s`.
 
         Raises:
             InvalidState: the arguments cannot be saved; the other ranks' saves fail with SaveAborted.
@@ -153,46 +146,64 @@ class Checkpointer:
             raise ValueError("save: this Checkpointer is closed")
         if type(step) is not int or step < 0:
             raise InvalidState(f"step: {step!r}; allowed are integers from 0")
-        self._join()
         self.poll()
-        name = AttemptName.of(step, self._saves[step], self._run_id)
-        self._saves[step] += 1
-        attempt = Attempt(self._storage, name, self._rank, self._world_size, self._config.commit_timeout_s)
+        name = self._saver.name(step)
+        tiers = self._tiers(step)
         try:
-            pieces = pieces_of(tensors)
-            staged = self._staging.copy(written_by(self._rank, self._world_size, pieces))
-            text = plain.encode(dict(objects or {}), "objects")
-            tree = plain.to_json(shared, "shared")
+            draft = self._planner.draft(tensors, update_order)
+            request = Request(
+                step=step,
+                draft=draft,
+                moments=moments(draft.blueprint.devices),
+                objects=plain.encode(dict(objects or {}), "objects"),
+                shared=plain.to_json(shared, "shared"),
+                tiers=tiers,
+                deadline_s=self._config.urgent_deadline_s if urgent else None,
+            )
             plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit
+            handle = self._saver.start(name, request)
         except BaseException as error:
-            self._abandon(attempt, error)
+            self._saver.abandon(name, tiers, error)
             raise
-        outcome: Future[tuple[CheckpointInfo, SaveStats]] = Future()
-        self._handle = SaveHandle(step, time.monotonic() - called_s, outcome)
-        job = _Job(self._handle, outcome, attempt, staged, text, tree, _fingerprint(pieces), called_s)
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}", daemon=True)
-        self._thread.start()
-        return self._handle
+        self._handles.append(handle)
+        handle.call_s = time.monotonic() - called_s
+        return handle
 
-    def fence(self) -> None:
-        """Return when the tensors of pending saves may be mutated; at once, since `save` copies them."""
+    def prepare(self, tensors: Mapping[str, TensorLike], update_order: UpdateOrder = ()) -> None:
+        """Get ready to save such tensors: staging memory is got and locked for GPUs (0.8 s per GiB), the plan is made.
+
+        Without it, the first save does so, and the fence behind it waits. Raises InvalidState.
+        """
+        self._saver.prepare(self._planner.draft(tensors, update_order))
+
+    def fence(self, group: int | None = None) -> None:
+        """Return when the tensors that are updated in turn `group`, or before, may be mutated; None stands for all.
+
+        On GPUs that holds for what is ordered on the current stream from now on, and the host hardly waits.
+        """
+        self._saver.fence(group)
 
     def poll(self) -> None:
-        """Report the error of a save that ended: raise or warn, as configured. Never waits.
+        """Report the errors of saves that ended: raise or warn, as configured. Never waits.
 
-        An error is reported once; not at all if it was seen through its handle.
+        An error is reported once; not at all if it was seen through its handle. Of several, the first is raised.
         """
-        if self._handle is None or not self._handle.done():
-            return
-        handle, self._handle = self._handle, None
-        if handle.error_seen:
-            return
-        error = handle.exception()
-        if error is None:
-            return
-        if self._config.on_error == "raise":
-            raise error
-        _log.warning("the save of step %d failed, training goes on: %s", handle.step, error)
+        ended = [h for h in self._handles if h.done()]
+        self._handles = [h for h in self._handles if not h.done()]
+        found: list[BaseException] = []
+        for handle in ended:
+            for outcome in handle.outcomes:
+                error = None if outcome.error_seen else outcome.exception()
+                if isinstance(error, SaveSkipped):
+                    self.num_skipped += 1
+                elif error is not None:
+                    found.append(error)
+                    _log.warning("the save of step %d failed, training goes on: %s", handle.step, error)
+        if found and callable(self._on_error):
+            for error in found:
+                self._on_error(error)
+        elif found and self._on_error == "raise":
+            raise found[0]
 
     def latest(self, verify: catalog.Verify = "quick") -> CheckpointInfo | None:
         """Return the newest checkpoint that verifies, None if nothing was committed; warn about each that it skips.
@@ -242,14 +253,14 @@ class Checkpointer:
         )
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Wait for the pending save, report its error as `poll` does, release the staging memory. Idempotent.
+        """Wait for the pending saves, report their errors as `poll` does, release the staging memory. Idempotent.
 
-        Raises TimeoutError if the save has not ended after `timeout_s`; it goes on while the process lives.
+        Raises TimeoutError if a save has not ended after `timeout_s`; it goes on while the process lives.
         """
         self._closed = True
-        if not self._join(timeout_s):
+        if not self._saver.wait(timeout_s=timeout_s):
             raise TimeoutError(f"a save is not committed {timeout_s} s after close was called")
-        self._staging.release()
+        self._saver.close()
         self.poll()
 
     def list(self) -> list[CheckpointInfo]:
@@ -267,79 +278,9 @@ class Checkpointer:
         except StorageError as second:
             error.add_note(f"it could not be marked as damaged: {second}")
 
-    def _abandon(self, attempt: Attempt, error: BaseException) -> None:
-        self._failed.add(attempt.name)
-        try:
-            attempt.abandon(error)
-        except Exception as second:  # noqa: BLE001  carried by the first error, which must get through
-            error.add_note(f"the other ranks could not be told and will time out: {second!r}")
-
-    def _join(self, timeout_s: float | None = None) -> bool:
-        """Wait for the thread of the last save; return whether it ended."""
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            return False
-        self._thread = None
-        return True
-
-    def _run(self, job: _Job) -> None:
-        """Be the thread of one save; whatever happens ends in its handle."""
-        try:
-            done = self._write_and_commit(job)
-        except BaseException as error:  # noqa: BLE001  carried to the handle
-            self._abandon(job.attempt, error)
-            job.outcome.set_exception(error)
-            return
-        job.outcome.set_result(done)
-        if self._rank == 0:
-            self._collect(job.attempt.name)
-
-    def _write_and_commit(self, job: _Job) -> tuple[CheckpointInfo, SaveStats]:
-        attempt = job.attempt
-        attempt.begin()
-        begun_s = time.monotonic()
-        written = write_rank(self._storage, attempt.folder, self._rank, job.staged, job.objects)
-        write_s = time.monotonic() - begun_s
-        attempt.vote(written, job.replicated)
-        if self._rank == 0:
-            attempt.commit(self._run_id, job.shared, lambda: catalog.next_sequence(self._storage))
-        else:
-            attempt.await_commit()
-        stats = SaveStats(
-            blocked_s=job.handle.blocked_s,
-            write_s=write_s,
-            durable_s=time.monotonic() - job.called_s,
-            nbytes=sum(s.piece.nbytes for s in job.staged),
-        )
-        return catalog.info_of(Reader(self._storage, attempt.folder)), stats
-
-    def _collect(self, committed: AttemptName) -> None:
-        """Remove what the newest checkpoint supersedes, and attempts that can no longer become one.
-
-        Of this launch these are the attempts that failed here: every rank voted since, so none still writes
-        to them. Of other launches, what was last written before anything of this launch's first checkpoint.
-        """
-        config = self._config
-        try:
-            if self._first_write_s is None:
-                times = catalog.write_times(self._storage, committed.folder)
-                self._first_write_s = min((t for t in times if t is not None), default=0.0)
-            first_write_s = self._first_write_s
-
-            def abandoned(name: AttemptName) -> bool:
-                if name.launch == committed.launch:
-                    return name in self._failed
-                return catalog.is_idle_since(self._storage, name, first_write_s)
-
-            folders = catalog.removable(
-                self._storage, keep_last=config.keep_last, keep_every=config.keep_every, abandoned=abandoned
-            )
-            for folder in folders:
-                catalog.remove(self._storage, folder)
-        except CheckpointError as error:
-            _log.warning("superseded checkpoints stay, the next save tries again: %s", error)
+    def _tiers(self, step: int) -> Sequence[tuple[str, Storage]]:
+        """Return where the save of a step goes at once."""
+        return [("local", self._storage)]
 
 
 def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:
@@ -349,18 +290,18 @@ def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_i
         problems.append(f"rank: {rank} is not a rank of a world of {world_size}")
     if world_size > 1 and not run_id:
         problems.append("run_id: needed with several ranks: a text equal on all and new for every launch")
-    for name, least in (("every", 0), ("keep_last", 1), ("keep_every", 0), ("load_buffer_bytes", 0)):
+    least_of = {"every": 0, "keep_last": 1, "keep_every": 0, "load_buffer_bytes": 0, "writer_threads": 1}
+    for name, least in least_of.items():
         if getattr(config, name) < least:
             problems.append(f"config.{name}: {getattr(config, name)}; allowed are integers from {least}")
-    if config.commit_timeout_s <= 0:
-        problems.append(f"config.commit_timeout_s: {config.commit_timeout_s}; allowed are seconds above 0")
+    times = {name: getattr(config, name) for name in ("commit_timeout_s", "urgent_deadline_s")}
+    problems += [f"config.{name}: {s}; allowed are seconds above 0" for name, s in times.items() if s <= 0]
+    if config.staging_bytes != "auto" and config.staging_bytes < SLOT_BYTES:
+        problems.append(f"config.staging_bytes: {config.staging_bytes}; allowed are 'auto' and bytes from {SLOT_BYTES}")
+    for name, choices in (("on_pressure", ("block", "skip")), ("writer", ("thread", "process"))):
+        if getattr(config, name) not in choices:
+            problems.append(f"config.{name}: {getattr(config, name)!r}; allowed are {' and '.join(map(repr, choices))}")
     if config.on_error not in ("raise", "warn"):
         problems.append(f"config.on_error: {config.on_error!r}; allowed are 'raise' and 'warn'")
     if problems:
         raise ValueError("; ".join(sorted(problems)))
-
-
-def _fingerprint(pieces: Sequence[Piece]) -> str:
-    """Return what all ranks must agree on: the replicated tensors' names, types and shapes."""
-    lines = sorted((p.name, DTYPES[p.tensor.dtype], *p.global_shape) for p in pieces if p.kind == "replicated")
-    return fingerprint(plain.canonical(lines))

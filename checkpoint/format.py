@@ -76,8 +76,11 @@ class Entry:
         return math.prod(self.shape) * CODES[self.dtype].itemsize
 
 
-def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
-    """Return the length prefix and the padded header of a shard with these tensors, in this order."""
+def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str], lead_bytes: int = 0) -> bytes:
+    """Return the length prefix and the padded header of a shard with these tensors, in this order.
+
+    The first `lead_bytes` of the tensors end on a multiple of ALIGN_BYTES; 0 lets the first tensor start on one.
+    """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for entry in entries:
@@ -87,7 +90,7 @@ def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> byte
     if len(table) != len(entries) + 1:
         raise AssertionError("keys of a shard repeat")
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = -(-(8 + len(text)) // ALIGN_BYTES) * ALIGN_BYTES - 8
+    padded = -(-(8 + len(text) + lead_bytes) // ALIGN_BYTES) * ALIGN_BYTES - lead_bytes - 8
     if padded > MAX_HEADER_BYTES:
         raise SaveFailed(
             f"{len(entries)} tensors need a shard header of {padded} bytes; the safetensors format allows "

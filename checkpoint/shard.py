@@ -3,8 +3,8 @@
 One order rules all: the order in which tensors are updated is the order in which they are copied, so that a
 fence for the first of them returns first, and the order in which they lie in the file, so that parcels can be
 written as they come. Within a group tensors go by falling element size, and every group but the last ends on a
-multiple of the largest one: so each tensor is aligned to its own. The few whose sizes stand against that go last
-in the file.
+multiple of the largest one: so each tensor is aligned to its own. The few whose sizes stand against that come before
+all others, by rising element size; the header is padded so that they end on a page.
 """
 
 from __future__ import annotations
@@ -81,19 +81,15 @@ class ShardPlan:
     num_groups: int
     path: str
     """Name of the file in the attempt's folder."""
-    slices: tuple[SavedSlice, ...]
-    """A row for each part in file order, its digests still missing."""
-
-    def by_group(self) -> list[Parcel]:
-        """Return the parcels by group, within a group in file order."""
-        return sorted(self.parcels, key=lambda p: p.group)
+    slices: tuple[tuple[SavedSlice, ...], ...]
+    """For each part, in file order, the rows of all names of its memory; their digests are still missing."""
 
     def rows(self, digests: Sequence[int]) -> list[SavedSlice]:
         """Return the slice table's rows, given the digests of all cuts in file order."""
         rows, position = [], 0
-        for row in self.slices:
-            end = position + chunk_count(row.nbytes)
-            rows.append(replace(row, digests=tuple(digests[position:end])))
+        for names in self.slices:
+            end = position + chunk_count(names[0].nbytes)
+            rows += [replace(row, digests=tuple(digests[position:end])) for row in names]
             position = end
         return rows
 
@@ -111,19 +107,19 @@ def whole_parts(pieces: Sequence[Piece]) -> list[Part]:
 def plan_shard(pieces: Sequence[Piece], parts: Iterable[Part], groups: Sequence[int], rank: int) -> ShardPlan:
     """Lay out a shard of these parts; `groups[i]` says in which turn piece i is updated, from 0."""
     drafts = [_draft(pieces[part.source], part, groups[part.source]) for part in parts]
-    ordered = _in_file_order(drafts)
+    first, aligned = _in_file_order(drafts)
+    ordered = [*first, *aligned]
     path = f"{rank_name(rank)}.safetensors"
     names = [pieces[d.part.source].name for d in ordered]
     keys = _keys(names, [_is_whole(pieces[d.part.source], d.region) for d in ordered], rank)
     entries = [Entry(key, d.dtype, d.shape) for key, d in zip(keys, ordered, strict=True)]
-    header = encode_header(entries, {"format": "pt"})
+    header = encode_header(entries, {"format": "pt"}, sum(d.nbytes for d in first))
     slices, position = [], len(header)
     for draft in ordered:
         piece = pieces[draft.part.source]
         owner = rank if piece.kind == "local" else SHARED
-        slices.append(
-            SavedSlice(piece.name, owner, draft.dtype, piece.global_shape, draft.region, path, position, digests=())
-        )
+        row = SavedSlice(piece.name, owner, draft.dtype, piece.global_shape, draft.region, path, position, digests=())
+        slices.append((row, *(replace(row, name=alias) for alias in piece.aliases)))
         position += draft.nbytes
     parcels = _parcels(ordered, len(header))
     return ShardPlan(header, position, tuple(parcels), max(groups, default=0) + 1, path, tuple(slices))
@@ -153,17 +149,21 @@ def _draft(piece: Piece, part: Part, group: int) -> _Draft:
     return _Draft(part, group, DTYPES[piece.tensor.dtype], itemsize, stop - start, region)
 
 
-def _in_file_order(drafts: Sequence[_Draft]) -> list[_Draft]:
+def _in_file_order(drafts: Sequence[_Draft]) -> tuple[list[_Draft], list[_Draft]]:
+    """Return the parts that come first, and the others."""
     unit = max((d.itemsize for d in drafts), default=1)
     by_group: dict[int, list[_Draft]] = {}
     for draft in drafts:
         by_group.setdefault(draft.group, []).append(draft)
-    ordered, last = [], []
+    first: list[_Draft] = []
+    aligned: list[_Draft] = []
     for group in sorted(by_group):
-        fit, rest = _fitting(by_group[group], unit)
-        ordered += sorted(fit, key=lambda d: -d.itemsize)
-        last += rest
-    return ordered + sorted(last, key=lambda d: -d.itemsize)
+        fit, rest = by_group[group], list[_Draft]()
+        if group < max(by_group):
+            fit, rest = _fitting(fit, unit)
+        aligned += sorted(fit, key=lambda d: -d.itemsize)
+        first += rest
+    return sorted(first, key=lambda d: d.itemsize), aligned
 
 
 def _fitting(drafts: Sequence[_Draft], unit: int) -> tuple[list[_Draft], list[_Draft]]:

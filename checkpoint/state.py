@@ -337,6 +337,8 @@ def _tensor(value: object) -> torch.Tensor:
         raise InvalidState(f"has dtype {value.dtype}; allowed are {allowed}")
     if value.device.type == "meta":
         raise InvalidState("is on the meta device and holds no values")
+    if value.is_conj() or value.is_neg():
+        raise InvalidState("is a lazy conjugate or negative; pass tensor.resolve_conj().resolve_neg()")
     return value.detach()
 
 

@@ -48,8 +48,11 @@ class Trace:
         try:
             yield
         finally:
-            end_s = time.monotonic()
-            self.add(Span(name, begin_s, end_s, threading.current_thread().name, os.getpid(), nbytes))
+            self.add_since(name, begin_s, nbytes)
+
+    def add_since(self, name: str, begin_s: float, nbytes: int = 0) -> None:
+        """Record that this thread did something from `begin_s` until now."""
+        self.add(Span(name, begin_s, time.monotonic(), threading.current_thread().name, os.getpid(), nbytes))
 
     def seconds(self, name: str) -> float:
         """Return the summed length of all spans of a name; threads that overlap count each."""

@@ -88,14 +88,14 @@ def test_a_shard_is_a_plain_safetensors_file(tmp_path: Path):
     assert same(load_file(Path(info.path, "r00000.safetensors")), saved)
 
 
-def test_tensors_may_be_mutated_as_soon_as_save_returns(tmp_path: Path):
+def test_tensors_may_be_mutated_as_soon_as_the_fence_returns(tmp_path: Path):
     tensor = torch.arange(CHUNK_BYTES // 8 + 5)
     expected = tensor.clone()
     found = torch.zeros_like(tensor)
     with Checkpointer(tmp_path) as ck:
         handle = ck.save(1, {"t": tensor})
-        assert handle.staged()
         ck.fence()
+        assert handle.staged()
         tensor.fill_(-1)
         ck.load(handle.result(20), {"t": found})
     assert torch.equal(found, expected)
@@ -190,9 +190,11 @@ def test_stats_add_up(tmp_path: Path):
     with Checkpointer(tmp_path) as ck:
         handle = ck.save(1, {"t": torch.ones(1000)})
         stats = handle.stats(20)
-    assert stats.nbytes == 4000
-    assert stats.blocked_s == handle.blocked_s
-    assert 0 < stats.blocked_s + stats.write_s <= stats.durable_s
+    assert stats.nbytes == stats.written_bytes == 4000
+    assert stats.blocked_s == handle.blocked_s == stats.call_s
+    assert 0 < stats.staged_s <= stats.written_s <= stats.durable_s
+    assert stats.call_s <= stats.durable_s
+    assert stats.written_gib_per_s > 0
 
 
 # What cannot be saved or loaded
@@ -214,7 +216,7 @@ def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
         ck.save(1, wrong)  # type: ignore[arg-type]
     message = str(caught.value)
     for part in (
-        "'number': is a int; allowed are torch.Tensor, FlatSlice, BoxSlice and RankLocal",
+        "'number': is a int; allowed are torch.Tensor, DTensor, FlatSlice, BoxSlice, LayoutSlice, Replica and",
         "'sparse': has layout torch.sparse_coo; only dense tensors are saved",
         "'meta': is on the meta device and holds no values",
         "'quad': has dtype torch.complex128; allowed are bfloat16, bool,",
@@ -319,10 +321,9 @@ def broken_root(tmp_path: Path) -> Path:
 
 def test_a_failed_save_raises_once_at_the_next_call(tmp_path: Path):
     ck = Checkpointer(broken_root(tmp_path))
-    handle = ck.save(1, {"t": torch.ones(1)})
+    wait_until(ck.save(1, {"t": torch.ones(1)}).done)
     with pytest.raises(StorageError, match="cannot create: Not a directory"):
         ck.save(2, {"t": torch.ones(1)})
-    assert handle.done()
     ck.poll()
     ck.close()
 

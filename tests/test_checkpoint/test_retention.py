@@ -137,7 +137,8 @@ def test_nothing_goes_before_its_successor_is_committed(tmp_path: Path, two: lis
 def test_the_next_attempt_of_a_faster_rank_is_not_collected(tmp_path: Path, two: list[Checkpointer]):
     second = two[1].save(2, {"w": torch.ones(1)})
     wait_until(lambda: bool(list(tmp_path.glob("step-00000002.*/parts/r00001.arrow"))))
-    two[0]._collect(AttemptName.of(1, 0, "run"))  # what rank 0's thread may still be doing for step 1
+    # What rank 0's thread may still be doing for step 1.
+    two[0]._saver._collect("local", AttemptName.of(1, 0, "run"), two[0]._storage)
     two[0].save(2, {"w": torch.ones(1)})
     assert second.result(20).step == 2
 

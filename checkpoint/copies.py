@@ -1,0 +1,151 @@
+"""The bytes of a parcel into its slot, from host memory or a GPU, without keeping the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from checkpoint.arena import Slot
+from checkpoint.errors import TornSnapshot
+from checkpoint.planning import Draft
+from checkpoint.region import Region, Shape
+from checkpoint.shard import Cut, Parcel
+
+_BRIEF_BYTES = 64 << 10
+"""Copies up to this keep the interpreter's lock: they are over (10 us) sooner than a lock given up is had again."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_copy_releasing = ctypes.CDLL(None).memmove
+_copy_holding = ctypes.PyDLL(None).memmove
+for _copy in (_copy_releasing, _copy_holding):
+    _copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    _copy.restype = None
+
+Events = dict[torch.device, Any]
+"""For each device, the event after which copies from it are over."""
+Boxes = Iterator[tuple[tuple[slice, ...], Shape]]
+"""Where boxes of a tensor lie, and their shapes."""
+
+
+def moments(devices: Sequence[torch.device]) -> list[Any]:
+    """Return, for each device, an event after all that is ordered on its current stream."""
+    return [torch.cuda.current_stream(device).record_event() for device in devices]
+
+
+class Streams:
+    """For each GPU, the one stream on which copies are ordered."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, Any] = {}
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[Any]:
+        """Let what the block orders for the device go to the stream; yields it."""
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield stream
+
+    def mark(self, device: torch.device) -> Any:
+        """Return an event after all that was ordered on the device's stream; waiting for it leaves the core free."""
+        with self.on(device) as stream:
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(stream)
+        return event
+
+
+class Copies:
+    """Copies of one state's pieces."""
+
+    def __init__(self, draft: Draft, streams: Streams) -> None:
+        blueprint = draft.blueprint
+        self._draft = draft
+        self._streams = streams
+        self._bases = [draft.tensors[base] for base in blueprint.bases]
+        self._addresses = [base.data_ptr() for base in self._bases]
+        self._is_plain = [
+            base.device.type == "cpu" and piece.tensor.is_contiguous()
+            for base, piece in zip(self._bases, blueprint.pieces, strict=True)
+        ]
+
+    def fill(self, parcel: Parcel, slot: Slot) -> Events:
+        """Order the copies of a parcel; they are over when the events are, at once without any."""
+        devices: dict[torch.device, None] = {}
+        for is_plain, cuts in itertools.groupby(parcel.cuts, lambda cut: self._is_plain[cut.source]):
+            if is_plain:
+                self._copy_plain(parcel, cuts, slot)
+                continue
+            for device, alike in itertools.groupby(cuts, lambda cut: self._bases[cut.source].device):
+                if device.type == "cpu":
+                    self._copy_strided(parcel, alike, slot)
+                else:
+                    self._copy_from(device, parcel, list(alike), slot)
+                    devices[device] = None
+        return {device: self._streams.mark(device) for device in devices}
+
+    def _copy_plain(self, parcel: Parcel, cuts: Iterable[Cut], slot: Slot) -> None:
+        target = slot.address + parcel.page_offset
+        for cut in cuts:
+            address = self._address(cut.source) + self._draft.blueprint.offsets[cut.source]
+            copy = _copy_holding if cut.nbytes <= _BRIEF_BYTES else _copy_releasing
+            copy(target + cut.start, address + cut.source_start, cut.nbytes)
+
+    def _copy_strided(self, parcel: Parcel, cuts: Iterable[Cut], slot: Slot) -> None:
+        for cut in cuts:
+            start = parcel.page_offset + cut.start
+            source, boxes = self._view(cut)
+            integers = source.view(_INTEGERS[source.element_size()]).numpy()
+            found = numpy.frombuffer(slot.memory[start : start + cut.nbytes], integers.dtype)
+            position = 0
+            for place, shape in boxes:
+                size = math.prod(shape)
+                numpy.copyto(found[position : position + size].reshape(shape), integers[place])
+                position += size
+
+    def _copy_from(self, device: torch.device, parcel: Parcel, cuts: Sequence[Cut], slot: Slot) -> None:
+        """Copy consecutive cuts from a GPU: many small ones are put together there first."""
+        slot.pin()
+        start = parcel.page_offset + cuts[0].start
+        target = torch.frombuffer(slot.memory, dtype=torch.uint8, offset=start, count=sum(c.nbytes for c in cuts))
+        with self._streams.on(device):
+            runs = [run for cut in cuts for run in self._runs(cut)]
+            together = runs[0] if len(runs) == 1 else torch.cat(runs)
+            target.copy_(together, non_blocking=True)
+
+    def _runs(self, cut: Cut) -> Iterator[Tensor]:
+        source, boxes = self._view(cut)
+        for place, _ in boxes:
+            yield source[place].reshape(-1).view(torch.uint8)
+
+    def _view(self, cut: Cut) -> tuple[Tensor, Boxes]:
+        """Return a piece's tensor, and where in it the boxes of a cut's elements lie."""
+        self._address(cut.source)
+        source = self._draft.piece(cut.source).tensor
+        size = source.element_size()
+        if source.is_contiguous():
+            source = source.view(-1)
+        start = cut.source_start // size
+        boxes = Region.whole(tuple(source.shape)).part(start, start + cut.nbytes // size).boxes()
+        return source, (
+            (tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True)), shape)
+            for offset, shape in boxes
+        )
+
+    def _address(self, source: int) -> int:
+        """Return where an entry's memory starts. Raises TornSnapshot if it is not what it was."""
+        address = self._bases[source].data_ptr()
+        if address != self._addresses[source]:
+            name = self._draft.blueprint.pieces[source].name
+            raise TornSnapshot(
+                f"{name!r} lost its memory before its copy was over; call fence() before tensors are resized or freed",
+                (name,),
+            )
+        return address

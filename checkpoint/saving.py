@@ -1,0 +1,373 @@
+"""Saves on their way: copied, written and committed in the background, one after the other."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint import catalog
+from checkpoint.arena import SLOT_BYTES, Arena, free_memory_bytes
+from checkpoint.commit import Attempt, AttemptName
+from checkpoint.config import CheckpointConfig
+from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped
+from checkpoint.format import fingerprint
+from checkpoint.handle import SaveHandle, SaveStats
+from checkpoint.manifest import FileRecord, SavedSlice
+from checkpoint.planning import Draft
+from checkpoint.reader import Reader
+from checkpoint.shard import Part, ShardPlan, Written, plan_shard, rank_name
+from checkpoint.staging import Copier, Snapshot
+from checkpoint.state import Piece
+from checkpoint.storage import Storage
+from checkpoint.trace import Trace
+from checkpoint.writer import Drain, Flow, Target, ThreadDrain
+
+Narrow = Callable[[Sequence[Piece]], tuple[Sequence[Part], Sequence[SavedSlice]]]
+"""Returns which parts of the pieces must be written, and the rows of those that the checkpoint before has."""
+
+_MAX_UNDER_WAY = 2
+"""Saves: one being written while the next is copied."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What is to be saved, and where."""
+
+    step: int
+    draft: Draft
+    moments: Sequence[Any]
+    """Events of the state's devices, after all that the state is the result of."""
+    objects: bytes
+    shared: Any
+    """As JSON."""
+    tiers: Sequence[tuple[str, Storage]]
+    deadline_s: float | None = None
+    """Seconds within which an urgent save must be committed."""
+    narrow: Narrow | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Save:
+    """One save under way."""
+
+    request: Request
+    handle: SaveHandle
+    snapshot: Snapshot
+    trace: Trace
+    called_s: float
+    attempts: dict[str, Attempt]
+    after: dict[str, threading.Event]
+    """For each tier, set when the save before this one has ended there."""
+    ended: dict[str, threading.Event]
+    plan: Future[tuple[ShardPlan, Sequence[SavedSlice]]] = field(default_factory=Future)
+
+
+class Saver:
+    """Carries out the saves of one rank. One thread at a time starts them."""
+
+    def __init__(self, config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._run_id = run_id
+        self._ordinals: Counter[int] = Counter()
+        self._failed: set[tuple[str, AttemptName]] = set()
+        self._first_write_s: dict[str, float] = {}
+        self._arena: Arena | None = None
+        self._copier: Copier | None = None
+        self._drain: Drain | None = None
+        self._under_way: list[tuple[_Save, threading.Thread]] = []
+
+    def name(self, step: int) -> AttemptName:
+        """Return the name of the next attempt at a step; every rank gets the same."""
+        name = AttemptName.of(step, self._ordinals[step], self._run_id)
+        self._ordinals[step] += 1
+        return name
+
+    def abandon(self, name: AttemptName, tiers: Sequence[tuple[str, Storage]], error: BaseException) -> None:
+        """Tell the other ranks that this one cannot take part in an attempt."""
+        for tier, storage in tiers:
+            self._abandon(tier, self._attempt(name, storage, None), error)
+
+    def start(self, name: AttemptName, request: Request) -> SaveHandle:
+        """Start a save; waits for older ones while there are too many of them, or skips this one, as configured."""
+        called_s = time.monotonic()
+        if not self.wait(_MAX_UNDER_WAY - 1, 0 if self._config.on_pressure == "skip" else None):
+            return self._skip(name, request)
+        arena, copier = self._arena_for(request.draft)
+        trace = Trace()
+        snapshot = Snapshot(request.draft, request.moments, arena, trace)
+        tiers = [tier for tier, _ in request.tiers]
+        handle = SaveHandle(request.step, tiers, snapshot, trace)
+        attempts = {t: self._attempt(name, storage, request.deadline_s) for t, storage in request.tiers}
+        after = {t: e for save, _ in self._under_way for t, e in save.ended.items()}
+        ended = {tier: threading.Event() for tier in tiers}
+        save = _Save(request, handle, snapshot, trace, called_s, attempts, after, ended)
+        copier.submit(snapshot, request.draft, functools.partial(self._plan, save))
+        self._run(save, self._conduct)
+        return handle
+
+    def prepare(self, draft: Draft) -> None:
+        """Get the memory that saves of such a state need, and lock it for its GPUs."""
+        arena, _ = self._arena_for(draft)
+        slots = []
+        while (slot := arena.try_take()) is not None:
+            slots.append(slot)
+            if draft.blueprint.devices:
+                slot.pin()
+            else:
+                slot.touch()
+        for slot in slots:
+            arena.give_back(slot)
+
+    def fence(self, group: int | None) -> None:
+        """Return when the tensors that are updated in turn `group` or before may be mutated."""
+        if self._copier is not None:
+            self._copier.fence(group, self._config.commit_timeout_s)
+
+    def wait(self, at_most: int = 0, timeout_s: float | None = None) -> bool:
+        """Wait until no more than `at_most` saves are under way; return whether that came in time."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            self._under_way = [(save, thread) for save, thread in self._under_way if thread.is_alive()]
+            if len(self._under_way) <= at_most:
+                return True
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                return False
+            self._under_way[0][1].join(left_s)
+
+    def close(self) -> None:
+        """Release threads and memory; no save may be under way. Idempotent."""
+        if self._copier is not None:
+            self._copier.close()
+        if self._drain is not None:
+            self._drain.close()
+        if self._arena is not None:
+            self._arena.close()
+        self._arena = self._copier = self._drain = None
+
+    def _arena_for(self, draft: Draft) -> tuple[Arena, Copier]:
+        """Return the arena, with room for a state, and its copier."""
+        needed = max(1, len(draft.blueprint.shard.parcels))
+        if self._arena is None or self._copier is None:
+            nbytes = self._config.staging_bytes
+            is_file = self._config.writer == "process"
+            if nbytes == "auto":
+                self._arena = Arena(max(2, free_memory_bytes() // 4 // SLOT_BYTES), 2, is_file=is_file)
+            else:
+                self._arena = Arena(nbytes // SLOT_BYTES, is_file=is_file)
+            self._copier = Copier(self._arena)
+            self._drain = self._new_drain()
+        self._arena.allow(needed)
+        return self._arena, self._copier
+
+    def _new_drain(self) -> Drain:
+        if self._config.writer == "process":
+            from checkpoint.process import ProcessDrain
+
+            return ProcessDrain(self._config.writer_threads)
+        return ThreadDrain(self._config.writer_threads)
+
+    def _attempt(self, name: AttemptName, storage: Storage, deadline_s: float | None) -> Attempt:
+        timeout_s = min(self._config.commit_timeout_s, deadline_s or self._config.commit_timeout_s)
+        return Attempt(storage, name, self._rank, self._world_size, timeout_s)
+
+    def _run(self, save: _Save, work: Callable[[_Save], None]) -> None:
+        thread = threading.Thread(target=work, args=(save,), name=f"checkpoint-step-{save.request.step}", daemon=True)
+        self._under_way.append((save, thread))
+        thread.start()
+
+    # What follows runs in the background
+
+    def _plan(self, save: _Save) -> ShardPlan:
+        """Return what the copier has to copy, for the writers to know as well."""
+        draft, narrow = save.request.draft, save.request.narrow
+        blueprint = draft.blueprint
+        try:
+            plan, known = blueprint.shard, list[SavedSlice]()
+            if narrow is not None:
+                parts, rows = narrow([draft.piece(i) for i in range(len(blueprint.pieces))])
+                plan, known = plan_shard(blueprint.pieces, parts, blueprint.groups, self._rank), list(rows)
+        except BaseException as error:
+            save.plan.set_exception(error)
+            raise
+        save.plan.set_result((plan, known))
+        return plan
+
+    def _conduct(self, save: _Save) -> None:
+        """Be the thread of one save; whatever happens ends in its handle."""
+        timer = self._watch(save)
+        try:
+            flow = self._open(save)
+            threads = [
+                threading.Thread(target=self._finish, args=(save, tier, flow), name=f"checkpoint-{tier}", daemon=True)
+                for tier in save.attempts
+                if flow is not None and not save.handle.at(tier).done()
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # noqa: BLE001  carried to the handle
+            self._fail_all(save, error)
+        finally:
+            if timer is not None:
+                timer.cancel()
+            for event in save.ended.values():
+                event.set()
+
+    def _watch(self, save: _Save) -> threading.Timer | None:
+        """Let an urgent save fail when its time is over, wherever it then hangs."""
+        deadline_s = save.request.deadline_s
+        if deadline_s is None:
+            return None
+        error = SaveFailed(
+            f"step {save.request.step}: the urgent save was not committed within its {deadline_s:g} s; "
+            "raise urgent_deadline_s, or give it a faster tier"
+        )
+        timer = threading.Timer(deadline_s, self._fail_all, args=(save, error))
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _fail_all(self, save: _Save, error: BaseException) -> None:
+        """End a save wherever it has not ended."""
+        save.snapshot.fail(error)
+        save.handle.fail(error)
+
+    def _open(self, save: _Save) -> Flow | None:
+        """Begin the attempts and let the copies flow to the tiers where that went well; None if nowhere."""
+        for tier, attempt in save.attempts.items():
+            try:
+                attempt.begin()
+            except BaseException as error:  # noqa: BLE001  carried to the handle
+                self._end_badly(save, tier, error)
+        targets = [
+            Target(tier, storage, f"{save.attempts[tier].folder}/{rank_name(self._rank)}.safetensors")
+            for tier, storage in save.request.tiers
+            if not save.handle.at(tier).done()
+        ]
+        if not targets:
+            return None
+        try:
+            plan, _ = save.plan.result()
+            assert self._drain is not None
+            assert self._arena is not None
+            flow = self._drain.begin(plan, self._arena, targets, save.trace)
+        except BaseException as error:  # noqa: BLE001  carried to the handle
+            for target in targets:
+                self._end_badly(save, target.tier, error)
+            return None
+        save.handle.follow(flow, sum(parcel.nbytes for parcel in plan.parcels))
+        save.snapshot.attach(flow)
+        return flow
+
+    def _finish(self, save: _Save, tier: str, flow: Flow) -> None:
+        """See a save through in one tier."""
+        try:
+            info, stats = self._write_and_commit(save, tier, flow)
+        except BaseException as error:  # noqa: BLE001  carried to the handle
+            self._end_badly(save, tier, error)
+        else:
+            save.handle.commit(tier, info, stats)
+            if self._rank == 0:
+                self._collect(tier, save.attempts[tier].name, dict(save.request.tiers)[tier])
+        finally:
+            save.ended[tier].set()
+
+    def _write_and_commit(self, save: _Save, tier: str, flow: Flow) -> tuple[catalog.CheckpointInfo, SaveStats]:
+        attempt, request, snapshot = save.attempts[tier], save.request, save.snapshot
+        storage = dict(request.tiers)[tier]
+        digests = flow.wait(tier)
+        snapshot.wait()
+        if snapshot.error is not None:
+            raise snapshot.error
+        plan, known = save.plan.result()
+        shard = FileRecord(plan.path, plan.nbytes, len(plan.header), fingerprint(plan.header))
+        path = f"{rank_name(self._rank)}.objects.json"
+        storage.write(f"{attempt.folder}/{path}", request.objects)
+        written_s = time.monotonic() - save.called_s
+        size = len(request.objects)
+        files = (shard, FileRecord(path, size, size, fingerprint(request.objects)))
+        if tier in save.after:  # so that the newest commit is the newest state
+            save.after[tier].wait()
+        if save.handle.at(tier).done():  # by its deadline
+            raise SaveFailed(f"{attempt.folder}: not committed in time")
+        with save.trace.span("commit"):
+            attempt.vote(Written((*plan.rows(digests), *known), files), request.draft.blueprint.replicated)
+            if self._rank == 0:
+                attempt.commit(self._run_id, request.shared, lambda: catalog.next_sequence(storage))
+            else:
+                attempt.await_commit()
+        stats = SaveStats(
+            call_s=save.handle.call_s,
+            fence_s=snapshot.fence_s,
+            staged_s=snapshot.staged_s,
+            written_s=written_s,
+            durable_s=time.monotonic() - save.called_s,
+            pressure_s=snapshot.pressure_s,
+            nbytes=sum(piece.nbytes for piece in request.draft.blueprint.pieces),
+            written_bytes=sum(parcel.nbytes for parcel in plan.parcels),
+        )
+        return catalog.info_of(Reader(storage, attempt.folder)), stats
+
+    def _end_badly(self, save: _Save, tier: str, error: BaseException) -> None:
+        """End a save in one tier; where that was the last one, nothing more is copied."""
+        self._abandon(tier, save.attempts[tier], error)
+        save.handle.fail(error, tier)
+        if all(save.handle.at(t).done() for t in save.attempts):
+            save.snapshot.fail(error)
+
+    def _abandon(self, tier: str, attempt: Attempt, error: BaseException) -> None:
+        self._failed.add((tier, attempt.name))
+        try:
+            attempt.abandon(error)
+        except Exception as second:  # noqa: BLE001  carried by the first error, which must get through
+            error.add_note(f"the other ranks could not be told and will time out: {second!r}")
+
+    def _skip(self, name: AttemptName, request: Request) -> SaveHandle:
+        """Return a save that is skipped here, and so by every rank."""
+        handle = SaveHandle(request.step, [tier for tier, _ in request.tiers], None, Trace())
+        error = SaveSkipped(
+            f"step {request.step} is not saved: rank {self._rank} still writes {len(self._under_way)} saves before it"
+        )
+        handle.fail(error)
+        thread = threading.Thread(target=self.abandon, args=(name, request.tiers, error), daemon=True)
+        thread.start()
+        return handle
+
+    def _collect(self, tier: str, committed: AttemptName, storage: Storage) -> None:
+        """Remove what the newest checkpoint supersedes, and attempts that can no longer become one.
+
+        Of this launch these are the attempts that failed here: every rank voted since, so none still writes
+        to them. Of other launches, what was last written before anything of this launch's first checkpoint.
+        """
+        config = self._config
+        try:
+            if tier not in self._first_write_s:
+                times = catalog.write_times(storage, committed.folder)
+                self._first_write_s[tier] = min((t for t in times if t is not None), default=0.0)
+            first_write_s = self._first_write_s[tier]
+
+            def abandoned(name: AttemptName) -> bool:
+                if name.launch == committed.launch:
+                    return (tier, name) in self._failed
+                return catalog.is_idle_since(storage, name, first_write_s)
+
+            folders = catalog.removable(
+                storage, keep_last=config.keep_last, keep_every=config.keep_every, abandoned=abandoned
+            )
+            for folder in folders:
+                catalog.remove(storage, folder)
+        except CheckpointError as error:
+            _log.warning("superseded checkpoints stay, the next save tries again: %s", error)
