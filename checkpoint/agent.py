@@ -34,6 +34,7 @@ import hmac
 import json
 import mmap
 import os
+import resource
 import secrets
 import selectors
 import socket
@@ -58,7 +59,7 @@ _PROVE_S = 5.0
 """Time a client has to prove itself."""
 _STALL_S = 30.0
 """Time after which a connection that stands still amid a frame is given up."""
-_MAX_CLIENTS = 1024
+_MAX_CLIENTS = 4096
 _MAX_STRANGERS = 64
 """Connections at once that have proved themselves, and that have not; more are refused."""
 _DRAIN_BYTES = 64 << 10
@@ -89,9 +90,12 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def receive_into(sock: socket.socket, view: memoryview) -> None:
-    """Fill a buffer. Raises ConnectionError if the other side ends before it is full."""
+def receive_into(sock: socket.socket, view: memoryview, within_s: float | None = None) -> None:
+    """Fill a buffer. Raises ConnectionError if the other side ends before it is full, TimeoutError if time does."""
+    end_s = None if within_s is None else time.monotonic() + within_s
     while view.nbytes:
+        if end_s is not None:
+            sock.settimeout(max(end_s - time.monotonic(), 0.001))
         count = sock.recv_into(view)
         if not count:
             raise ConnectionError("the connection ended amid a message")
@@ -138,7 +142,7 @@ def greet(sock: socket.socket, token: bytes) -> None:
     nonce = secrets.token_bytes(_NONCE_BYTES)
     sock.sendall(_MAGIC + nonce)
     answer = bytearray(_NONCE_BYTES + _PROOF_BYTES)
-    receive_into(sock, memoryview(answer))
+    receive_into(sock, memoryview(answer), _PROVE_S)
     theirs, proof = bytes(answer[:_NONCE_BYTES]), bytes(answer[_NONCE_BYTES:])
     if not hmac.compare_digest(proof, _proof(token, b"client", nonce, theirs)):
         raise Refused("the client does not have the token")
@@ -504,7 +508,11 @@ class Server:
         if full:
             sock.close()
             return
-        threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        except RuntimeError:  # the host has no more threads: the others are served on
+            sock.close()
+            self._count(strangers=-1, clients=0)
 
     def _serve(self, sock: socket.socket) -> None:
         """Be the thread of one connection; a client that errs loses it, and nothing else happens."""
@@ -551,6 +559,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--detach", action="store_true", help="serve in the background, in a session of its own")
     chosen = parser.parse_args(arguments)
     token = read_token(chosen.token)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection each; shells often start with 1024
     family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
     with socket.create_server((chosen.host, chosen.port), family=family, backlog=256) as listener:
         server = Server(listener, token, chosen.limit_bytes, chosen.idle_s)

@@ -79,7 +79,7 @@ def start(
         StorageError: it cannot be started.
     """
     place = Path(folder).absolute()
-    with named(place, "start an agent"):
+    with named(place, "start an agent", (OSError, subprocess.SubprocessError)):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(place / _LOCK):
             secret = _keep_token(place / _TOKEN, token)

@@ -32,6 +32,8 @@ from checkpoint.storage import BlockSink, Entry, Sink, Source, check_written, na
 SCHEME = "agents://"
 _PUT_BYTES = 8 << 20
 """Largest piece in which a file of unknown size is handed over."""
+_POLL_S = 0.02
+"""Pause between two looks, for each agent."""
 
 
 _log = logging.getLogger(__name__)
@@ -135,7 +137,6 @@ class _Copies:
 class MemoryStorage:
     """The storage over a set of agents, as one host sees it."""
 
-    longest_poll_s = 0.05
     rereads_cheaply = False
 
     def __init__(self, addresses: Sequence[str], token: bytes | Path, name: str, *, peers: int = 0) -> None:
@@ -168,6 +169,10 @@ class MemoryStorage:
     def url(self) -> str:
         file = quote(os.fspath(self._token), safe="") if isinstance(self._token, Path) else ""
         return f"{SCHEME}{file}:{self._peers}@{','.join(a.address for a in self._agents)}/{self._name}"
+
+    @property
+    def longest_poll_s(self) -> float:
+        return min(1.0, _POLL_S * len(self._agents))  # of as many hosts' ranks, each asks every agent
 
     @property
     def reopening(self) -> Mapping[str, Any] | None:

@@ -277,6 +277,14 @@ def test_a_payload_beyond_the_limit_is_read_past_without_being_kept(one: Fleet, 
         assert resident_bytes(one) - before < 4 * MIB
 
 
+def test_bytes_that_trickle_in_have_a_deadline():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"slow")
+        with pytest.raises(TimeoutError):
+            wire.receive_into(ours, memoryview(bytearray(5)), within_s=0.01)
+
+
 def test_a_message_that_ends_early_is_no_message():
     ours, theirs = socket.socketpair()
     with ours, theirs:
