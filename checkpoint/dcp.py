@@ -165,10 +165,10 @@ class StorageWriter(dcp.StorageWriter):
             attempt.abandon(error)
             raise
         if self._keep_last is not None:
-            for folder in catalog.removable(
+            for removal in catalog.removable(
                 storage, keep_last=self._keep_last, keep_every=0, abandoned=lambda name: False
             ):
-                catalog.remove(storage, folder)
+                catalog.remove(storage, removal)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

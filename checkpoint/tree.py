@@ -30,6 +30,8 @@ class Packer:
         """`classes` are the full names of classes whose instances are kept by their attributes, enums by value."""
         self.tensors: list[torch.Tensor] = []
         """Found so far; a packed value refers to them by their place here."""
+        self.names: list[str] = []
+        """Where each was found."""
         self.pickled: list[str] = []
         """Where something had to be pickled."""
         self._classes = frozenset(classes)
@@ -42,6 +44,7 @@ class Packer:
         """
         if isinstance(value, torch.Tensor):
             self.tensors.append(value)
+            self.names.append(source)
             return {_TAG: "tensor", "value": len(self.tensors) - 1}
         kind = type(value)
         if value is None or kind in _PLAIN:
