@@ -16,6 +16,7 @@ from checkpoint import objects as plain
 from checkpoint.access import open_reader
 from checkpoint.arena import SLOT_BYTES
 from checkpoint.catalog import CheckpointInfo
+from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
 from checkpoint.copies import moments
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, InvalidState, SaveSkipped, StorageError
@@ -88,6 +89,7 @@ class Checkpointer:
         self._storage = open_storage(root, storage_options)
         self._on_error: OnError = on_error if on_error is not None else self._config.on_error
         self._planner = Planner(rank, world_size)
+        self._delta = Delta(self._storage, rank) if self._config.delta else None
         self._saver = Saver(self._config, rank, world_size, self._run_id)
         self._handles: list[SaveHandle] = []
         self.num_skipped = 0
@@ -159,6 +161,7 @@ class Checkpointer:
                 shared=plain.to_json(shared, "shared"),
                 tiers=tiers,
                 deadline_s=self._config.urgent_deadline_s if urgent else None,
+                delta=self._delta,
             )
             plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit
             handle = self._saver.start(name, request)

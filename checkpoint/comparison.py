@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from checkpoint import catalog
+from checkpoint.commit import COMMIT
 from checkpoint.delta import Narrowed, Parent, narrow
 from checkpoint.digest import CHUNK_BYTES, DIGEST_BYTES, digest
 from checkpoint.errors import CheckpointError
@@ -33,14 +33,10 @@ class Delta:
         self._storage = storage
         self._rank = rank
         self._parent: Parent | None = None
-        self._has_looked = False
-        self._lock = threading.Lock()
 
     def committed(self, folder: str, rows: Sequence[SavedSlice], files: Sequence[FileRecord]) -> None:
         """Take this rank's part of a checkpoint, committed since, for what the next saves are compared with."""
-        parent = Parent(folder, rows, files)
-        with self._lock:
-            self._parent, self._has_looked = parent, True
+        self._parent = Parent(folder, rows, files)
 
     def narrow(self, pieces: Sequence[Piece], moments: Sequence[Any] = ()) -> Narrowed:
         """Return what there is to write of some pieces, after looking at each of them; `moments` as for the copies.
@@ -53,27 +49,22 @@ class Delta:
         return narrow(pieces, parent, Digester(pieces, moments).has_digests, self._rank)
 
     def _sound_parent(self) -> Parent | None:
-        """Return what to compare with: what this launch committed last, or found when it began."""
-        with self._lock:
-            parent, has_looked = self._parent, self._has_looked
+        """Return what to compare with: what this launch committed last, else the newest that stands."""
+        parent = self._parent
         try:
-            if not has_looked:
-                parent = self._found()
-            elif parent is not None and self._storage.size(f"{parent.folder}/{MARK}") is not None:
-                parent = None
+            return parent if parent is not None and self._stands(parent) else self._newest()
         except CheckpointError as error:
             _log.warning("all of the state is written: what was saved before cannot be used: %s", error)
             return None
-        with self._lock:
-            if not self._has_looked:
-                self._parent, self._has_looked = parent, True
-        return parent
 
-    def _found(self) -> Parent | None:
+    def _stands(self, parent: Parent) -> bool:
+        """Whether a checkpoint is still there, and nobody found it damaged."""
+        there = self._storage.size(f"{parent.folder}/{COMMIT}") is not None
+        return there and self._storage.size(f"{parent.folder}/{MARK}") is None
+
+    def _newest(self) -> Parent | None:
         reader = catalog.latest(self._storage, "quick")
-        if reader is None:
-            return None
-        return Parent(reader.folder, reader.table.all_rows(), reader.record.files)
+        return Parent(reader.folder, reader.table.all_rows(), reader.record.files) if reader else None
 
 
 class Digester:

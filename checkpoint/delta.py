@@ -149,11 +149,7 @@ def _joined(same: Sequence[_Known]) -> Iterable[_Known]:
     last: _Known | None = None
     for known in same:
         if last is not None:
-            if (last.source, last.row.file, last.row.byte_start) == (
-                known.source,
-                known.row.file,
-                known.row.byte_start,
-            ) and last.region.stop == known.region.start:
+            if last.source == known.source and last.row is known.row and last.region.stop == known.region.start:
                 last = replace(last, region=replace(last.region, stop=known.region.stop))
                 continue
             yield last

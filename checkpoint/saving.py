@@ -15,22 +15,20 @@ from typing import Any
 from checkpoint import catalog
 from checkpoint.arena import SLOT_BYTES, Arena, free_memory_bytes
 from checkpoint.commit import Attempt, AttemptName
+from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
+from checkpoint.delta import Narrowed
 from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped
 from checkpoint.format import fingerprint
 from checkpoint.handle import SaveHandle, SaveStats
-from checkpoint.manifest import FileRecord, SavedSlice
+from checkpoint.manifest import FileRecord
 from checkpoint.planning import Draft
 from checkpoint.reader import Reader
-from checkpoint.shard import Part, ShardPlan, Written, plan_shard, rank_name
+from checkpoint.shard import ShardPlan, Written, plan_shard, rank_name
 from checkpoint.staging import Copier, Snapshot
-from checkpoint.state import Piece
 from checkpoint.storage import Storage
 from checkpoint.trace import Trace
 from checkpoint.writer import Drain, Flow, Target, ThreadDrain
-
-Narrow = Callable[[Sequence[Piece]], tuple[Sequence[Part], Sequence[SavedSlice]]]
-"""Returns which parts of the pieces must be written, and the rows of those that the checkpoint before has."""
 
 _MAX_UNDER_WAY = 2
 """Saves: one being written while the next is copied."""
@@ -52,7 +50,8 @@ class Request:
     tiers: Sequence[tuple[str, Storage]]
     deadline_s: float | None = None
     """Seconds within which an urgent save must be committed."""
-    narrow: Narrow | None = None
+    delta: Delta | None = None
+    """Finds what the local checkpoint before has already; other tiers get all of a save that goes to them as well."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +67,7 @@ class _Save:
     after: dict[str, threading.Event]
     """For each tier, set when the save before this one has ended there."""
     ended: dict[str, threading.Event]
-    plan: Future[tuple[ShardPlan, Sequence[SavedSlice]]] = field(default_factory=Future)
+    plan: Future[tuple[ShardPlan, Narrowed | None]] = field(default_factory=Future)
 
 
 class Saver:
@@ -191,13 +190,15 @@ class Saver:
 
     def _plan(self, save: _Save) -> ShardPlan:
         """Return what the copier has to copy, for the writers to know as well."""
-        draft, narrow = save.request.draft, save.request.narrow
-        blueprint = draft.blueprint
+        request = save.request
+        blueprint = request.draft.blueprint
         try:
-            plan, known = blueprint.shard, list[SavedSlice]()
-            if narrow is not None:
-                parts, rows = narrow([draft.piece(i) for i in range(len(blueprint.pieces))])
-                plan, known = plan_shard(blueprint.pieces, parts, blueprint.groups, self._rank), list(rows)
+            plan, known = blueprint.shard, None
+            if request.delta is not None and [tier for tier, _ in request.tiers] == ["local"]:
+                pieces = [request.draft.piece(i) for i in range(len(blueprint.pieces))]
+                with save.trace.span("compare", sum(piece.nbytes for piece in pieces)):
+                    known = request.delta.narrow(pieces, request.moments)
+                plan = plan_shard(blueprint.pieces, known.parts, blueprint.groups, self._rank)
         except BaseException as error:
             save.plan.set_exception(error)
             raise
@@ -298,17 +299,20 @@ class Saver:
         storage.write(f"{attempt.folder}/{path}", request.objects)
         written_s = time.monotonic() - save.called_s
         size = len(request.objects)
-        files = (shard, FileRecord(path, size, size, fingerprint(request.objects)))
+        rows = plan.rows(digests) + list(known.rows if known else ())
+        files = [shard, FileRecord(path, size, size, fingerprint(request.objects)), *(known.files if known else ())]
         if tier in save.after:  # so that the newest commit is the newest state
             save.after[tier].wait()
         if save.handle.at(tier).done():  # by its deadline
             raise SaveFailed(f"{attempt.folder}: not committed in time")
         with save.trace.span("commit"):
-            attempt.vote(Written((*plan.rows(digests), *known), files), request.draft.blueprint.replicated)
+            attempt.vote(Written(tuple(rows), tuple(files)), request.draft.blueprint.replicated)
             if self._rank == 0:
                 attempt.commit(self._run_id, request.shared, lambda: catalog.next_sequence(storage))
             else:
                 attempt.await_commit()
+        if request.delta is not None and tier == "local":
+            request.delta.committed(attempt.folder, rows, files)
         stats = SaveStats(
             call_s=save.handle.call_s,
             fence_s=snapshot.fence_s,
@@ -364,10 +368,12 @@ class Saver:
                     return (tier, name) in self._failed
                 return catalog.is_idle_since(storage, name, first_write_s)
 
-            folders = catalog.removable(
-                storage, keep_last=config.keep_last, keep_every=config.keep_every, abandoned=abandoned
+            # A save under way may refer to what the checkpoint before the newest one has.
+            keep_last = max(2, config.keep_last) if config.delta else config.keep_last
+            removals = catalog.removable(
+                storage, keep_last=keep_last, keep_every=config.keep_every, abandoned=abandoned
             )
-            for folder in folders:
-                catalog.remove(storage, folder)
+            for removal in removals:
+                catalog.remove(storage, removal)
         except CheckpointError as error:
             _log.warning("superseded checkpoints stay, the next save tries again: %s", error)

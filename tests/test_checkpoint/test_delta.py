@@ -5,20 +5,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import checkpoint
+from checkpoint import CheckpointConfig, Checkpointer, CorruptCheckpoint, StorageError
+from checkpoint.catalog import RETIRED
 from checkpoint.comparison import Digester
 from checkpoint.coverage import coverage_problem
 from checkpoint.delta import MAX_FILES, Narrowed, Parent, narrow
 from checkpoint.digest import CHUNK_BYTES, DIGEST_BYTES, chunk_count, digests
 from checkpoint.format import DTYPES
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
+from checkpoint.reader import MARK
 from checkpoint.shard import Part
 from checkpoint.state import FlatSlice, Piece, RankLocal, TensorLike, pieces_of
+from tests.test_checkpoint.worlds import ranks
 
 PER_CHUNK = CHUNK_BYTES // 4
 """Elements of float32."""
@@ -177,3 +184,149 @@ def test_what_is_written_and_what_is_referred_to_make_the_whole(data: st.DataObj
                     (i, row.region.start // PER_CHUNK) for row in found.rows if row.name == piece.name
                 }
         assert coverage_problem(piece.global_shape, regions) is None
+
+
+# Saved with a Checkpointer
+
+
+def lora(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a frozen base, two tied names among it, and small tensors that train."""
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(PER_CHUNK + 1000, generator=generator)
+    state = {"embedding": embedding, "head": embedding, "base": torch.randn(3, 1000, 100, generator=generator)}
+    return state | {f"adapter.{i}": torch.zeros(50, 4) for i in range(3)}
+
+
+def train(state: dict[str, torch.Tensor]) -> None:
+    """Change what trains, and a row of the embedding."""
+    for name, tensor in state.items():
+        if name.startswith("adapter"):
+            tensor += torch.randn_like(tensor)
+    state["embedding"][-3:] += 1
+
+
+def delta(root: Path, rank: int = 0, world_size: int = 1, run_id: str = "run", **options: Any) -> Checkpointer:
+    config = CheckpointConfig(delta=True, commit_timeout_s=20, **options)
+    return Checkpointer(root, config=config, rank=rank, world_size=world_size, run_id=run_id)
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_frozen_base_is_written_once_and_read_from_every_checkpoint(tmp_path: Path):
+    state = lora()
+    sizes = []
+    with delta(tmp_path, keep_last=3) as ck:
+        for step in range(1, 6):
+            handle = ck.save(step, state)
+            ck.fence()
+            expected = {name: tensor.clone() for name, tensor in state.items()}
+            info = handle.result(20)
+            sizes.append(handle.stats().written_bytes)
+            assert same(checkpoint.read(info), expected)
+            assert checkpoint.verify(info).ok
+            train(state)
+    assert sizes[0] == sum(t.nbytes for name, t in state.items() if name != "head")
+    assert sizes[1:] == [3 * 800 + 4000] * 4  # the adapters, and the last chunk of the embedding
+    newest = checkpoint.Checkpointer(tmp_path).latest("deep")
+    assert newest is not None
+    assert newest.nbytes < 100_000
+    fresh = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    Checkpointer(tmp_path).load(newest, fresh)
+    assert same(fresh, expected)
+
+
+def test_the_first_checkpoint_is_retired_not_removed_while_others_refer_to_it(tmp_path: Path):
+    state = lora()
+    with delta(tmp_path, keep_last=1) as ck:
+        first = ck.save(1, state).result(20)
+        for step in range(2, 6):
+            ck.fence()
+            train(state)
+            ck.save(step, state)
+    assert [info.step for info in ck.list()] == [4, 5]
+    assert sorted(p.name for p in Path(first.path).iterdir()) == [RETIRED, "r00000.safetensors"]
+    assert same(checkpoint.read(tmp_path), state)
+    with delta(tmp_path, keep_last=1, run_id="all anew") as ck:
+        for step in range(6, 9):
+            ck.fence()
+            for tensor in state.values():
+                tensor += 1
+            ck.save(step, state).result(20)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_another_launch_goes_on_from_what_it_finds(tmp_path: Path):
+    state = lora()
+    with delta(tmp_path) as ck:
+        ck.save(1, state)
+    with delta(tmp_path, run_id="next") as ck:
+        assert ck.save(2, state).stats(20).written_bytes == 0
+    assert same(checkpoint.read(tmp_path), state)
+
+
+def test_what_is_marked_as_damaged_is_not_referred_to(tmp_path: Path):
+    state = lora()
+    with delta(tmp_path) as ck:
+        info = ck.save(1, state).result(20)
+        Path(info.path, MARK).write_text('{"rank": 0, "reason": "test"}')
+        assert ck.save(2, state).stats(20).written_bytes == sum(p.nbytes for n, p in state.items() if n != "head")
+    assert [row.step for row in ck.list() if checkpoint.verify(row).ok] == [2]
+
+
+def test_a_checkpoint_whose_references_went_away_is_not_committed(tmp_path: Path):
+    state = lora()
+    with delta(tmp_path) as ck:
+        info = ck.save(1, state).result(20)
+        Path(info.path, "r00000.safetensors").unlink()
+        error = ck.save(2, state).exception(20)
+    assert isinstance(error, StorageError)
+    assert "r00000.safetensors: " in str(error)
+    assert [found.step for found in ck.list()] == [1]
+
+
+def test_damage_in_a_file_that_is_referred_to_is_found_from_every_checkpoint(tmp_path: Path):
+    state = lora()
+    with delta(tmp_path) as ck:
+        infos = [ck.save(step, state).result(20) for step in (1, 2)]
+    shard = Path(infos[0].path, "r00000.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    for info in infos:
+        report = checkpoint.verify(info)
+        assert not report.ok
+        assert infos[0].folder in report.problems[0]
+        with pytest.raises(CorruptCheckpoint):
+            checkpoint.read(info)
+
+
+def test_ranks_refer_each_to_their_own_and_another_world_reads_all(tmp_path: Path):
+    whole = torch.randn(2 * PER_CHUNK + 50)
+
+    def save(rank: int) -> list[int]:
+        half = whole.numel() // 2
+        part = FlatSlice(whole[rank * half : (rank + 1) * half], tuple(whole.shape), rank * half)
+        with delta(tmp_path, rank, 2, keep_last=1) as ck:
+            return [ck.save(step, {"w": part, "b": torch.ones(9)}).stats(20).written_bytes for step in range(1, 5)]
+
+    first, second = ranks(2, save)
+    assert sorted((first[0], second[0])) == [whole.nbytes // 2, whole.nbytes // 2 + 36]
+    assert first[1:] == second[1:] == [0] * 3
+    assert torch.equal(checkpoint.read(tmp_path)["w"], whole)
+
+
+def test_an_export_and_a_plain_tool_see_no_difference(tmp_path: Path):
+    from safetensors.torch import load_file
+
+    state = lora()
+    with delta(tmp_path / "root") as ck:
+        ck.save(1, state)
+        ck.fence()
+        train(state)
+        ck.save(2, state)
+    checkpoint.export(tmp_path / "root", tmp_path / "out.safetensors")
+    assert same(load_file(tmp_path / "out.safetensors"), state)
+    for shard in tmp_path.glob("root/*/*.safetensors"):
+        load_file(shard)

@@ -126,3 +126,56 @@ def _load_and_save(rank: int, world_size: int, root: str, step: int) -> None:
             for name, value in expected.items():
                 assert torch.equal(memory(mine[name]), memory(value)), name
         ck.save(step, mine)
+
+
+# A run
+
+
+def test_a_run_resumed_on_other_worlds_follows_the_same_loss_curve(tmp_path: Path):
+    (expected,) = run_ranks(_train, 1, str(tmp_path / "one"), 9)
+    found: list[float] = []
+    for world_size, last_step in ((1, 3), (3, 6), (2, 9)):
+        found += run_ranks(_train, world_size, str(tmp_path / "many"), last_step)[0]
+    assert len(found) == len(expected) == 9
+    # The sum over ranks of the gradient is in another order than over samples.
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-12, atol=0)
+    assert found[-1] < found[0] / 2
+
+
+def _train(rank: int, world_size: int, root: str, last_step: int) -> list[float]:
+    """Train to a step from where the newest checkpoint is: data parallel, moments partitioned; return the losses."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+    targets = inputs @ torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    weight = torch.zeros(5, 8, dtype=torch.float64, requires_grad=True)
+    start, stop = bounds(weight.numel(), rank, world_size)
+    part = torch.nn.Parameter(weight.detach().view(-1)[start:stop])
+    optimizer = torch.optim.AdamW([part], lr=0.1)
+    part.grad = torch.zeros_like(part)
+    optimizer.step()  # makes its state, which a load fills
+    moments = optimizer.state[part]
+    state: dict[str, TensorLike] = {"weight": weight, "step": moments["step"]}
+    state |= {name: FlatSlice(moments[name], (5, 8), start) for name in ("exp_avg", "exp_avg_sq")}
+    for tensor in (weight.detach(), *moments.values()):
+        tensor.zero_()
+    losses = []
+    config = CheckpointConfig(commit_timeout_s=30)
+    with Checkpointer(root, config=config, rank=rank, world_size=world_size, run_id=f"to {last_step}") as ck:
+        info = ck.latest()
+        first_step = ck.load(info, state).step if info else 0
+        for step in range(first_step + 1, last_step + 1):
+            share = slice(*bounds(len(inputs), rank, world_size))
+            loss = (inputs[share] @ weight.T - targets[share]).square().sum() / targets.numel()
+            (gradient,) = torch.autograd.grad(loss, weight)
+            total = torch.cat([loss.detach().view(1), gradient.flatten()])
+            torch.distributed.all_reduce(total)
+            part.grad = total[1 + start : 1 + stop]
+            ck.fence()
+            optimizer.step()
+            updated = torch.zeros(weight.numel(), dtype=torch.float64)
+            updated[start:stop] = part.detach()
+            torch.distributed.all_reduce(updated)  # of each element one rank has more than zero
+            weight.detach().view(-1).copy_(updated)
+            losses.append(float(total[0]))
+            ck.save(step, state)
+    return losses
