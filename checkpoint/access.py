@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from checkpoint.catalog import CheckpointInfo
 from checkpoint.commit import AttemptName
 from checkpoint.errors import CheckpointError, CheckpointNotFound, StateMismatch
 from checkpoint.manifest import SHARED
-from checkpoint.reader import Reader
+from checkpoint.reader import Reader, Want
+from checkpoint.selection import Index, select_box
 from checkpoint.storage import Storage, open_storage
 
 Place = str | os.PathLike[str] | CheckpointInfo
@@ -46,28 +47,47 @@ def read(
     place: Place,
     names: str | Iterable[str] = "*",
     *,
+    slices: Mapping[str, Index] | None = None,
     rank: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return whole tensors, verified, in new host memory, however many ranks saved their slices.
+    """Return tensors, or parts of them, verified, in new host memory, however many ranks saved their slices.
+
+    Nothing is read but the chunks (64 KiB) that hold something of them.
 
     Args:
         place: the checkpoint.
         names: a glob (`*`, `?`, `[...]`) over the names, or names to be taken literally.
+        slices: of these only the part that an index selects: `{"embed": (slice(0, 100), ...)}`.
         rank: also read the RankLocal tensors of this rank of the saving world.
         storage_options: for the fsspec file system.
 
     Raises:
         StateMismatch: no tensor has such a name. CorruptCheckpoint: bytes are not what was committed.
+        IndexError, TypeError, ValueError: a slice is no part of its tensor.
     """
     reader = open_reader(place, storage_options)
-    return {name: reader.assemble(name, owner) for name, owner in select(reader, names, rank)}
+    selected = select(reader, names, rank)
+    indices = dict(slices or {})
+    absent = sorted(indices.keys() - {name for name, _ in selected})
+    if absent:
+        raise StateMismatch(f"{reader.url}: slices: {', '.join(map(repr, absent))} are not among the names to be read")
+    boxes = [select_box(indices.get(name, ...), reader.spec(name, owner)[1]) for name, owner in selected]
+    found = reader.read(Want(*key, region) for key, (region, _) in zip(selected, boxes, strict=True))
+    return {name: box[rest].contiguous() for (name, _), box, (_, rest) in zip(selected, found, boxes, strict=True)}
 
 
-def verify(place: Place, *, deep: bool = True, storage_options: Mapping[str, Any] | None = None) -> VerifyReport:
+def verify(
+    place: Place,
+    *,
+    deep: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
     """Check a checkpoint against its commit record: sizes and the slice table, or with `deep` every byte.
 
-    A root stands for its newest commit, sound or not. Faults are reported, not raised.
+    A root stands for its newest commit, sound or not. Faults are reported, not raised. With `deep`, `progress` is
+    told the bytes read so far and those that there are.
 
     Raises:
         CheckpointNotFound: there is no checkpoint.
@@ -85,7 +105,7 @@ def verify(place: Place, *, deep: bool = True, storage_options: Mapping[str, Any
     num_tensors = 0
     try:
         if deep:
-            problems += reader.problems()
+            problems += reader.problems(_summing(progress, reader.record.nbytes) if progress else None)
         else:
             reader.check_files()
         num_tensors = len(reader.table.keys())
@@ -104,6 +124,31 @@ def open_reader(place: Place, storage_options: Mapping[str, Any] | None = None) 
     if reader is None:
         raise CheckpointNotFound(f"{storage.url}: holds no checkpoint that verifies")
     return reader
+
+
+def pin(place: Place, pinned: bool = True, storage_options: Mapping[str, Any] | None = None) -> str:
+    """Keep a checkpoint from retention, or stop keeping it; return its path. A root stands for its newest sound one.
+
+    Raises CheckpointNotFound.
+    """
+    reader = open_reader(place, storage_options)
+    storage, path = open_storage(reader.url, storage_options), catalog.PIN
+    if pinned:
+        storage.write(path, b"{}")
+    else:
+        storage.remove(path)
+    return reader.url
+
+
+def _summing(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    done = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(min(done, total), total)
+
+    return add
 
 
 def _resolve(place: Place, storage_options: Mapping[str, Any] | None) -> tuple[Storage, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,8 +116,11 @@ class Reader:
             self._check_size(file)
         len(self.table)
 
-    def problems(self) -> Iterator[str]:
-        """Read everything and yield what is wrong with it, one message a fault."""
+    def problems(self, progress: Callable[[int], None] | None = None) -> Iterator[str]:
+        """Read everything and yield what is wrong with it, one message a fault.
+
+        `progress` is told the bytes of each read, when it is about to begin.
+        """
         try:
             self.check_files()
             self._check_places()
@@ -138,7 +141,9 @@ class Reader:
             if "/" not in file.path and held[file.path] != file.nbytes:  # of another's file, a part may be needed
                 yield f"{self._path(file.path)}: {file.nbytes} bytes, {held[file.path]} of them accounted for"
         reads = (read for row in rows for read in plan([row], row.region))
-        with self._transfer() as transfer:
+        if progress:
+            reads = _telling(reads, progress)
+        with self.transfer() as transfer:
             yield from map(str, transfer.stream(windows(reads, CHUNK_BYTES), None))
 
     def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
@@ -149,7 +154,7 @@ class Reader:
         """
         report, reads = self._plan(wanted, rank, strict)
         *others, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
-        with self._transfer() as transfer:
+        with self.transfer() as transfer:
             _raise_first(transfer.stream((part for w in others for part in windows(w.reads, CHUNK_BYTES)), None))
             memory = allocate(max(window.nbytes for window in (last, *others)))
             for window in (last, *others):
@@ -159,21 +164,24 @@ class Reader:
                     _scatter(read, memory[place : place + read.nbytes], piece.tensor, piece.region)
         return replace(report, read_bytes=transfer.read_bytes, needed_bytes=sum(read.needed_bytes for read in reads))
 
-    def read(self, wanted: Iterable[Want]) -> list[torch.Tensor]:
-        """Return parts of tensors in new host memory; only the chunks that they need are read."""
+    def read(self, wanted: Iterable[Want], transfer: Transfer | None = None) -> list[torch.Tensor]:
+        """Return parts of tensors in new host memory; only the chunks that they need are read.
+
+        By `transfer`, one of this reader's, if there is one already.
+        """
         found: list[tuple[torch.Tensor, Region]] = []
         reads: list[Read] = []
         for want in wanted:
             dtype, shape = self.spec(want.name, want.owner)
-            region = want.region or Region.whole(shape)
+            region = want.region if want.region is not None else Region.whole(shape)
             reads += plan(self._sound_rows(want.name, want.owner, region), region, len(found))
             found.append((torch.empty(region.shape, dtype=dtype), region))
 
         def consume(read: Read, data: Bytes) -> None:
             _scatter(read, data, *found[read.target])
 
-        with self._transfer() as transfer:
-            _raise_first(transfer.stream(windows(reads, CHUNK_BYTES), consume))
+        with contextlib.nullcontext(transfer) if transfer else self.transfer() as used:
+            _raise_first(used.stream(windows(reads, CHUNK_BYTES), consume))
         return [tensor for tensor, _ in found]
 
     def assemble(self, name: str, owner: int = SHARED) -> torch.Tensor:
@@ -200,7 +208,8 @@ class Reader:
         where = f"{self._path(row.file)}: tensor {row.name!r}, bytes [{start}, {stop})"
         return CorruptCheckpoint(f"{where}: {what}; {REMEDY}")
 
-    def _transfer(self) -> Transfer:
+    def transfer(self) -> Transfer:
+        """Return what reads this checkpoint's chunks; to be closed."""
         return Transfer(self, _LOCAL_THREADS if self._storage.rereads_cheaply else _REMOTE_THREADS)
 
     def _plan(self, wanted: Sequence[Piece], rank: int, strict: bool) -> tuple[LoadReport, list[Read]]:
@@ -303,6 +312,12 @@ class Reader:
     def _path(self, path: str) -> str:
         """Return a file's path from the root; a name with a folder is that already."""
         return path if "/" in path else f"{self.folder}/{path}"
+
+
+def _telling(reads: Iterable[Read], progress: Callable[[int], None]) -> Iterator[Read]:
+    for read in reads:
+        progress(read.nbytes)
+        yield read
 
 
 def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:

@@ -146,6 +146,7 @@ class Transfer:
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint-read")
         self._open: dict[str, _Open] = {}
+        self._closed = False
         self._lock = threading.Lock()
         self.read_bytes = 0
         """Bytes asked of the storage so far."""
@@ -154,6 +155,11 @@ class Transfer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and close the files. Idempotent."""
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)
         while self._open:
             self._open.popitem()[1].stack.close()
@@ -193,6 +199,8 @@ class Transfer:
         self, run: Callable[[Any], list[CorruptCheckpoint]], items: Iterable[Any]
     ) -> Iterator[list[CorruptCheckpoint]]:
         """Yield `run(item)` in the order of the items; some more of them than there are threads are under way."""
+        if self._closed:
+            raise ValueError("the checkpoint that this reads from is closed")
         waiting = iter(items)
         running: list[Future[list[CorruptCheckpoint]]] = []
         try:
