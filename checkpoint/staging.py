@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint.arena import Arena, Slot
 from checkpoint.copies import Copies, Events, Streams
@@ -45,7 +46,8 @@ class Snapshot:
         self.has_device = bool(draft.blueprint.devices)
         self._arena = arena
         self._moments = moments
-        self._guard = Guard(draft.blueprint.names, draft.tensors, draft.blueprint.watched)
+        self._guard = Guard(draft)
+        self._draft: Draft | None = draft
         self._copies: Copies | None = None
         self._streams: Streams | None = None
         self._flow: Flow | None = None
@@ -102,22 +104,23 @@ class Snapshot:
         self._arena.wake()
         self._let_go()
 
-    def begin(self, draft: Draft, plan: ShardPlan, streams: Streams) -> None:
-        """Look at the tensors for the first time, and offer their parcels to who copies."""
+    def begin(self, draft: Draft, plan: Callable[[], ShardPlan], streams: Streams) -> None:
+        """Look at the tensors for the first time, plan, and offer their parcels to who copies."""
         self._guard.look()
         for device in draft.blueprint.devices:
             with streams.on(device) as stream:
                 for moment in self._moments:
                     stream.wait_event(moment)
                 self._guard.look_on(device)
+        parcels = plan().parcels
         with self._changed:
             self._streams = streams
             self._copies = Copies(draft, streams)
-            for parcel in plan.parcels:
+            for parcel in parcels:
                 self._to_copy[parcel.group] += 1
                 self._to_land[parcel.group] += 1
             if self._error is None:
-                self._to_claim.extend(plan.parcels)
+                self._to_claim.extend(parcels)
 
     @property
     def has_parcels(self) -> bool:
@@ -211,6 +214,17 @@ class Snapshot:
             for device, event in self._events[g].items():
                 torch.cuda.current_stream(device).wait_event(event)
 
+    def group_of(self, storages: set[int]) -> int | None:
+        """Return the last group that has a tensor in one of the storages, given by address; None if none has."""
+        draft = self._draft
+        if draft is None:
+            return None
+        for group in reversed(range(self.num_groups)):
+            entries = (draft.tensors[entry] for entry in draft.blueprint.watched[group])
+            if any(storage_address(tensor) in storages for tensor in entries):
+                return group
+        return None
+
     def _settle(self, group: int) -> None:
         self._guard.settle(group)
         names = self._guard.changed
@@ -231,6 +245,12 @@ class Snapshot:
         """Drop the tensors; a copy under way keeps those it reads."""
         self._guard.let_go()
         self._copies = None
+        self._draft = None
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return where the memory starts that a tensor is a view of: what tensors that share it have in common."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def torn(names: Sequence[str]) -> TornSnapshot:
@@ -269,16 +289,27 @@ class Copier:
 
     def fence(self, group: int | None, timeout_s: float) -> None:
         """Return when the tensors that are updated in turn `group` or before may be mutated; None stands for all."""
+        for snapshot in self._not_over():
+            self._await(snapshot, snapshot.num_groups - 1 if group is None else group, timeout_s)
+
+    def fence_storages(self, addresses: Callable[[], set[int]], timeout_s: float) -> None:
+        """Return when all tensors in some storages may be mutated; `addresses` is called if anything is pending."""
+        found: set[int] | None = None
+        for snapshot in self._not_over():
+            found = addresses() if found is None else found
+            group = snapshot.group_of(found)
+            if group is not None:
+                self._await(snapshot, group, timeout_s)
+
+    def _not_over(self) -> list[Snapshot]:
         with self._lock:
-            pending = list(self._pending)
-        for snapshot in pending:
-            if snapshot.is_over:
-                continue
-            begun_s = time.monotonic()
-            upto = snapshot.num_groups - 1 if group is None else group
-            snapshot.await_group(upto, timeout_s, lambda s=snapshot: self._help(s))  # type: ignore[misc]
-            snapshot.fence_s += time.monotonic() - begun_s
-            snapshot.trace.add_since("fence", begun_s)
+            return [snapshot for snapshot in self._pending if not snapshot.is_over]
+
+    def _await(self, snapshot: Snapshot, group: int, timeout_s: float) -> None:
+        begun_s = time.monotonic()
+        snapshot.await_group(group, timeout_s, lambda: self._help(snapshot))
+        snapshot.fence_s += time.monotonic() - begun_s
+        snapshot.trace.add_since("fence", begun_s)
 
     def close(self) -> None:
         """Stop when every snapshot is over. Idempotent."""
@@ -289,7 +320,7 @@ class Copier:
 
     def _copy(self, snapshot: Snapshot, draft: Draft, plan: Callable[[], ShardPlan]) -> None:
         try:
-            snapshot.begin(draft, plan(), self._streams)
+            snapshot.begin(draft, plan, self._streams)
             del draft, plan
             for group in range(snapshot.num_groups):
                 self._close(snapshot, group, {})

@@ -13,8 +13,8 @@ saver. A turn begins with nothing pending and gives:
 - `held on GPU`: by how long a fence delays the stream, from events around it; the host does not wait for it.
 - `durable`: from the call until the bytes are synced: `in loop`, while training goes on, and `idle`, while it does not.
 - `extra memory`: the peak of the PSS of this process and its children (shared memory included, page cache not) over
-  what there was before the saver's first save. That turn comes first and counts for nothing else but `first save`,
-  the time its call takes, in which memory is made (and pinned).
+  that of a turn without a saver. The saver's first turn gives it, and nothing else but `first save`, the time that its
+  call takes, and `prepare`, in which this package gets its memory (and pins it for a GPU).
 
 `raw` is the bound, and takes turns as a saver: as many bytes, by a thread, past the page cache where the file system
 lets one, and one fsync.
@@ -178,14 +178,21 @@ class Run:
         gc.collect()
         saver = self._saver(name)
         sampled = dict(list(self._state.items())[:: max(1, len(self._state) // 6)])
+        with PeakMemory() as alone:
+            self._turn(None, 1, 1)
         with PeakMemory() as memory:
+            if isinstance(saver, WithCheckpoint):
+                begun_s = time.perf_counter()
+                saver.prepare(self._state)
+                self._report.add(name, "prepare", "s", time.perf_counter() - begun_s)
             before = {key: tensor.detach().cpu().clone() for key, tensor in sampled.items()}
             turn = self._turn(saver, 1, 1)
             for durable in turn.durable:
                 durable()
         self._report.add(name, "first save", "s", turn.first_call_s)
-        self._report.add(name, "extra memory", "GB", memory.extra_bytes / 1e9)
-        _say(f"{name}: {memory.extra_bytes / 1e9:.3g} GB more memory; the first call took {turn.first_call_s:.3g} s")
+        extra_gb = max(0, memory.extra_bytes - alone.extra_bytes) / 1e9
+        self._report.add(name, "extra memory", "GB", extra_gb)
+        _say(f"{name}: {extra_gb:.3g} GB more memory; the first call took {turn.first_call_s:.3g} s")
         if isinstance(saver, WithCheckpoint):
             found = saver.read(list(before))
             self._wrong += sum(not torch.equal(found[key], tensor) for key, tensor in before.items())

@@ -91,6 +91,10 @@ class WithCheckpoint:
         self._checkpointer = Checkpointer(folder, config=CheckpointConfig(keep_last=1))
         self._num_saves = 0
 
+    def prepare(self, state: State) -> None:
+        """Get the memory that saves of this state need, and pin it."""
+        self._checkpointer.prepare(state)
+
     def save(self, state: State) -> Durable:
         called_s = time.perf_counter()
         self._num_saves += 1
