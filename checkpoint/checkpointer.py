@@ -52,6 +52,10 @@ class Loaded:
     """strict=False: in the checkpoint, not asked for."""
     missing_local: tuple[str, ...]
     """RankLocal entries that this rank has no saved counterpart for; left untouched."""
+    read_bytes: int
+    """Bytes of tensors that were read; what did not fit into `load_buffer_bytes` counts twice."""
+    needed_bytes: int
+    """Bytes of tensors that went into the destinations."""
     info: CheckpointInfo
     """The checkpoint."""
 
@@ -252,6 +256,8 @@ class Checkpointer:
             missing=report.missing,
             unexpected=report.unexpected,
             missing_local=report.missing_local,
+            read_bytes=report.read_bytes,
+            needed_bytes=report.needed_bytes,
             info=catalog.info_of(reader),
         )
 

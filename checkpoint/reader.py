@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ class Reader:
     def problems(self, progress: Callable[[int], None] | None = None) -> Iterator[str]:
         """Read everything and yield what is wrong with it, one message a fault.
 
-        `progress` is told the bytes of each read, when it is about to begin.
+        `progress` is told the bytes of each read that was sound, one at a time, from any thread.
         """
         try:
             self.check_files()
@@ -141,10 +142,15 @@ class Reader:
             if "/" not in file.path and held[file.path] != file.nbytes:  # of another's file, a part may be needed
                 yield f"{self._path(file.path)}: {file.nbytes} bytes, {held[file.path]} of them accounted for"
         reads = (read for row in rows for read in plan([row], row.region))
-        if progress:
-            reads = _telling(reads, progress)
+        lock = threading.Lock()
+
+        def tell(read: Read, _: Bytes) -> None:
+            if progress:
+                with lock:
+                    progress(read.nbytes)
+
         with self.transfer() as transfer:
-            yield from map(str, transfer.stream(windows(reads, CHUNK_BYTES), None))
+            yield from map(str, transfer.stream(windows(reads, CHUNK_BYTES), tell))
 
     def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
@@ -312,12 +318,6 @@ class Reader:
     def _path(self, path: str) -> str:
         """Return a file's path from the root; a name with a folder is that already."""
         return path if "/" in path else f"{self.folder}/{path}"
-
-
-def _telling(reads: Iterable[Read], progress: Callable[[int], None]) -> Iterator[Read]:
-    for read in reads:
-        progress(read.nbytes)
-        yield read
 
 
 def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:
