@@ -46,11 +46,10 @@ from checkpoint.access import open_reader
 from checkpoint.commit import ABORT, COMMIT, Attempt, AttemptName
 from checkpoint.distcp import own_name, own_tensor
 from checkpoint.errors import CorruptCheckpoint
-from checkpoint.format import CODES
 from checkpoint.manifest import SHARED
 from checkpoint.reader import Reader
 from checkpoint.region import Region
-from checkpoint.state import BoxSlice, pieces_of
+from checkpoint.state import BoxSlice, Piece, pieces_of
 from checkpoint.storage import Storage, open_storage
 from checkpoint.stream import Stream, write_part
 from checkpoint.tree import Packer, Unpacker
@@ -216,10 +215,9 @@ class StorageReader(dcp.StorageReader):
         known: dict[str, Any] = {name: BytesStorageMetadata() for name in told["values"]}
         for name, owner in reader.table.keys():  # noqa: SIM118  not a mapping
             if owner == SHARED:
-                row = reader.table.rows(name)[0]
-                size = torch.Size(row.global_shape)
-                whole = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-                known[name] = TensorStorageMetadata(TensorProperties(CODES[row.dtype]), size, [whole])
+                dtype, shape = reader.spec(name)
+                whole = ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))
+                known[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), [whole])
         return Metadata(known, planner_data=told["planner_data"] or {name: (name,) for name in known})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -239,8 +237,7 @@ class StorageReader(dcp.StorageReader):
         assert reader is not None
         try:
             values = self._values(reader, [i for i in plan.items if i.type is LoadItemType.BYTE_IO])
-            for batch in _batches([i for i in plan.items if i.type is LoadItemType.TENSOR]):
-                _fill(reader, batch, planner)
+            _fill(reader, [i for i in plan.items if i.type is LoadItemType.TENSOR], planner)
         except CorruptCheckpoint as error:
             reader.condemn(0, error)
             raise
@@ -326,30 +323,19 @@ def _told(reader: Reader) -> Mapping[str, Any]:
     return told if isinstance(told, dict) else {"values": {}, "planner_data": None}
 
 
-def _batches(items: Sequence[ReadItem]) -> Iterator[list[ReadItem]]:
-    """Group the items so that no tensor is twice in a batch; one batch is all, but for ranks with several shards."""
-    left = list(items)
-    while left:
-        batch: dict[str, ReadItem] = {}
-        later = [i for i in left if batch.setdefault(i.storage_index.fqn, i) is not i]
-        yield list(batch.values())
-        left = later
-
-
 def _fill(reader: Reader, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
     """Read what the items want into the caller's tensors."""
-    wanted: dict[str, BoxSlice] = {}
+    wanted: list[Piece] = []
     targets = []
     for item in items:
         name = item.storage_index.fqn
         target = planner.resolve_tensor(item).detach()
-        row = reader.table.rows(name)[0]
-        same = target.dtype == CODES[row.dtype]
+        dtype, shape = reader.spec(name)
         # DCP converts dtypes while it loads; so do we, by way of a copy.
-        holder = target if same else torch.empty(target.shape, dtype=CODES[row.dtype], device=target.device)
-        wanted[name] = BoxSlice(holder, row.global_shape, tuple(item.storage_offsets))
+        holder = target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype, device=target.device)
+        wanted += pieces_of({name: BoxSlice(holder, shape, tuple(item.storage_offsets))})
         targets.append((item, target, holder))
-    reader.load(pieces_of(wanted), 0, strict=False, buffer_bytes=_BUFFER_BYTES)
+    reader.load(wanted, 0, strict=False, buffer_bytes=_BUFFER_BYTES)
     for item, target, holder in targets:
         if holder is not target:
             target.copy_(holder)

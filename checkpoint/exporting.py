@@ -23,7 +23,7 @@ import torch
 
 from checkpoint.access import Place, open_reader, select
 from checkpoint.errors import InvalidState, StateMismatch, StorageError
-from checkpoint.format import CODES, DTYPES, Entry
+from checkpoint.format import DTYPES, Entry
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage, open_storage
 from checkpoint.stream import Item, write_file
@@ -151,14 +151,13 @@ def _chosen(
         name = source.removeprefix(rename) if isinstance(rename, str) else rename(source)
         if name is None:
             continue
-        row = reader.table.rows(source)[0]
-        saved = CODES[row.dtype]
+        saved, shape = reader.spec(source)
         target = dtype if dtype and saved.is_floating_point else saved
         if not name or name == "__metadata__":
             raise StateMismatch(f"{reader.url}: {source!r} would be called {name!r}, which is no name; rename it")
         if name in chosen:
             raise StateMismatch(f"{reader.url}: {chosen[name].source!r} and {source!r} would both be called {name!r}")
-        chosen[name] = _Tensor(source, name, saved, target, row.global_shape)
+        chosen[name] = _Tensor(source, name, saved, target, shape)
     if not chosen:
         raise StateMismatch(f"{reader.url}: holds no tensor that is asked for")
     return list(chosen.values())
