@@ -36,6 +36,8 @@ FORMAT = "checkpoint/1"
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors format's own limit."""
 
+_COMPLEX128 = "C128"
+"""Not among the safetensors codes: a shard's header tells of pairs of F64 in its place."""
 DTYPES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -51,12 +53,13 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.complex64: "C64",
+    torch.complex128: _COMPLEX128,
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
-"""Element types that can be saved, and their safetensors codes."""
+"""Element types that can be saved, and their codes, which are those of safetensors where it has one."""
 CODES: Mapping[str, torch.dtype] = {code: dtype for dtype, code in DTYPES.items()}
 
 if sys.byteorder != "little":
@@ -85,7 +88,9 @@ def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str], lead_by
     position = 0
     for entry in entries:
         end = position + entry.nbytes
-        table[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
+        pairs = entry.dtype == _COMPLEX128
+        dtype, shape = ("F64", [*entry.shape, 2]) if pairs else (entry.dtype, list(entry.shape))
+        table[entry.key] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     if len(table) != len(entries) + 1:
         raise AssertionError("keys of a shard repeat")

@@ -31,7 +31,7 @@ def random_bytes(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", sorted(DTYPES.keys() - {torch.complex128}, key=str), ids=str)
 def test_safetensors_reads_a_shard_of_every_dtype(tmp_path: Path, dtype: torch.dtype):
     tensors = {
         "a": random_bytes(dtype, 3, 5),
