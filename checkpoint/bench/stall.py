@@ -22,7 +22,7 @@ lets one, and one fsync.
 On the CPU training is in fp32, 12 bytes a parameter; forward and backward last 1.5 times the raw write, so that the
 disk can follow a save in every step. On a GPU parameters are bf16, masters and moments fp32, 14 bytes a parameter. No
 disk follows that in every 0.2 s step: a GPU's turns with a save in every step show what is left when saves wait for
-each other; they, and all that takes long there, run as far as `--budget-s` goes.
+each other. There each saver has one round, of two sparse turns and one of those, as far as `--budget-s` goes.
 """
 
 from __future__ import annotations
@@ -180,12 +180,12 @@ class Run:
         sampled = dict(list(self._state.items())[:: max(1, len(self._state) // 6)])
         with PeakMemory() as alone:
             self._turn(None, 1, 1)
+        before = {key: tensor.detach().cpu().clone() for key, tensor in sampled.items()}
         with PeakMemory() as memory:
             if isinstance(saver, WithCheckpoint):
                 begun_s = time.perf_counter()
                 saver.prepare(self._state)
                 self._report.add(name, "prepare", "s", time.perf_counter() - begun_s)
-            before = {key: tensor.detach().cpu().clone() for key, tensor in sampled.items()}
             turn = self._turn(saver, 1, 1)
             for durable in turn.durable:
                 durable()
@@ -318,8 +318,8 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
         width=128 if options.smoke else 4096 if on_gpu else 1024,
         step_s=0.0 if options.smoke else 0.2 if on_gpu and options.step_s is None else options.step_s,
         savers=names,
-        cadences=((options.every, options.every), (2, 1)) if on_gpu else ((3, 1),),
-        repeats=1 if options.smoke else min(options.repeats, 2) if on_gpu else options.repeats,
+        cadences=((options.every, options.every),) * 2 + ((2, 1),) if on_gpu else ((3, 1),),
+        repeats=1 if options.smoke or on_gpu else options.repeats,
         deadline_s=time.perf_counter() + budget_s,
     )
     return plan, options
