@@ -1,4 +1,4 @@
-"""`python -m checkpoint`: look at, verify, export and tidy checkpoints without a model.
+"""`python -m checkpoint`: look at, verify, move and tidy checkpoints without a model.
 
 Exits with 0, with 1 if a checkpoint is damaged, with 2 if the request cannot be carried out.
 """
@@ -6,14 +6,19 @@ Exits with 0, with 1 if a checkpoint is damaged, with 2 if the request cannot be
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from checkpoint import access, catalog, exporting
+from checkpoint import access, catalog, exporting, importing
 from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
 from checkpoint.manifest import SHARED
+from checkpoint.reader import Reader
+from checkpoint.shard import rank_name
 from checkpoint.storage import open_storage
+from checkpoint.terminal import Progress, dtype_of, print_table, size_of, size_text
 
 _NEVER = 1 << 62
 """As keep_last: nothing is ever superseded."""
@@ -36,120 +41,247 @@ def _ls(options: argparse.Namespace) -> int:
     """List what a root holds."""
     storage = open_storage(options.path)
     found = catalog.scan(storage)
-    if not (found.committed or found.broken or found.uncommitted):
+    if not (found.committed or found.broken or found.uncommitted or found.retired):
         raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
-    rows = [("STEP", "COMMITTED", "RANKS", "SIZE", "STATE", "FOLDER")]
-    damaged = bool(found.broken)
+    rows: list[dict[str, Any]] = []
     for reader in found.committed:
         record = reader.record
         try:
             catalog.check(reader, "quick")
             state = "ok"
         except CorruptCheckpoint as error:
-            state, damaged = "damaged", True
+            state = "damaged"
             print(f"checkpoint: {error}", file=sys.stderr)
-        size = _size(record.nbytes)
-        rows.append((str(record.step), record.created, str(record.world_size), size, state, reader.folder))
+        pinned = storage.size(f"{reader.folder}/{catalog.PIN}") is not None
+        rows.append(
+            {"step": record.step, "committed": record.created, "ranks": record.world_size, "nbytes": record.nbytes}
+            | {"state": state, "pinned": pinned, "folder": reader.folder}
+        )
     for name, fault in found.broken:
         print(f"checkpoint: {fault}", file=sys.stderr)
-        rows.append((str(name.step), "?", "?", "?", "damaged", name.folder))
-    rows += [(str(name.step), "-", "-", "-", "uncommitted", name.folder) for name in found.uncommitted]
-    _table(rows)
-    return int(damaged)
+        rows.append({"step": name.step, "state": "damaged", "folder": name.folder})
+    rows += [{"step": n.step, "state": "uncommitted", "folder": n.folder} for n in found.uncommitted]
+    rows += [{"step": n.step, "state": "retired", "folder": n.folder} for n in found.retired]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_table(["STEP", "COMMITTED", "RANKS", "SIZE", "STATE", "FOLDER"], map(_listed, rows))
+    return int(any(row["state"] == "damaged" for row in rows))
 
 
 def _show(options: argparse.Namespace) -> int:
-    """Describe one checkpoint and its tensors."""
+    """Describe one checkpoint, its tensors, and what each rank wrote."""
     reader = access.open_reader(options.path)
+    described = _describe(reader, options.names)
+    if options.json:
+        print(json.dumps(described, indent=1, default=repr))
+        return 0
     record = reader.record
-    chosen = access.select(reader, options.names, rank="any")
     print(f"path      {reader.url}")
     print(f"step      {record.step}")
     print(f"committed {record.created}, number {record.sequence} of its root")
     print(f"run       {record.run_id}, {record.world_size} rank{'s' if record.world_size > 1 else ''}")
-    print(f"size      {_size(record.nbytes)} in {len(record.files)} files")
+    print(f"size      {size_text(record.nbytes)} in {len(record.files)} files")
     print(f"versions  {', '.join(f'{k} {v}' for k, v in record.versions.items())}")
     print(f"shared    {reader.shared!r}\n")
-    rows = [("TENSOR", "DTYPE", "SHAPE", "SLICES", "SIZE", "OF RANK")]
-    for name, owner in chosen:
-        slices = reader.table.rows(name, owner)
-        size = _size(sum(row.nbytes for row in slices))
-        shape = "x".join(map(str, slices[0].global_shape)) or "scalar"
-        who = "-" if owner == SHARED else str(owner)
-        rows.append((name, slices[0].dtype, shape, str(len(slices)), size, who))
-    _table(rows)
+    ranks = [
+        (w["rank"], w["slices"], size_text(w["nbytes"]), size_text(w["objects_nbytes"])) for w in described["written"]
+    ]
+    print_table(["RANK", "SLICES", "WROTE", "OBJECTS"], ranks)
+    print()
+    print_table(["TENSOR", "DTYPE", "SHAPE", "SLICES", "SIZE", "OF RANK"], map(_shown, described["tensors"]))
     return 0
+
+
+def _describe(reader: Reader, names: str) -> dict[str, Any]:
+    record = reader.record
+    tensors = []
+    for name, owner in access.select(reader, names, rank="any"):
+        rows = reader.table.rows(name, owner)
+        tensors.append(
+            {"name": name, "dtype": rows[0].dtype, "shape": list(rows[0].global_shape), "slices": len(rows)}
+            | {"nbytes": sum(row.nbytes for row in rows), "rank": None if owner == SHARED else owner}
+        )
+    files = {file.path: file.nbytes for file in record.files}
+    slices = [row.file for row in reader.table.all_rows()]
+    written = [
+        {"rank": rank, "slices": slices.count(f"{rank_name(rank)}.safetensors")}
+        | {"nbytes": files.get(f"{rank_name(rank)}.safetensors", 0)}
+        | {"objects_nbytes": files.get(f"{rank_name(rank)}.objects.json", 0)}
+        for rank in range(record.world_size)
+    ]
+    return {
+        "path": reader.url,
+        "step": record.step,
+        "committed": record.created,
+        "sequence": record.sequence,
+        "run": record.run_id,
+        "ranks": record.world_size,
+        "size": record.nbytes,
+        "files": files,
+        "versions": dict(record.versions),
+        "shared": reader.shared,
+        "tensors": tensors,
+        "written": written,
+    }
+
+
+def _listed(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return the cells of a row of `ls`."""
+    state = row["state"] + (", pinned" if row.get("pinned") else "")
+    size = size_text(row.get("nbytes"))
+    return row["step"], row.get("committed", "-"), row.get("ranks", "-"), size, state, row["folder"]
+
+
+def _shown(tensor: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return the cells of a tensor's row of `show`."""
+    shape = "x".join(map(str, tensor["shape"])) or "scalar"
+    rank = "-" if tensor["rank"] is None else tensor["rank"]
+    return tensor["name"], tensor["dtype"], shape, tensor["slices"], size_text(tensor["nbytes"]), rank
 
 
 def _verify(options: argparse.Namespace) -> int:
     """Verify one checkpoint."""
     begun_s = time.monotonic()
-    report = access.verify(options.path, deep=not options.quick)
+    with Progress("verified") as progress:
+        report = access.verify(options.path, deep=not options.quick, progress=progress)
     took_s = time.monotonic() - begun_s
+    if options.json:
+        kept = {"path": report.path, "ok": report.ok, "deep": report.deep, "problems": list(report.problems)}
+        print(json.dumps(kept | {"tensors": report.num_tensors, "nbytes": report.nbytes, "seconds": took_s}, indent=1))
+        return int(not report.ok)
     for problem in report.problems:
         print(f"checkpoint: {problem}", file=sys.stderr)
     how = "sizes and slice table" if options.quick else "every byte"
     verdict = "ok" if report.ok else f"{len(report.problems)} problem{'s' if len(report.problems) > 1 else ''}"
-    amount = f"{_size(report.nbytes)}, {report.num_tensors} tensors, {took_s:.1f} s"
+    amount = f"{size_text(report.nbytes)}, {report.num_tensors} tensors, {took_s:.1f} s"
     print(f"{report.path}: {verdict} ({how}, {amount})")
     return int(not report.ok)
 
 
 def _export(options: argparse.Namespace) -> int:
-    """Write tensors into one safetensors file."""
-    nbytes = exporting.export(options.path, options.out, options.names)
-    print(f"{options.out}: {_size(nbytes)}")
+    """Write tensors as one safetensors file, a Hugging Face folder, or a torch DCP folder."""
+    kind: exporting.Format | exporting.HuggingFace = options.format
+    if kind == "huggingface":
+        kind = exporting.HuggingFace(max_shard_bytes=options.max_shard, config_from=options.config_from)
+    with Progress("written") as progress:
+        nbytes = exporting.export(
+            options.path,
+            options.out,
+            options.names,
+            format=kind,
+            dtype=options.dtype,
+            rename=options.strip_prefix,
+            progress=progress,
+        )
+    print(f"{options.out}: {size_text(nbytes)}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    """Add a checkpoint of another library to a root."""
+    info = importing.import_from(options.source, options.root, step=options.step, trust_pickle=options.trust_pickle)
+    print(f"{info.path}: {size_text(info.nbytes)}")
     return 0
 
 
 def _gc(options: argparse.Namespace) -> int:
-    """Remove what is abandoned or superseded."""
+    """Remove what is abandoned or superseded; what is pinned stays."""
     if options.keep_last is not None and options.keep_last < 1:
         raise ValueError(f"--keep-last: {options.keep_last}; allowed are integers from 1")
     storage = open_storage(options.path)
     before_s = time.time() - options.idle_s
-    folders = catalog.removable(
+    removals = catalog.removable(
         storage,
         keep_last=_NEVER if options.keep_last is None else options.keep_last,
         keep_every=options.keep_every,
         abandoned=lambda name: catalog.is_idle_since(storage, name, before_s),
     )
-    for folder in folders:
+    for removal in removals:
         if not options.dry_run:
-            catalog.remove(storage, folder)
-        print(f"{'would remove' if options.dry_run else 'removed'} {folder}")
+            catalog.remove(storage, removal)
+        print(f"{'would remove' if options.dry_run else 'removed'} {removal}")
     return 0
+
+
+def _pin(options: argparse.Namespace) -> int:
+    """Keep a checkpoint from retention and gc, until it is unpinned."""
+    print(f"pinned {access.pin(options.path)}")
+    return 0
+
+
+def _unpin(options: argparse.Namespace) -> int:
+    """Leave a checkpoint to retention and gc again."""
+    print(f"unpinned {access.pin(options.path, False)}")
+    return 0
+
+
+_ROOT = "root: a folder or an fsspec URL"
+_PLACE = "a checkpoint's folder, or a root (its newest checkpoint is meant); a path or an fsspec URL"
+_NAMES = "glob over the tensors' names; quote it (default: all)"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m checkpoint", description=__doc__.partition("\n\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    ls = commands.add_parser("ls", help="list the checkpoints of a root", description=_ls.__doc__)
-    ls.add_argument("path", help="root: a folder or an fsspec URL")
-    ls.set_defaults(run=_ls)
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=run.__doc__)
+        made.set_defaults(run=run)
+        return made
 
-    place = "a checkpoint's folder, or a root (its newest checkpoint is meant); a path or an fsspec URL"
-    names = "glob over the tensors' names; quote it (default: all)"
+    ls = command("ls", _ls, "list the checkpoints of a root")
+    ls.add_argument("path", help=_ROOT)
 
-    show = commands.add_parser("show", help="describe one checkpoint and its tensors", description=_show.__doc__)
-    show.add_argument("path", help=place)
-    show.add_argument("--names", default="*", metavar="GLOB", help=names)
-    show.set_defaults(run=_show)
+    show = command("show", _show, "describe one checkpoint, its tensors and its ranks")
+    show.add_argument("path", help=_PLACE)
+    show.add_argument("--names", default="*", metavar="GLOB", help=_NAMES)
 
-    verify = commands.add_parser("verify", help="check a checkpoint's bytes", description=_verify.__doc__)
-    verify.add_argument("path", help=place)
+    verify = command("verify", _verify, "check a checkpoint's bytes")
+    verify.add_argument("path", help=_PLACE)
     verify.add_argument("--quick", action="store_true", help="only file sizes and the slice table")
-    verify.set_defaults(run=_verify)
+    verify.add_argument("--deep", action="store_true", help="every byte: the default")
+    for each in (ls, show, verify):
+        each.add_argument("--json", action="store_true", help="print JSON")
 
-    export = commands.add_parser("export", help="write one safetensors file", description=_export.__doc__)
-    export.add_argument("path", help=place)
-    export.add_argument("out", help="the file to write: a path or an fsspec URL")
-    export.add_argument("--names", default="*", metavar="GLOB", help=names)
-    export.set_defaults(run=_export)
+    _add_export(command("export", _export, "write tensors for other tools"))
+    _add_import(command("import", _import, "add a checkpoint of another library"))
+    _add_gc(command("gc", _gc, "remove abandoned and superseded attempts"))
+    command("pin", _pin, "keep a checkpoint from retention").add_argument("path", help=_PLACE)
+    command("unpin", _unpin, "leave it to retention again").add_argument("path", help=_PLACE)
+    return parser
 
-    gc = commands.add_parser("gc", help="remove abandoned and superseded attempts", description=_gc.__doc__)
-    gc.add_argument("path", help="root: a folder or an fsspec URL")
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("path", help=_PLACE)
+    export.add_argument("out", help="the file or new folder to write: a path or an fsspec URL")
+    export.add_argument("--names", default="*", metavar="GLOB", help=_NAMES)
+    export.add_argument(
+        "--format", choices=["safetensors", "huggingface", "dcp"], default="safetensors", help="default: %(default)s"
+    )
+    export.add_argument("--dtype", type=dtype_of, help="convert floating-point tensors: bfloat16, float32, ...")
+    export.add_argument("--strip-prefix", default="", metavar="TEXT", help="take this off the names that have it")
+    export.add_argument(
+        "--max-shard",
+        type=size_of,
+        default="5GB",
+        metavar="SIZE",
+        help="huggingface: of one file (default: %(default)s)",
+    )
+    export.add_argument("--config-from", metavar="FOLDER", help="huggingface: where config.json and the tokenizer lie")
+
+
+def _add_import(importer: argparse.ArgumentParser) -> None:
+    importer.add_argument(
+        "source", help="a safetensors file, or a folder that Hugging Face, torch DCP or DeepSpeed (ZeRO 1-3) wrote"
+    )
+    importer.add_argument("root", help=_ROOT)
+    importer.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the source's, or 0)")
+    importer.add_argument("--trust-pickle", action="store_true", help="let the source run code; only if you trust it")
+
+
+def _add_gc(gc: argparse.ArgumentParser) -> None:
+    gc.add_argument("path", help=_ROOT)
     gc.add_argument("--keep-last", type=int, metavar="N", help="also remove all but the N newest checkpoints")
     gc.add_argument("--keep-every", type=int, default=0, metavar="N", help="but keep steps that N divides")
     gc.add_argument(
@@ -160,27 +292,6 @@ def _parser() -> argparse.ArgumentParser:
         help="uncommitted attempts untouched for this long are abandoned (default: %(default)g)",
     )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    gc.set_defaults(run=_gc)
-    return parser
-
-
-def _table(rows: Iterable[tuple[str, ...]]) -> None:
-    """Print rows with aligned columns."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _size(nbytes: int) -> str:
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    value = nbytes / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
 
 
 if __name__ == "__main__":

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from safetensors.torch import load_file
 
-from checkpoint import Checkpointer
+import checkpoint
+from checkpoint import Checkpointer, CheckpointNotFound
 from checkpoint.__main__ import main
+from checkpoint.terminal import Progress, size_of
 from tests.test_checkpoint.worlds import same, saved_by, values
 
 
@@ -124,6 +130,127 @@ def test_gc_removes_abandoned_attempts_alone(root: Path, capsys: pytest.CaptureF
 def test_gc_keeps_as_many_as_told(root: Path):
     assert main(["gc", "--keep-last", "1", str(root)]) == 0
     assert [info.step for info in Checkpointer(root).list()] == [2]
+
+
+def test_ls_show_and_verify_print_json(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["ls", str(root), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["ranks"], row["state"], row["pinned"]) for row in rows] == [
+        (1, 2, "ok", False),
+        (2, 2, "ok", False),
+    ]
+    assert main(["show", str(root), "--json", "--names", "flat"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["step"], shown["shared"]) == (2, {"seed": 2})
+    assert shown["tensors"] == [
+        {"name": "flat", "dtype": "F32", "shape": [60, 7], "slices": 2, "nbytes": 1680, "rank": None}
+    ]
+    damage(root, 1)
+    assert main(["verify", str(root), "--json"]) == 1
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["ok"], verdict["deep"], len(verdict["problems"])) == (False, True, 1)
+
+
+def test_show_says_what_each_rank_wrote(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["show", str(root), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)["written"]
+    shards = [folder(root, 1) / f"r0000{rank}.safetensors" for rank in range(2)]
+    assert [(w["rank"], w["nbytes"]) for w in written] == [(i, shard.stat().st_size) for i, shard in enumerate(shards)]
+    assert main(["show", str(root)]) == 0
+    rows = capsys.readouterr().out.partition("RANK  SLICES")[2].splitlines()[1:3]
+    assert [row.split()[0] for row in rows] == ["0", "1"]
+
+
+def test_what_is_pinned_outlives_gc_until_it_is_unpinned(root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["pin", str(folder(root, 0))]) == 0
+    assert main(["gc", "--keep-last", "1", str(root)]) == 0
+    assert main(["ls", str(root)]) == 0
+    assert " ok, pinned " in capsys.readouterr().out
+    assert main(["unpin", str(folder(root, 0))]) == 0
+    assert main(["gc", "--keep-last", "1", str(root)]) == 0
+    assert [info.step for info in Checkpointer(root).list()] == [2]
+    with pytest.raises(CheckpointNotFound):
+        checkpoint.verify(root / "step-00000009.a0.0123456789abcdef")
+    assert main(["pin", str(root / "step-00000009.a0.0123456789abcdef")]) == 2
+
+
+def test_export_to_a_hugging_face_folder_and_back(root: Path, tmp_path: Path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.json").write_text("{}")
+    hf, again = tmp_path / "hf", tmp_path / "again"
+    how = ["--format", "huggingface", "--max-shard", "1kB", "--config-from", str(tmp_path / "config")]
+    assert (
+        main(["export", str(root), str(hf), "--names", "[fw]*", "--dtype", "bfloat16", "--strip-prefix", "w", *how])
+        == 0
+    )
+    assert (hf / "config.json").read_text() == "{}"
+    assert main(["import", str(hf), str(again), "--step", "7"]) == 0
+    whole = values(2)
+    expected = {"flat": whole["flat"].bfloat16(), "hole": whole["whole"].bfloat16()}
+    assert same(checkpoint.read(again), expected)
+    assert Checkpointer(again).list()[0].step == 7
+
+
+def test_import_of_a_pickle_that_runs_code_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp/.metadata").write_bytes(b"cos\nsystem\n.")
+    assert main(["import", str(tmp_path / "dcp"), str(tmp_path / "root")]) == 2
+    assert "needs os.system, which may run code" in capsys.readouterr().err
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A file that is a terminal, and what has been written to it."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as file:
+
+        def read() -> str:
+            file.flush()
+            return os.read(ours, 1 << 16).decode()
+
+        yield file, read
+    os.close(ours)
+
+
+def test_tables_are_drawn_on_a_terminal(
+    root: Path, terminal: tuple[TextIO, Callable[[], str]], monkeypatch: pytest.MonkeyPatch
+):
+    file, read = terminal
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(sys, "stdout", file)
+    assert main(["ls", str(root)]) == 0
+    drawn = read()
+    assert "─────" in drawn
+    assert folder(root, 1).name in drawn
+
+
+def test_progress_is_shown_on_a_terminal_alone(
+    terminal: tuple[TextIO, Callable[[], str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    ticks = iter(range(9))
+    with Progress("verified", clock=lambda: float(next(ticks))) as progress:
+        progress(1 << 20, 1 << 30)
+    assert capsys.readouterr() == ("", "")
+    file, read = terminal
+    monkeypatch.setattr(sys, "stderr", file)
+    with Progress("verified", clock=lambda: float(next(ticks))) as progress:
+        progress(1 << 20, 1 << 30)
+    first, shown, cleared, _ = read().split("\r")
+    assert (first, shown) == ("", "verified 1.0 MiB of 1.0 GiB (1.0 MiB/s)")
+    assert not cleared.strip()
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("5GB", 5 * 10**9), ("1.5KiB", 1536), ("7", 7), ("2tib", 2 << 40)])
+def test_sizes_are_read(text: str, nbytes: int):
+    assert size_of(text) == nbytes
+
+
+@pytest.mark.parametrize("option", [["--max-shard", "much"], ["--dtype", "load"], ["--format", "zip"]])
+def test_an_option_that_means_nothing_is_refused(root: Path, option: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(root), "out", *option])
+    assert caught.value.code == 2
+    assert option[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
