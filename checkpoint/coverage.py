@@ -74,6 +74,8 @@ def coverage_problem(global_shape: Shape, regions: Sequence[Region]) -> str | No
         return None if regions else "is held by no rank"
     if all(r.shape == global_shape for r in regions):
         return _flat_problem(total, regions)
+    if len(regions) * len(global_shape) > _MAX_CORNERS // 4:
+        return f"is cut into {len(regions)} slices of {len(global_shape)} dimensions, more than can be checked"
     boxes = [box for region in regions for box in region.boxes()]
     split = [d for d, n in enumerate(global_shape) if any(shape[d] != n for _, shape in boxes)]
     if len(split) > MAX_SPLIT_DIMS or len(boxes) << len(split) > _MAX_CORNERS:

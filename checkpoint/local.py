@@ -142,14 +142,14 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes:
         full = self._root / path
-        with named(full, "read"):
-            return full.read_bytes()
+        with named(full, "read"), open(_open_plain(full), "rb") as file:
+            return file.read()
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Source]:
         full = self._root / path
         with named(full, "open"):
-            descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = _open_plain(full)
         try:
             yield _LocalFile(descriptor, full)
         finally:
@@ -227,6 +227,15 @@ class LocalStorage:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             _sync_folder(path.parent)
+
+
+def _open_plain(path: Path) -> int:
+    """Open a file for reading; no link, which could lead anywhere, and no pipe, which could keep us waiting."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no plain file")
+    return descriptor
 
 
 def _sync_folder(folder: Path) -> None:

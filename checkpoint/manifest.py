@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +16,13 @@ import pyarrow.compute as pc
 from checkpoint import objects
 from checkpoint.columns import Columns, Places, arrow_table, num_nulls
 from checkpoint.coverage import Bools, Ints, coverage_problem
-from checkpoint.errors import CorruptCheckpoint
+from checkpoint.errors import CorruptCheckpoint, SaveFailed
 from checkpoint.format import (
     CODES,
     DIGEST_BYTES,
     FORMAT,
     LARGEST_DIGEST_BYTES,
+    MAX_HEADER_BYTES,
     check_version,
     chunk_count,
     fingerprint,
@@ -46,6 +48,14 @@ _SCHEMA = pa.schema(
     ]
 )
 _KEY = b"checkpoint"
+_MAX_DIMS = 64
+_MAX_BYTES = 2**63 - 1
+"""What torch allows of a tensor."""
+MAX_RECORD_BYTES = 64 << 20
+"""A larger commit record is neither written nor read."""
+_MAX_HEADS = {".safetensors": MAX_HEADER_BYTES + 8, ".arrow": 2 << 30}
+_MAX_HEAD_BYTES = 1 << 30
+"""Bytes of a file that are read into memory as one, by the end of its name, and of any other."""
 _CHUNK_BYTES = frozenset(1 << n for n in range(12, LARGEST_DIGEST_BYTES.bit_length()))
 """Bytes under one digest that a table may have."""
 ATTEMPT_NAME = re.compile(r"step-([0-9]{8,18})\.a([0-9]{1,9})\.([0-9a-f]{16})")
@@ -83,6 +93,10 @@ class SavedSlice:
             problem = f"unknown dtype {self.dtype!r}"
         elif any(n < 0 for n in self.global_shape):
             problem = f"negative size in shape {list(self.global_shape)}"
+        elif len(self.global_shape) > _MAX_DIMS or _extent(self.global_shape) * self.itemsize > _MAX_BYTES:
+            problem = "has a shape that no tensor can have"
+        elif self.owner < SHARED:
+            problem = f"belongs to rank {self.owner}"
         elif self.byte_start < 0:
             problem = f"starts at byte {self.byte_start}"
         else:
@@ -289,10 +303,16 @@ class CommitRecord:
         return sum(f.nbytes for f in self.files if "/" not in f.path)
 
     def to_bytes(self) -> bytes:
-        """Return the record's text, which carries its own fingerprint."""
+        """Return the record's text, which carries its own fingerprint. Raises SaveFailed if no reader would take it."""
         tree = asdict(self) | {"format": FORMAT}
         tree["fingerprint"] = fingerprint(objects.canonical(tree))
-        return json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        problem = self.problem()
+        if len(text) > MAX_RECORD_BYTES:
+            problem = f"{len(text)} bytes; allowed are {MAX_RECORD_BYTES}: save less as `shared`"
+        if problem:
+            raise SaveFailed(f"the commit record cannot be written: {problem}")
+        return text
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> CommitRecord:
@@ -302,7 +322,11 @@ class CommitRecord:
             raise CorruptCheckpoint(f"{source}: is not a commit record")
         check_version(tree.get("format"), source)
         claimed = tree.pop("fingerprint", None)
-        if claimed != fingerprint(objects.canonical(tree)):
+        try:
+            found = fingerprint(objects.canonical(tree))
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpoint(f"{source}: is no JSON that this package writes ({error})") from error
+        if claimed != found:
             raise CorruptCheckpoint(
                 f"{source}: was damaged or changed after the commit: its fingerprint does not match; "
                 "load another checkpoint"
@@ -329,8 +353,20 @@ class CommitRecord:
                 return f"files: {file.path!r} is not the name of a file in this folder or in another attempt's"
             if not (_is_count(file.nbytes) and _is_count(file.head_bytes) and file.head_bytes <= file.nbytes):
                 return f"files: {file.path}: sizes {file.nbytes!r} and {file.head_bytes!r} make no sense"
+            most = _MAX_HEADS.get(file.path[file.path.rfind(".") :], _MAX_HEAD_BYTES)
+            if file.head_bytes > most:
+                return f"files: {file.path}: a head of {file.head_bytes} bytes; allowed are {most}"
+        if len({file.path for file in self.files}) < len(self.files):
+            return "files: one is listed twice"
+        if not isinstance(self.versions, dict) or not all(isinstance(v, str) for v in self.versions.values()):
+            return "versions must be text by name"
         return None
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _extent(shape: Shape) -> int:
+    """Return the elements of a shape, its empty dimensions left out: strides overflow by them too."""
+    return math.prod(n for n in shape if n)

@@ -72,18 +72,25 @@ def to_json(value: object, source: str) -> Any:
 
 def from_json(tree: Any, source: str) -> Any:
     """Return the value that `to_json` was given. Raises CorruptCheckpoint."""
+    try:
+        return _restored(tree, source)
+    except RecursionError as error:
+        raise CorruptCheckpoint(f"{source}: is nested too deep ({error})") from error
+
+
+def _restored(tree: Any, source: str) -> Any:
     if isinstance(tree, list):
-        return [from_json(v, source) for v in tree]
+        return [_restored(v, source) for v in tree]
     if not isinstance(tree, dict):
         return tree
     if _TAG not in tree:
-        return {k: from_json(v, source) for k, v in tree.items()}
+        return {k: _restored(v, source) for k, v in tree.items()}
     restore = _RESTORE.get(tree[_TAG]) if isinstance(tree[_TAG], str) else None
     if restore is None:
         raise CorruptCheckpoint(f"{source}: holds a value of unknown kind {tree[_TAG]!r}")
     try:
-        return restore(from_json(tree["value"], source))
-    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        return restore(_restored(tree["value"], source))
+    except (KeyError, TypeError, ValueError, OverflowError, binascii.Error) as error:
         raise CorruptCheckpoint(f"{source}: holds a malformed {tree[_TAG]} ({error})") from error
 
 

@@ -16,7 +16,7 @@ from checkpoint import objects
 from checkpoint.commit import COMMIT, TABLE, brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch
 from checkpoint.format import CHUNK_BYTES, CODES, fingerprint
-from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
+from checkpoint.manifest import MAX_RECORD_BYTES, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region, Shape
 from checkpoint.reshard import Read, plan, view
 from checkpoint.shard import rank_name
@@ -27,6 +27,7 @@ from checkpoint.transfer import Bytes, Transfer, Window, allocate, windows
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
 MARK = "BAD.json"
 """Written beside a commit record by a rank that found the checkpoint damaged."""
+_MAX_MARK_BYTES = 1 << 20
 _LEAST_BUFFER_BYTES = 32 << 20
 """A load holds this much even where less is allowed: less would keep its threads waiting for each other."""
 _LOCAL_THREADS = 4
@@ -67,8 +68,11 @@ class Reader:
         self.folder = folder
         self._storage = storage
         source = f"{folder}/{COMMIT}"
-        if storage.size(source) is None:
+        nbytes = storage.size(source)
+        if nbytes is None:
             raise CheckpointNotFound(f"{storage.url}/{folder}: no {COMMIT}: nothing was committed here")
+        if nbytes > MAX_RECORD_BYTES:
+            raise CorruptCheckpoint(f"{source}: {nbytes} bytes; no commit record has more than {MAX_RECORD_BYTES}")
         self.record = CommitRecord.from_bytes(storage.read(source), source)
         self._files: Mapping[str, FileRecord] = {f.path: f for f in self.record.files}
         self._placed = False
@@ -100,8 +104,11 @@ class Reader:
     def mark(self) -> str | None:
         """Say who found this checkpoint damaged; None if nobody did."""
         path = self._path(MARK)
-        if self._storage.size(path) is None:
+        nbytes = self._storage.size(path)
+        if nbytes is None:
             return None
+        if nbytes > _MAX_MARK_BYTES:
+            return f"{self.folder}: {MARK} there is too large to be read; remove it to use the checkpoint"
         mark = objects.parse(self._storage.read(path), path)
         who, reason = (mark.get("rank"), mark.get("reason")) if isinstance(mark, dict) else (None, None)
         return f"{self.folder}: rank {who} found it damaged: {reason}; remove {MARK} there to use it again"
