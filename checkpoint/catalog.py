@@ -56,9 +56,11 @@ class CheckpointInfo:
     """What rank 0 handed to save as `shared`."""
     versions: Mapping[str, str] = field(repr=False)
     """Versions of the libraries that wrote it."""
+    tier: str = "local"
+    """Where this copy lies."""
 
 
-def info_of(reader: Reader) -> CheckpointInfo:
+def info_of(reader: Reader, tier: str = "local") -> CheckpointInfo:
     """Return the description of an open checkpoint."""
     record = reader.record
     return CheckpointInfo(
@@ -72,6 +74,7 @@ def info_of(reader: Reader) -> CheckpointInfo:
         nbytes=record.nbytes,
         shared=reader.shared,
         versions=record.versions,
+        tier=tier,
     )
 
 

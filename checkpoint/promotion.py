@@ -156,7 +156,7 @@ class Promoter:
             self._again(lambda: self._commit(reader))
         self._collect()
         self._local.remove(f"{folder}/{PROMOTION}")
-        return self._again(lambda: catalog.info_of(Reader(self._remote, folder)))
+        return self._again(lambda: catalog.info_of(Reader(self._remote, folder), "remote"))
 
     def _follow(self, folder: str) -> CheckpointInfo:
         """Other ranks: copy when rank 0 says so, and learn from the mark how it ended."""
@@ -173,7 +173,7 @@ class Promoter:
             self._pause(self._never, _POLL_S)
         if self._again(lambda: self._remote.size(f"{folder}/{COMMIT}")) is None:
             raise SaveFailed(f"{folder}: rank 0 did not commit the copy in {self._remote.url}")
-        return self._again(lambda: catalog.info_of(Reader(self._remote, folder)))
+        return self._again(lambda: catalog.info_of(Reader(self._remote, folder), "remote"))
 
     def _give_up(self, folder: str, error: BaseException) -> None:
         """Let the other ranks know; a copy that only ran out of time at the end is left to the next launch."""

@@ -2,7 +2,7 @@
 
     memory → local → remote
 
-Each holds whole checkpoints, and the copies of one save have the same folder name in all of them. Commits are
+Each holds whole checkpoints, and the copies of one save have the same folder name in all of them. Saves are
 numbered in one sequence over all tiers, so that the newest is the newest wherever it lies; of its copies the
 nearest is taken, and a copy that does not verify gives way to the next one, then to the checkpoint before.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from checkpoint import catalog
+from checkpoint.catalog import CheckpointInfo
 from checkpoint.config import CheckpointConfig
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, StateMismatch, StorageError, UnsupportedFormat
 from checkpoint.reader import Reader
@@ -43,6 +44,10 @@ class Found:
 
     tier: Tier
     reader: Reader
+
+    @property
+    def info(self) -> CheckpointInfo:
+        return catalog.info_of(self.reader, self.tier.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +91,24 @@ class Tiers:
     def __init__(self, tiers: Sequence[Tier]) -> None:
         """Use tiers, given nearest first."""
         self.tiers = tuple(tiers)
-        self._sequence: int | None = None
+        self._before: int | None = None
         self._lock = threading.Lock()
 
-    def next_sequence(self) -> int:
-        """Rank 0: return the sequence of the next commit, in whichever tier. Looks at the tiers once."""
+    def sequence(self, ordinal: int, storage: Storage) -> int:
+        """Rank 0: return the sequence of the `ordinal`-th save of this launch, counted from 1, in one of the storages.
+
+        Looks at all tiers once, at the first save. Copies of one save have the same sequence, even where a later one
+        is committed first, in another tier.
+        """
         with self._lock:
-            if self._sequence is None:
+            if self._before is None:
                 found, _ = self._scan()
-                self._sequence = max((item.reader.record.sequence for item in found), default=0)
-            self._sequence += 1
-            return self._sequence
+                self._before = max((item.reader.record.sequence for item in found), default=0)
+            return max(self._before + ordinal, catalog.next_sequence(storage))
+
+    def storage(self, name: str) -> Storage | None:
+        """Return the storage of a tier; None if there is no such tier."""
+        return next((tier.storage for tier in self.tiers if tier.name == name), None)
 
     def latest(self, verify: catalog.Verify = "quick") -> Found | None:
         """Return the newest checkpoint that verifies, from the nearest tier; warn about all that is skipped.
@@ -126,6 +138,11 @@ class Tiers:
             if root == tier.storage.url:
                 return Found(tier, Reader(tier.storage, folder))
         return None
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Return what is committed in all tiers, oldest commit first, of a save the farthest tier first."""
+        found, _ = self._scan()
+        return [item.info for item in reversed(ordered(found))]
 
     def candidates(self) -> tuple[list[Found], list[CheckpointError]]:
         """Return what is committed, in the order in which a restart tries it, and why more could not be seen."""

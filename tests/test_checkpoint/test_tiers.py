@@ -136,13 +136,19 @@ def test_a_later_save_of_an_earlier_step_is_newer(places: Places):
     assert places.latest() == ("local", 1)
 
 
-def test_commits_are_numbered_over_all_tiers(tmp_path: Path):
+def test_saves_are_numbered_over_all_tiers(tmp_path: Path):
     near, far = open_storage(tmp_path / "near"), open_storage(tmp_path / "far")
     for step in (1, 2, 3):
         saved_by(tmp_path / "far", 1, step)
     saved_by(tmp_path / "near", 1, 9)
     tiers = Tiers([Tier("local", near), Tier("remote", far)])
-    assert [tiers.next_sequence() for _ in range(3)] == [4, 5, 6]
+    assert [tiers.sequence(ordinal, storage) for ordinal, storage in ((2, near), (1, far), (2, far))] == [5, 4, 5]
+    saved_by(tmp_path / "far", 1, 5)
+    saved_by(tmp_path / "far", 1, 6)
+    saved_by(tmp_path / "far", 1, 7)
+    saved_by(tmp_path / "far", 1, 8)
+    assert tiers.sequence(3, near) == 6
+    assert tiers.sequence(3, far) == 8  # another launch was there meanwhile
 
 
 def test_a_tier_that_cannot_be_read_is_passed_over_loudly(
@@ -151,7 +157,7 @@ def test_a_tier_that_cannot_be_read_is_passed_over_loudly(
     host.kill(0)
     assert places.latest() == ("local", 3)
     assert "the memory tier is skipped" in caplog.text
-    assert places.tiers.next_sequence() == 4
+    assert places.tiers.sequence(1, places.local) == 4
 
 
 def test_a_tier_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path: Path, host: Fleet):
