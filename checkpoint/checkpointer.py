@@ -7,11 +7,11 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal
 
-from checkpoint import catalog
+from checkpoint import catalog, hooks
 from checkpoint import objects as plain
 from checkpoint.access import open_reader
 from checkpoint.arena import SLOT_BYTES
@@ -21,7 +21,9 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.copies import moments
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, InvalidState, SaveSkipped, StorageError
 from checkpoint.handle import SaveHandle
+from checkpoint.hooks import Hook
 from checkpoint.planning import Planner, UpdateOrder
+from checkpoint.preemption import Preemption
 from checkpoint.reader import Reader
 from checkpoint.saving import Request, Saver
 from checkpoint.state import TensorLike, pieces_of
@@ -95,6 +97,9 @@ class Checkpointer:
         self._planner = Planner(rank, world_size)
         self._delta = Delta(self._storage, rank) if self._config.delta else None
         self._saver = Saver(self._config, rank, world_size, self._run_id)
+        deadline_s = self._config.urgent_deadline_s
+        self._preemption = Preemption(self._start, self._saver.cancel, deadline_s, is_alone=world_size == 1)
+        self._armed_with: tuple[Any, ...] = ()
         self._handles: list[SaveHandle] = []
         self.num_skipped = 0
         """Saves that were skipped because too many were under way, in each tier."""
@@ -148,33 +153,56 @@ class Checkpointer:
             InvalidState: the arguments cannot be saved; the other ranks' saves fail with SaveAborted.
         """
         called_s = time.monotonic()
-        if self._closed:
-            raise ValueError("save: this Checkpointer is closed")
-        if type(step) is not int or step < 0:
-            raise InvalidState(f"step: {step!r}; allowed are integers from 0")
+        self._check(step)
         self.poll()
-        name = self._saver.name(step)
-        tiers = self._tiers(step)
         try:
-            draft = self._planner.draft(tensors, update_order)
-            request = Request(
-                step=step,
-                draft=draft,
-                moments=moments(draft.blueprint.devices),
-                objects=plain.encode(dict(objects or {}), "objects"),
-                shared=plain.to_json(shared, "shared"),
-                tiers=tiers,
-                deadline_s=self._config.urgent_deadline_s if urgent else None,
-                delta=self._delta,
-            )
-            plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit
-            handle = self._saver.start(name, request)
+            request = self._request(step, tensors, objects, shared, update_order)
         except BaseException as error:
-            self._saver.abandon(name, tiers, error)
+            self._saver.abandon(self._saver.name(step), self._tiers(step), error)
             raise
+        if urgent:
+            request = replace(request, deadline_s=self._config.urgent_deadline_s)
+        has_room = urgent or self._saver.has_room()
+        with self._preemption.lock:
+            handle = self._preemption.saving(step)
+            if handle is None:
+                handle = self._start(request) if has_room else self._saver.skip(self._saver.name(step), request)
+                self._preemption.note(handle)
+        handle.is_wished = False
         self._handles.append(handle)
-        handle.call_s = time.monotonic() - called_s
+        handle.call_s += time.monotonic() - called_s
         return handle
+
+    def arm(
+        self,
+        step: int,
+        tensors: Mapping[str, TensorLike],
+        objects: Mapping[str, Any] | None = None,
+        *,
+        shared: Any = None,
+        update_order: UpdateOrder = (),
+    ) -> None:
+        """Keep a state at hand for `preempt`: call it after every update, with what `save` would get.
+
+        Nothing is copied. The tensors must stay as they are until the next fence, which is where the update begins.
+        Raises InvalidState; an urgent save that was waiting for this moment is started.
+        """
+        self._check(step)
+        self._armed_with = (tensors, objects, shared, update_order)
+        self._preemption.arm(self._request(step, tensors, objects, shared, update_order))
+
+    def preempt(self) -> None:
+        """Save what is armed at once, in the middle of a step; or as soon as the update that is under way is over.
+
+        The save is urgent (`urgent_deadline_s`) and is found in `preempted`. Returns at once; any thread may call it,
+        and any handler of a signal.
+        """
+        self._preemption.wish()
+
+    @property
+    def preempted(self) -> SaveHandle | None:
+        """Return the last save that `preempt` started, None before there is one."""
+        return self._preemption.handle
 
     def prepare(self, tensors: Mapping[str, TensorLike], update_order: UpdateOrder = ()) -> None:
         """Get ready to save such tensors: staging memory is got and locked for GPUs (0.8 s per GiB), the plan is made.
@@ -188,7 +216,20 @@ class Checkpointer:
 
         On GPUs that holds for what is ordered on the current stream from now on, and the host hardly waits.
         """
+        self._preemption.update_begins()
         self._saver.fence(group)
+
+    def fence_storages(self, addresses: Callable[[], set[int]]) -> None:
+        """As `fence`, for the tensors in some storages; `addresses` says where they start, if it is asked."""
+        self._preemption.update_begins()
+        self._saver.fence_storages(addresses)
+
+    def fence_on(self, target: Any) -> Hook:
+        """Fence before every update of a torch optimizer or a DeepSpeed engine, for just what it updates.
+
+        Remove the hook that is returned to stop that. Raises TypeError.
+        """
+        return hooks.fence_on(target, self)
 
     def poll(self) -> None:
         """Report the errors of saves that ended: raise or warn, as configured. Never waits.
@@ -204,9 +245,9 @@ class Checkpointer:
                 if isinstance(error, SaveSkipped):
                     self.num_skipped += 1
                 elif error is not None:
-                    found.append(error)
                     _log.warning("the save of step %d failed, training goes on: %s", handle.step, error)
-        if found and callable(self._on_error):
+                    found += [] if handle.is_wished else [error]
+        if callable(self._on_error):
             for error in found:
                 self._on_error(error)
         elif found and self._on_error == "raise":
@@ -267,6 +308,7 @@ class Checkpointer:
         Raises TimeoutError if a save has not ended after `timeout_s`; it goes on while the process lives.
         """
         self._closed = True
+        self._preemption.close()
         if not self._saver.wait(timeout_s=timeout_s):
             raise TimeoutError(f"a save is not committed {timeout_s} s after close was called")
         self._saver.close()
@@ -286,6 +328,40 @@ class Checkpointer:
             reader.condemn(self._rank, error)
         except StorageError as second:
             error.add_note(f"it could not be marked as damaged: {second}")
+
+    def _check(self, step: int) -> None:
+        if self._closed:
+            raise ValueError("save: this Checkpointer is closed")
+        if type(step) is not int or step < 0:
+            raise InvalidState(f"step: {step!r}; allowed are integers from 0")
+
+    def _request(
+        self, step: int, tensors: Mapping[str, TensorLike], objects: Any, shared: Any, update_order: UpdateOrder
+    ) -> Request:
+        """Return what a save needs. Raises InvalidState."""
+        armed = self._preemption.armed
+        given = (tensors, objects, shared, update_order)
+        if armed and armed.step == step and all(a is b for a, b in zip(given, self._armed_with, strict=True)):
+            return replace(armed, deadline_s=None)
+        draft = self._planner.draft(tensors, update_order)
+        plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit
+        return Request(
+            step=step,
+            draft=draft,
+            moments=moments(draft.blueprint.devices),
+            objects=plain.encode(dict(objects or {}), "objects"),
+            shared=plain.to_json(shared, "shared"),
+            tiers=self._tiers(step),
+            delta=self._delta,
+        )
+
+    def _start(self, request: Request) -> SaveHandle:
+        name = self._saver.name(request.step)
+        try:
+            return self._saver.start(name, request)
+        except BaseException as error:
+            self._saver.abandon(name, request.tiers, error)
+            raise
 
     def _tiers(self, step: int) -> Sequence[tuple[str, Storage]]:
         """Return where the save of a step goes at once."""

@@ -32,7 +32,7 @@ import torch
 import xxhash
 
 from checkpoint import objects
-from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, StorageError
+from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, SaveSkipped, StorageError
 from checkpoint.format import fingerprint
 from checkpoint.manifest import ATTEMPT_NAME, CommitRecord, FileRecord, SliceTable
 from checkpoint.shard import Written, rank_name
@@ -81,6 +81,8 @@ class Attempt:
         self._world_size = world_size
         self._timeout_s = timeout_s
         self._voted = False
+        self._aborted_by_other = False
+        self._cancelled: BaseException | None = None
 
     def begin(self) -> None:
         """Raise if another rank has failed already, or if a launch before this one used the same name."""
@@ -138,6 +140,10 @@ class Attempt:
             votes = f"; no vote from {_ranks(missing)}" if missing else ""
             raise CommitTimeout(f"{self.folder}: rank 0 did not commit within {timeout_s:g} s{votes}", missing or (0,))
 
+    def cancel(self, error: BaseException) -> None:
+        """Let whatever waits for other ranks raise `error` instead, unless all of them have voted. From any thread."""
+        self._cancelled = error
+
     def abandon(self, error: BaseException) -> None:
         """After a failure: free this rank's space and tell the other ranks.
 
@@ -145,7 +151,7 @@ class Attempt:
         attempt was aborted by another, and after the commit itself. Raises StorageError if the storage does
         not let the others know; they then learn of the failure by their timeout.
         """
-        aborted = isinstance(error, SaveAborted)
+        aborted = self._aborted_by_other
         if (self._voted and self._rank and not aborted) or self._is_committed():
             return
         stem = rank_name(self._rank)
@@ -153,7 +159,8 @@ class Attempt:
             self._storage.remove(f"{self.folder}/{path}")
         if not aborted:
             reason = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
-            text = objects.canonical({"rank": self._rank, "reason": reason})
+            skipped = isinstance(error, SaveSkipped)
+            text = objects.canonical({"rank": self._rank, "reason": reason, "skipped": skipped})
             self._storage.write(f"{self.folder}/{ABORT}", text)
 
     def _await_votes(self) -> None:
@@ -179,10 +186,15 @@ class Attempt:
         return True
 
     def _raise_if_aborted(self) -> None:
+        if self._cancelled is not None:
+            raise self._cancelled
         path = f"{self.folder}/{ABORT}"
         if self._storage.size(path) is None:
             return
         record = objects.parse(self._storage.read(path), path)
+        self._aborted_by_other = True
+        if record.get("skipped"):
+            raise SaveSkipped(f"{self.folder}: rank {record['rank']} skips it: {record['reason']}")
         raise SaveAborted(f"{self.folder}: rank {record['rank']} failed: {record['reason']}", record["rank"])
 
     def _check_sizes(self, files: Sequence[FileRecord]) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from checkpoint.planning import Draft, version
+
 _SAMPLE_BYTES = 16
 """Bytes looked at in a place."""
 
@@ -23,12 +25,11 @@ _SAMPLE_BYTES = 16
 class Guard:
     """Watches the tensors of one save, each until its group is copied."""
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> None:
-        """Remember the tensors' counters; `groups[g]` are the indices of those that are updated in turn g."""
-        self._names = names
-        self._tensors = tensors
-        self._groups = groups
-        self._versions = [-1 if t.is_inference() else t._version for t in tensors]
+    def __init__(self, draft: Draft) -> None:
+        self._names = draft.blueprint.names
+        self._tensors = draft.tensors
+        self._groups = draft.blueprint.watched
+        self._versions = draft.versions
         self._samples: dict[int, list[bytes]] = {}
         self._devices: dict[tuple[int, torch.device], _DeviceSamples] = {}
         self._settled: set[int] = set()
@@ -66,8 +67,7 @@ class Guard:
             self._settled.add(group)
             for i in self._groups[group]:
                 tensor = self._tensors[i]
-                version = -1 if tensor.is_inference() else tensor._version
-                if version != self._versions[i] or (self._samples and _sample(tensor) != self._samples[i]):
+                if version(tensor) != self._versions[i] or (self._samples and _sample(tensor) != self._samples[i]):
                     self._changed.add(self._names[i])
 
     def judge(self, group: int) -> None:

@@ -118,6 +118,8 @@ class SaveHandle:
         """The step being saved."""
         self.call_s = 0.0
         """Seconds that `save` kept from its caller."""
+        self.is_wished = False
+        """Whether `preempt` started it, and the loop does not know it: `poll` then warns of its errors only."""
         self._outcomes = {tier: Outcome(step, tier) for tier in tiers}
         self._first = "local" if "local" in self._outcomes else tiers[0]
         self._snapshot = snapshot

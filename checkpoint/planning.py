@@ -64,6 +64,8 @@ class Draft:
     blueprint: Blueprint
     tensors: Sequence[Tensor]
     """The memory of the entries: it stays even if an entry is given other memory (`parameter.data = …`)."""
+    versions: Sequence[int]
+    """How often each entry had been changed in place."""
 
     def piece(self, index: int) -> Piece:
         """Return a piece with its tensor, a view."""
@@ -87,12 +89,13 @@ class Planner:
         """Return how to save these tensors. Raises InvalidState, naming every offending entry."""
         key, bases = _structure(tensors, update_order)
         if key is not None and self._blueprint is not None and key == self._key:
-            return Draft(self._blueprint, bases)
+            return Draft(self._blueprint, bases, _versions(bases))
         pieces = pieces_of(tensors)
         groups = _groups(tensors, update_order)
         self._blueprint = self._plan(pieces, tensors, groups)
         self._key = key
-        return Draft(self._blueprint, [base_of(value) for value in tensors.values()])
+        bases = [base_of(value) for value in tensors.values()]
+        return Draft(self._blueprint, bases, _versions(bases))
 
     def _plan(self, held: Sequence[Piece], tensors: Mapping[str, TensorLike], groups: Mapping[str, int]) -> Blueprint:
         pieces = written_by(self._rank, self._world_size, held)
@@ -166,6 +169,15 @@ def _structure(tensors: Mapping[str, TensorLike], update_order: UpdateOrder) -> 
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [version(t) for t in tensors]
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor, or what shares its counter, was changed in place; -1 where nobody counts."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _groups(tensors: Mapping[str, TensorLike], update_order: UpdateOrder) -> dict[str, int]:

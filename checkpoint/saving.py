@@ -85,6 +85,7 @@ class Saver:
         self._copier: Copier | None = None
         self._drain: Drain | None = None
         self._under_way: list[tuple[_Save, threading.Thread]] = []
+        self._lock = threading.Lock()
 
     def name(self, step: int) -> AttemptName:
         """Return the name of the next attempt at a step; every rank gets the same."""
@@ -97,23 +98,41 @@ class Saver:
         for tier, storage in tiers:
             self._abandon(tier, self._attempt(name, storage, None), error)
 
+    def has_room(self) -> bool:
+        """Wait until another save may start, while there are too many; return whether it may, as configured."""
+        return self.wait(_MAX_UNDER_WAY - 1, 0 if self._config.on_pressure == "skip" else None)
+
     def start(self, name: AttemptName, request: Request) -> SaveHandle:
-        """Start a save; waits for older ones while there are too many of them, or skips this one, as configured."""
+        """Start a save, however many are under way."""
         called_s = time.monotonic()
-        if not self.wait(_MAX_UNDER_WAY - 1, 0 if self._config.on_pressure == "skip" else None):
-            return self._skip(name, request)
         arena, copier = self._arena_for(request.draft)
         trace = Trace()
         snapshot = Snapshot(request.draft, request.moments, arena, trace)
         tiers = [tier for tier, _ in request.tiers]
         handle = SaveHandle(request.step, tiers, snapshot, trace)
         attempts = {t: self._attempt(name, storage, request.deadline_s) for t, storage in request.tiers}
-        after = {t: e for save, _ in self._under_way for t, e in save.ended.items()}
+        after = {t: e for save, _ in self._running() for t, e in save.ended.items()}
         ended = {tier: threading.Event() for tier in tiers}
         save = _Save(request, handle, snapshot, trace, called_s, attempts, after, ended)
         copier.submit(snapshot, request.draft, functools.partial(self._plan, save))
         self._run(save, self._conduct)
         return handle
+
+    def skip(self, name: AttemptName, request: Request) -> SaveHandle:
+        """Return a save that is skipped here, and so by every rank."""
+        handle = SaveHandle(request.step, [tier for tier, _ in request.tiers], None, Trace())
+        error = SaveSkipped(
+            f"step {request.step} is not saved: rank {self._rank} still writes {len(self._running())} saves before it"
+        )
+        handle.fail(error)
+        threading.Thread(target=self.abandon, args=(name, request.tiers, error), daemon=True).start()
+        return handle
+
+    def cancel(self, handle: SaveHandle, error: BaseException) -> None:
+        """Let a save fail, unless it is being committed already."""
+        for save, _ in self._running():
+            if save.handle is handle:
+                self._fail_all(save, error)
 
     def prepare(self, draft: Draft) -> None:
         """Get the memory that saves of such a state need, and lock it for its GPUs."""
@@ -133,17 +152,20 @@ class Saver:
         if self._copier is not None:
             self._copier.fence(group, self._config.commit_timeout_s)
 
+    def fence_storages(self, addresses: Callable[[], set[int]]) -> None:
+        """Return when all tensors in some storages may be mutated."""
+        if self._copier is not None:
+            self._copier.fence_storages(addresses, self._config.commit_timeout_s)
+
     def wait(self, at_most: int = 0, timeout_s: float | None = None) -> bool:
         """Wait until no more than `at_most` saves are under way; return whether that came in time."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            self._under_way = [(save, thread) for save, thread in self._under_way if thread.is_alive()]
-            if len(self._under_way) <= at_most:
-                return True
+        while len(running := self._running()) > at_most:
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
                 return False
-            self._under_way[0][1].join(left_s)
+            running[0][1].join(left_s)
+        return True
 
     def close(self) -> None:
         """Release threads and memory; no save may be under way. Idempotent."""
@@ -183,8 +205,15 @@ class Saver:
 
     def _run(self, save: _Save, work: Callable[[_Save], None]) -> None:
         thread = threading.Thread(target=work, args=(save,), name=f"checkpoint-step-{save.request.step}", daemon=True)
-        self._under_way.append((save, thread))
         thread.start()
+        with self._lock:
+            self._under_way.append((save, thread))
+
+    def _running(self) -> list[tuple[_Save, threading.Thread]]:
+        """Return the saves under way, oldest first, and their threads."""
+        with self._lock:
+            self._under_way = [(save, thread) for save, thread in self._under_way if thread.is_alive()]
+            return list(self._under_way)
 
     # What follows runs in the background
 
@@ -245,6 +274,8 @@ class Saver:
         """End a save wherever it has not ended."""
         save.snapshot.fail(error)
         save.handle.fail(error)
+        for attempt in save.attempts.values():
+            attempt.cancel(error)
 
     def _open(self, save: _Save) -> Flow | None:
         """Begin the attempts and let the copies flow to the tiers where that went well; None if nowhere."""
@@ -338,17 +369,6 @@ class Saver:
             attempt.abandon(error)
         except Exception as second:  # noqa: BLE001  carried by the first error, which must get through
             error.add_note(f"the other ranks could not be told and will time out: {second!r}")
-
-    def _skip(self, name: AttemptName, request: Request) -> SaveHandle:
-        """Return a save that is skipped here, and so by every rank."""
-        handle = SaveHandle(request.step, [tier for tier, _ in request.tiers], None, Trace())
-        error = SaveSkipped(
-            f"step {request.step} is not saved: rank {self._rank} still writes {len(self._under_way)} saves before it"
-        )
-        handle.fail(error)
-        thread = threading.Thread(target=self.abandon, args=(name, request.tiers, error), daemon=True)
-        thread.start()
-        return handle
 
     def _collect(self, tier: str, committed: AttemptName, storage: Storage) -> None:
         """Remove what the newest checkpoint supersedes, and attempts that can no longer become one.

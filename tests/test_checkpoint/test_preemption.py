@@ -1,0 +1,129 @@
+"""Saving in the middle of a step: what is armed, when it may be saved, and what the ranks agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveFailed
+from tests.test_checkpoint.worlds import ranks, wait_until
+
+
+def loaded(ck: Checkpointer) -> tuple[int, float]:
+    """Return the step and the value of the newest checkpoint."""
+    info, found = ck.latest(), torch.zeros(1000)
+    assert info is not None
+    ck.load(info, {"w": found})
+    assert (found == found[0]).all()
+    return info.step, found[0].item()
+
+
+def test_the_armed_state_is_saved_in_the_middle_of_a_step(tmp_path: Path):
+    weight = torch.full((1000,), 4.0)
+    with Checkpointer(tmp_path) as ck:
+        ck.arm(4, {"w": weight}, {"lr": 0.1}, shared={"tokens": 9})
+        assert ck.preempted is None
+        ck.preempt()
+        wait_until(lambda: ck.preempted is not None)
+        ck.fence()
+        weight.fill_(5.0)
+        assert ck.preempted.result(20).shared == {"tokens": 9}
+        assert loaded(ck) == (4, 4.0)
+
+
+def test_a_wish_during_an_update_waits_for_its_end(tmp_path: Path):
+    weight = torch.full((1000,), 4.0)
+    with Checkpointer(tmp_path) as ck:
+        ck.arm(4, {"w": weight})
+        ck.fence()
+        weight.fill_(4.5)
+        ck.preempt()
+        weight.fill_(5.0)
+        ck.arm(5, {"w": weight})
+        wait_until(lambda: ck.preempted is not None)
+        assert ck.preempted.result(20).step == 5
+        assert loaded(ck) == (5, 5.0)
+
+
+def test_a_wish_before_anything_is_armed_is_granted_then(tmp_path: Path):
+    with Checkpointer(tmp_path) as ck:
+        ck.preempt()
+        ck.arm(1, {"w": torch.full((1000,), 1.0)})
+        assert ck.preempted is not None
+        ck.preempted.result(20)
+        assert loaded(ck) == (1, 1.0)
+
+
+def test_one_wish_is_one_save_and_what_is_being_saved_already_is_not_saved_again(tmp_path: Path):
+    weights = {"w": torch.zeros(1000)}
+    with Checkpointer(tmp_path, config=CheckpointConfig(keep_last=9)) as ck:
+        ck.arm(1, weights)
+        handle = ck.save(1, weights)
+        ck.preempt()
+        wait_until(lambda: ck.preempted is not None)
+        assert ck.preempted is handle
+        ck.preempt()
+        ck.arm(2, weights)
+        ck.close()
+        assert [info.step for info in ck.list()] == [1]
+
+
+def test_a_step_that_was_saved_for_a_wish_is_not_saved_again_by_the_loop(tmp_path: Path):
+    weights = {"w": torch.zeros(1000)}
+    with Checkpointer(tmp_path, config=CheckpointConfig(keep_last=9)) as ck:
+        ck.arm(1, weights)
+        ck.preempt()
+        wait_until(lambda: ck.preempted is not None)
+        assert ck.save(1, weights) is ck.preempted
+        ck.close()
+        assert len(ck.list()) == 1
+
+
+def test_a_signal_handler_may_ask(tmp_path: Path):
+    with Checkpointer(tmp_path) as ck:
+        before = signal.signal(signal.SIGUSR1, lambda *_: ck.preempt())
+        try:
+            ck.arm(3, {"w": torch.full((1000,), 3.0)})
+            os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: ck.preempted is not None)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        ck.preempted.result(20)
+        assert loaded(ck) == (3, 3.0)
+
+
+def test_ranks_a_step_apart_save_the_step_that_both_reach(tmp_path: Path):
+    def train(rank: int) -> int:
+        config = CheckpointConfig(urgent_deadline_s=4)
+        with Checkpointer(tmp_path, config=config, rank=rank, world_size=2, run_id="run") as ck:
+            for step in (7, 8) if rank == 0 else (8,):
+                ck.arm(step, {"w": torch.full((1000,), float(step))})
+                if ck.preempted is None:
+                    ck.preempt()
+                    wait_until(lambda: ck.preempted is not None)
+                ck.fence()
+            return ck.preempted.result(20).step
+
+    # Rank 0's save of step 7 finds nobody else, and fails for itself alone: nobody asked for that very step.
+    assert ranks(2, train) == [8, 8]
+    assert loaded(Checkpointer(tmp_path)) == (8, 8.0)
+
+
+def test_what_cannot_be_saved_is_refused_when_it_is_armed(tmp_path: Path):
+    with Checkpointer(tmp_path) as ck, pytest.raises(InvalidState, match="'w': is a int"):
+        ck.arm(1, {"w": 3})  # type: ignore[dict-item]
+
+
+def test_an_urgent_save_fails_when_its_time_is_over(tmp_path: Path):
+    config = CheckpointConfig(urgent_deadline_s=0.2)
+    ck = Checkpointer(tmp_path, config=config, rank=0, world_size=2, run_id="run")
+    handle = ck.save(1, {"w": torch.zeros(10)}, urgent=True)  # the other rank never comes
+    with pytest.raises(SaveFailed, match=r"step 1: the urgent save was not committed within its 0\.2 s"):
+        handle.result(20)
+    assert handle.staged()
+    ck.close()
+    assert ck.latest() is None
