@@ -19,6 +19,8 @@ class MemoryConfig:
     """Steps between two saves into memory; 0 has no such tier."""
     keep_last: int = 1
     """Newest sound checkpoints that stay in memory; at least 1. Memory for one more is needed while saving."""
+    limit_bytes: int = 0
+    """Memory that this host's agent may use, for all ranks of it and for its peers; 0 takes half of the host's."""
     peers: int = 1
     """Other hosts that hold a copy of each rank's part, so that a lost host restores from them; 0 keeps it at home."""
 

@@ -99,6 +99,7 @@ _AT_LEAST_ZERO = (
     "checkpoint.keep_every",
     "checkpoint.load_buffer_bytes",
     "checkpoint.memory.every",
+    "checkpoint.memory.limit_bytes",
     "checkpoint.memory.peers",
     "checkpoint.remote.keep_every",
     "metrics.peak_flops_per_s",
