@@ -19,15 +19,25 @@ from checkpoint.catalog import CheckpointInfo
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
 from checkpoint.copies import moments
-from checkpoint.errors import CheckpointError, CorruptCheckpoint, InvalidState, SaveSkipped, StorageError
+from checkpoint.errors import (
+    CheckpointError,
+    CommitTimeout,
+    CorruptCheckpoint,
+    InvalidState,
+    SaveAborted,
+    SaveSkipped,
+    StorageError,
+)
 from checkpoint.handle import SaveHandle
 from checkpoint.hooks import Hook
 from checkpoint.planning import Planner, UpdateOrder
 from checkpoint.preemption import Preemption
+from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader
 from checkpoint.saving import Request, Saver
 from checkpoint.state import TensorLike, pieces_of
 from checkpoint.storage import Storage, open_storage
+from checkpoint.tiers import Found, Gather, Tier, TierName, Tiers, alone, due, recover
 
 _GRACE_S = 10.0
 """Time a pending save gets to end when an error leaves the `with` block."""
@@ -59,7 +69,9 @@ class Loaded:
     needed_bytes: int
     """Bytes of tensors that went into the destinations."""
     info: CheckpointInfo
-    """The checkpoint."""
+    """The checkpoint; `info.tier` is where it was read from."""
+    skipped: tuple[str, ...] = ()
+    """recover: what was newer or nearer and could not be used, with the reasons."""
 
 
 class Checkpointer:
@@ -79,9 +91,14 @@ class Checkpointer:
         world_size: int = 1,
         run_id: str = "",
         storage_options: Mapping[str, Any] | None = None,
+        memory: Storage | None = None,
+        remote_options: Mapping[str, Any] | None = None,
         on_error: OnError | None = None,
     ) -> None:
-        """Open a root: a path, or any fsspec URL with its `storage_options`.
+        """Open a root: a path, or any fsspec URL with its `storage_options`. It is the local tier.
+
+        `memory` is the storage of the memory tier (`checkpoint.hosts.join`); `remote_options` are for the URL of the
+        configured remote one. Copies to that which an earlier launch left unfinished are taken up.
 
         `run_id` is equal on all ranks and new for every launch; a single rank may leave it out. It keeps
         apart what this launch writes and what a killed one left behind. `on_error` takes the place of the configured
@@ -89,14 +106,24 @@ class Checkpointer:
         """
         self._config = config or CheckpointConfig()
         _check_arguments(self._config, rank, world_size, run_id)
+        if self._config.memory.every and memory is None:
+            raise ValueError("config.memory.every: needs the storage of the memory tier: memory=hosts.join(…)")
         self._rank = rank
         self._world_size = world_size
         self._run_id = run_id or secrets.token_hex(8)
         self._storage = open_storage(root, storage_options)
         self._on_error: OnError = on_error if on_error is not None else self._config.on_error
         self._planner = Planner(rank, world_size)
+        remote = open_storage(self._config.remote.url, remote_options) if self._config.remote.url else None
+        places: list[tuple[TierName, Storage | None]] = [
+            ("memory", memory),
+            ("local", self._storage),
+            ("remote", remote),
+        ]
+        self._tiers = Tiers([Tier(name, storage) for name, storage in places if storage is not None])
+        self._promoter = None if remote is None else self._new_promoter(remote)
         self._delta = Delta(self._storage, rank) if self._config.delta else None
-        self._saver = Saver(self._config, rank, world_size, self._run_id)
+        self._saver = Saver(self._config, rank, world_size, self._run_id, self._tiers, self._promoter)
         deadline_s = self._config.urgent_deadline_s
         self._preemption = Preemption(self._start, self._saver.cancel, deadline_s, is_alone=world_size == 1)
         self._armed_with: tuple[Any, ...] = ()
@@ -121,8 +148,8 @@ class Checkpointer:
             _log.warning("a save did not end well either: %s", second)
 
     def should_save(self, step: int) -> bool:
-        """Whether the configured cadence asks for a save after this step."""
-        return self._config.every > 0 and step > 0 and step % self._config.every == 0
+        """Whether the cadence of any tier asks for a save after this step."""
+        return bool(due(self._config, step))
 
     def save(
         self,
@@ -133,6 +160,7 @@ class Checkpointer:
         shared: Any = None,
         update_order: UpdateOrder = (),
         urgent: bool = False,
+        tiers: Sequence[TierName] | None = None,
     ) -> SaveHandle:
         """Start a save of this rank's part of the state; every rank calls it. Returns in milliseconds.
 
@@ -147,7 +175,8 @@ class Checkpointer:
             objects: this rank's plain Python values by name.
             shared: a plain Python value; rank 0's is kept in the commit record.
             update_order: names of the tensors that are updated first, second, …; those not named are updated first.
-            urgent: fail unless committed within the configured `urgent_deadline_s`.
+            urgent: fail unless committed within the configured `urgent_deadline_s`; goes to the local tier too.
+            tiers: where it goes; as configured for the step without, or to the local tier where none is due.
 
         Raises:
             InvalidState: the arguments cannot be saved; the other ranks' saves fail with SaveAborted.
@@ -155,10 +184,11 @@ class Checkpointer:
         called_s = time.monotonic()
         self._check(step)
         self.poll()
+        chosen = self._chosen(step, urgent, tiers)
         try:
-            request = self._request(step, tensors, objects, shared, update_order)
+            request = self._aimed(self._request(step, tensors, objects, shared, update_order), chosen)
         except BaseException as error:
-            self._saver.abandon(self._saver.name(step), self._tiers(step), error)
+            self._saver.abandon(self._saver.name(step), self._targets(chosen), error)
             raise
         if urgent:
             request = replace(request, deadline_s=self._config.urgent_deadline_s)
@@ -189,7 +219,8 @@ class Checkpointer:
         """
         self._check(step)
         self._armed_with = (tensors, objects, shared, update_order)
-        self._preemption.arm(self._request(step, tensors, objects, shared, update_order))
+        request = self._request(step, tensors, objects, shared, update_order)
+        self._preemption.arm(self._aimed(request, self._chosen(step, True, None)))
 
     def preempt(self) -> None:
         """Save what is armed at once, in the middle of a step; or as soon as the update that is under way is over.
@@ -234,6 +265,7 @@ class Checkpointer:
     def poll(self) -> None:
         """Report the errors of saves that ended: raise or warn, as configured. Never waits.
 
+        What the memory tier could not store is only warned about, and so is what the remote tier could not.
         An error is reported once; not at all if it was seen through its handle. Of several, the first is raised.
         """
         ended = [h for h in self._handles if h.done()]
@@ -246,7 +278,10 @@ class Checkpointer:
                     self.num_skipped += 1
                 elif error is not None:
                     _log.warning("the save of step %d failed, training goes on: %s", handle.step, error)
-                    found += [] if handle.is_wished else [error]
+                    # A lost host takes agents with it: that must not end the training of the others.
+                    is_loss = isinstance(error, StorageError | CommitTimeout | SaveAborted)
+                    is_told = callable(self._on_error) or not (outcome.tier == "memory" and is_loss)
+                    found += [error] if is_told and not handle.is_wished else []
         if callable(self._on_error):
             for error in found:
                 self._on_error(error)
@@ -254,16 +289,43 @@ class Checkpointer:
             raise found[0]
 
     def latest(self, verify: catalog.Verify = "quick") -> CheckpointInfo | None:
-        """Return the newest checkpoint that verifies, None if nothing was committed; warn about each that it skips.
+        """Return the newest checkpoint that verifies, from the nearest tier that has it; warn about each that it skips.
+
+        None if nothing was committed in any tier, and all can be read.
 
         `record` checks the commit record; `quick` also that every file has its size and the slice table its
         fingerprint; `deep` reads every byte.
 
         Raises:
-            CorruptCheckpoint: there are checkpoints, and none verifies. StorageError: a read failed.
+            CorruptCheckpoint: there are checkpoints, and none verifies. StorageError: a tier could not be read, and no
+                other has a checkpoint.
         """
-        reader = catalog.latest(self._storage, verify)
-        return catalog.info_of(reader) if reader else None
+        found = self._tiers.latest(verify)
+        return found.info if found else None
+
+    def recover(
+        self,
+        tensors: Mapping[str, TensorLike],
+        *,
+        strict: bool = True,
+        verify: catalog.Verify = "quick",
+        gather: Gather = alone,
+    ) -> Loaded | None:
+        """Load the newest checkpoint that every rank can load, from the nearest tier; None if nothing was committed.
+
+        A copy found damaged gives way to that of the next tier, then to the checkpoint before; `skipped` tells. Every
+        rank calls it, with a `gather` that hands a JSON value of each to all (`all_gather_object`, say), so that all
+        ranks load the same.
+
+        Raises:
+            StateMismatch: on any rank, as `load`. CorruptCheckpoint, StorageError: as `latest`.
+        """
+
+        def load(found: Found) -> Loaded:
+            return self._load(found.reader, tensors, strict, found.tier.name)
+
+        taken = recover(self._tiers, load, verify=verify, gather=gather)
+        return replace(taken.value, skipped=taken.skipped) if taken else None
 
     def load(self, info: CheckpointInfo, tensors: Mapping[str, TensorLike], *, strict: bool = True) -> Loaded:
         """Fill the destinations in place with this rank's part, from whatever slices were saved.
@@ -281,8 +343,10 @@ class Checkpointer:
             CorruptCheckpoint: bytes are not what was committed; no destination was touched, unless the files changed
                 or went away between their verification and the copy that follows it.
         """
+        return self._load(self._reader(info), tensors, strict, info.tier)
+
+    def _load(self, reader: Reader, tensors: Mapping[str, TensorLike], strict: bool, tier: str) -> Loaded:
         pieces = pieces_of(tensors)
-        reader = self._reader(info)
         try:
             own = reader.objects(self._rank)
             shared = reader.shared
@@ -299,29 +363,46 @@ class Checkpointer:
             missing_local=report.missing_local,
             read_bytes=report.read_bytes,
             needed_bytes=report.needed_bytes,
-            info=catalog.info_of(reader),
+            info=catalog.info_of(reader, tier),
         )
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for the pending saves, report their errors as `poll` does, release the staging memory. Idempotent.
 
-        Raises TimeoutError if a save has not ended after `timeout_s`; it goes on while the process lives.
+        A copy to the remote tier is waited for too, but not tried again if it fails: the next launch goes on with it.
+
+        Raises TimeoutError if one has not ended after `timeout_s`; it goes on while the process lives.
         """
         self._closed = True
         self._preemption.close()
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._saver.wait(timeout_s=timeout_s):
             raise TimeoutError(f"a save is not committed {timeout_s} s after close was called")
         self._saver.close()
+        left_s = None if end_s is None else max(0.0, end_s - time.monotonic())
+        if self._promoter is not None and not self._promoter.close(left_s):
+            raise TimeoutError(
+                f"a copy to {self._config.remote.url} has not ended {timeout_s} s after close was called"
+            )
         self.poll()
 
     def list(self) -> list[CheckpointInfo]:
-        """Return the checkpoints whose commit record verifies, oldest commit first."""
-        return catalog.checkpoints(self._storage)
+        """Return the checkpoints of all tiers whose commit record verifies, oldest save first."""
+        return self._tiers.checkpoints()
+
+    def _new_promoter(self, remote: Storage) -> Promoter:
+        return Promoter(
+            self._storage,
+            remote,
+            self._config.remote,
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout_s=self._config.commit_timeout_s,
+        )
 
     def _reader(self, info: CheckpointInfo) -> Reader:
-        if info.path == f"{self._storage.url}/{info.folder}":
-            return Reader(self._storage, info.folder)
-        return open_reader(info)
+        found = self._tiers.find(info.path)
+        return found.reader if found else open_reader(info)
 
     def _condemn(self, reader: Reader, error: CorruptCheckpoint) -> None:
         try:
@@ -351,7 +432,7 @@ class Checkpointer:
             moments=moments(draft.blueprint.devices),
             objects=plain.encode(dict(objects or {}), "objects"),
             shared=plain.to_json(shared, "shared"),
-            tiers=self._tiers(step),
+            tiers=(),
             delta=self._delta,
         )
 
@@ -363,9 +444,23 @@ class Checkpointer:
             self._saver.abandon(name, request.tiers, error)
             raise
 
-    def _tiers(self, step: int) -> Sequence[tuple[str, Storage]]:
-        """Return where the save of a step goes at once."""
-        return [("local", self._storage)]
+    def _chosen(self, step: int, urgent: bool, tiers: Sequence[TierName] | None) -> set[TierName]:
+        """Return where the save of a step goes, sooner or later."""
+        chosen: set[TierName] = set(due(self._config, step) if tiers is None else tiers)
+        if not chosen or urgent:
+            chosen.add("local")
+        absent = sorted(name for name in chosen if self._tiers.storage(name) is None)
+        if absent or ("remote" in chosen and "local" not in chosen):
+            had = ", ".join(tier.name for tier in self._tiers.tiers)
+            raise InvalidState(f"tiers: {sorted(chosen)}; there are {had}, and the remote one takes what is local")
+        return chosen
+
+    def _targets(self, chosen: set[TierName]) -> Sequence[tuple[str, Storage]]:
+        """Return where a save goes at once."""
+        return [(tier.name, tier.storage) for tier in self._tiers.tiers if tier.name in chosen - {"remote"}]
+
+    def _aimed(self, request: Request, chosen: set[TierName]) -> Request:
+        return replace(request, tiers=self._targets(chosen), promoted="remote" in chosen)
 
 
 def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:

@@ -121,6 +121,7 @@ class SaveHandle:
         self.is_wished = False
         """Whether `preempt` started it, and the loop does not know it: `poll` then warns of its errors only."""
         self._outcomes = {tier: Outcome(step, tier) for tier in tiers}
+        self._brought: dict[str, Outcome] = {}
         self._first = "local" if "local" in self._outcomes else tiers[0]
         self._snapshot = snapshot
         self._trace = trace
@@ -140,7 +141,7 @@ class SaveHandle:
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
-        """Return the ends in all tiers."""
+        """Return the ends in the tiers that the save writes to itself."""
         return tuple(self._outcomes.values())
 
     def done(self) -> bool:
@@ -158,7 +159,7 @@ class SaveHandle:
 
     def at(self, tier: str) -> Outcome:
         """Return the end of the save in a tier. Raises KeyError if this save does not go there."""
-        return self._outcomes[tier]
+        return self._brought[tier] if tier in self._brought else self._outcomes[tier]
 
     def result(self, timeout_s: float | None = None) -> CheckpointInfo:
         """Wait for the commit in the local tier, or the first there is, as `at(tier).result` does."""
@@ -191,7 +192,7 @@ class SaveHandle:
 
     def add(self, outcome: Outcome) -> None:
         """Take one more tier, that others bring the checkpoint to."""
-        self._outcomes[outcome.tier] = outcome
+        self._brought[outcome.tier] = outcome
 
     def commit(self, tier: str, info: CheckpointInfo, stats: SaveStats) -> None:
         """Tell that the save ended well in a tier."""
@@ -200,6 +201,6 @@ class SaveHandle:
 
     def fail(self, error: BaseException, tier: str | None = None) -> None:
         """Tell that the save failed in a tier, or in all where it has not ended."""
-        for outcome in self._outcomes.values():
+        for outcome in (*self._outcomes.values(), *self._brought.values()):
             if tier in (None, outcome.tier):
                 outcome.settle(error)

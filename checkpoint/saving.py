@@ -20,13 +20,15 @@ from checkpoint.config import CheckpointConfig
 from checkpoint.delta import Narrowed
 from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped
 from checkpoint.format import fingerprint
-from checkpoint.handle import SaveHandle, SaveStats
+from checkpoint.handle import Outcome, SaveHandle, SaveStats
 from checkpoint.manifest import FileRecord
 from checkpoint.planning import Draft
+from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader
 from checkpoint.shard import ShardPlan, Written, plan_shard, rank_name
 from checkpoint.staging import Copier, Snapshot
 from checkpoint.storage import Storage
+from checkpoint.tiers import Tiers
 from checkpoint.trace import Trace
 from checkpoint.writer import Drain, Flow, Target, ThreadDrain
 
@@ -50,6 +52,8 @@ class Request:
     tiers: Sequence[tuple[str, Storage]]
     deadline_s: float | None = None
     """Seconds within which an urgent save must be committed."""
+    promoted: bool = False
+    """Whether the local checkpoint is to be copied to the remote tier."""
     delta: Delta | None = None
     """Finds what the local checkpoint before has already; other tiers get all of a save that goes to them as well."""
 
@@ -60,6 +64,8 @@ class _Save:
 
     request: Request
     handle: SaveHandle
+    ordinal: int
+    """Its place among the saves of this launch, from 1."""
     snapshot: Snapshot
     trace: Trace
     called_s: float
@@ -73,11 +79,22 @@ class _Save:
 class Saver:
     """Carries out the saves of one rank. One thread at a time starts them."""
 
-    def __init__(self, config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        rank: int,
+        world_size: int,
+        run_id: str,
+        tiers: Tiers,
+        promoter: Promoter | None,
+    ) -> None:
+        self._tiers = tiers
+        self._promoter = promoter
         self._config = config
         self._rank = rank
         self._world_size = world_size
         self._run_id = run_id
+        self._num_saves = 0
         self._ordinals: Counter[int] = Counter()
         self._failed: set[tuple[str, AttemptName]] = set()
         self._first_write_s: dict[str, float] = {}
@@ -110,10 +127,13 @@ class Saver:
         snapshot = Snapshot(request.draft, request.moments, arena, trace)
         tiers = [tier for tier, _ in request.tiers]
         handle = SaveHandle(request.step, tiers, snapshot, trace)
+        if request.promoted:
+            handle.add(Outcome(request.step, "remote"))
         attempts = {t: self._attempt(name, storage, request.deadline_s) for t, storage in request.tiers}
         after = {t: e for save, _ in self._running() for t, e in save.ended.items()}
         ended = {tier: threading.Event() for tier in tiers}
-        save = _Save(request, handle, snapshot, trace, called_s, attempts, after, ended)
+        self._num_saves += 1
+        save = _Save(request, handle, self._num_saves, snapshot, trace, called_s, attempts, after, ended)
         copier.submit(snapshot, request.draft, functools.partial(self._plan, save))
         self._run(save, self._conduct)
         return handle
@@ -312,6 +332,8 @@ class Saver:
             self._end_badly(save, tier, error)
         else:
             save.handle.commit(tier, info, stats)
+            if tier == "local" and save.request.promoted:
+                self._promote(save, info.folder)
             if self._rank == 0:
                 self._collect(tier, save.attempts[tier].name, dict(save.request.tiers)[tier])
         finally:
@@ -338,8 +360,10 @@ class Saver:
             raise SaveFailed(f"{attempt.folder}: not committed in time")
         with save.trace.span("commit"):
             attempt.vote(Written(tuple(rows), tuple(files)), request.draft.blueprint.replicated)
+            if tier == "local" and request.promoted and self._promoter is not None:
+                self._promoter.announce(attempt.folder)
             if self._rank == 0:
-                attempt.commit(self._run_id, request.shared, lambda: catalog.next_sequence(storage))
+                attempt.commit(self._run_id, request.shared, lambda: self._tiers.sequence(save.ordinal, storage))
             else:
                 attempt.await_commit()
         if request.delta is not None and tier == "local":
@@ -354,12 +378,24 @@ class Saver:
             nbytes=sum(piece.nbytes for piece in request.draft.blueprint.pieces),
             written_bytes=sum(parcel.nbytes for parcel in plan.parcels),
         )
-        return catalog.info_of(Reader(storage, attempt.folder)), stats
+        return catalog.info_of(Reader(storage, attempt.folder), tier), stats
+
+    def _promote(self, save: _Save, folder: str) -> None:
+        """Let the committed local checkpoint be copied to the remote tier, and the handle know how that ends."""
+        assert self._promoter is not None
+        outcome = save.handle.at("remote")
+
+        def tell(copy: Future[catalog.CheckpointInfo]) -> None:
+            outcome.settle(copy.exception() or copy.result())
+
+        self._promoter.submit(folder).add_done_callback(tell)
 
     def _end_badly(self, save: _Save, tier: str, error: BaseException) -> None:
         """End a save in one tier; where that was the last one, nothing more is copied."""
         self._abandon(tier, save.attempts[tier], error)
         save.handle.fail(error, tier)
+        if tier == "local" and save.request.promoted:
+            save.handle.fail(error, "remote")
         if all(save.handle.at(t).done() for t in save.attempts):
             save.snapshot.fail(error)
 
@@ -376,7 +412,8 @@ class Saver:
         Of this launch these are the attempts that failed here: every rank voted since, so none still writes
         to them. Of other launches, what was last written before anything of this launch's first checkpoint.
         """
-        config = self._config
+        config = self._config.memory if tier == "memory" else self._config
+        keep_every = 0 if tier == "memory" else self._config.keep_every
         try:
             if tier not in self._first_write_s:
                 times = catalog.write_times(storage, committed.folder)
@@ -389,10 +426,8 @@ class Saver:
                 return catalog.is_idle_since(storage, name, first_write_s)
 
             # A save under way may refer to what the checkpoint before the newest one has.
-            keep_last = max(2, config.keep_last) if config.delta else config.keep_last
-            removals = catalog.removable(
-                storage, keep_last=keep_last, keep_every=config.keep_every, abandoned=abandoned
-            )
+            keep_last = max(2, config.keep_last) if self._config.delta else config.keep_last
+            removals = catalog.removable(storage, keep_last=keep_last, keep_every=keep_every, abandoned=abandoned)
             for removal in removals:
                 catalog.remove(storage, removal)
         except CheckpointError as error:
