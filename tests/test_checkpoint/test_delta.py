@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoint
-from checkpoint import CheckpointConfig, Checkpointer, CorruptCheckpoint, StorageError
+from checkpoint import CheckpointConfig, Checkpointer, CorruptCheckpoint, StorageError, catalog
+from checkpoint.__main__ import main
 from checkpoint.catalog import RETIRED
 from checkpoint.comparison import Digester
+from checkpoint.config import RemoteConfig
 from checkpoint.coverage import coverage_problem
 from checkpoint.delta import MAX_FILES, Narrowed, Parent, narrow
 from checkpoint.digest import CHUNK_BYTES, DIGEST_BYTES, chunk_count, digests
 from checkpoint.format import DTYPES
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
+from checkpoint.promotion import Promoter
 from checkpoint.reader import MARK
 from checkpoint.shard import Part
 from checkpoint.state import FlatSlice, Piece, RankLocal, TensorLike, pieces_of
+from checkpoint.storage import open_storage
 from tests.test_checkpoint.worlds import ranks
 
 PER_CHUNK = CHUNK_BYTES // 4
@@ -330,3 +335,38 @@ def test_an_export_and_a_plain_tool_see_no_difference(tmp_path: Path):
     assert same(load_file(tmp_path / "out.safetensors"), state)
     for shard in tmp_path.glob("root/*/*.safetensors"):
         load_file(shard)
+
+
+def test_copies_in_another_tier_have_what_they_refer_to(tmp_path: Path):
+    state = lora()
+    remote = f"memory://{uuid.uuid4()}"
+    mover = Promoter(open_storage(tmp_path), open_storage(remote), RemoteConfig(keep_last=1), rank=0, world_size=1)
+    with delta(tmp_path, keep_last=1) as ck:
+        for step in range(1, 6):
+            ck.fence()
+            train(state)
+            info = ck.save(step, state).result(20)
+            if step in (2, 4, 5):
+                copy = mover.submit(info.folder).result(20)
+                assert checkpoint.verify(copy).ok
+                assert same(checkpoint.read(copy), state)
+        mover.close()
+    storage = open_storage(remote)
+    assert [info.step for info in catalog.checkpoints(storage)] == [5]
+    first, newest = [entry.name for entry in storage.entries("")]
+    assert [entry.name for entry in storage.entries(first)] == ["r00000.safetensors"]
+    assert newest == info.folder
+
+
+def test_the_command_that_collects_keeps_what_is_referred_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    state = lora()
+    with delta(tmp_path, keep_last=9) as ck:
+        first = ck.save(1, state).result(20)
+        ck.fence()
+        train(state)
+        ck.save(2, state)
+    assert main(["gc", str(tmp_path), "--keep-last", "1"]) == 0
+    assert f"{first.folder} but for r00000.safetensors" in capsys.readouterr().out
+    assert same(checkpoint.read(tmp_path), state)
+    assert main(["gc", str(tmp_path), "--keep-last", "1", "--idle-s", "0"]) == 0
+    assert checkpoint.verify(tmp_path).ok
