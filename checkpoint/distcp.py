@@ -14,11 +14,13 @@ import torch
 from checkpoint.errors import CorruptCheckpoint, UnsupportedFormat
 from checkpoint.pickles import Record, load_metadata, load_torch
 from checkpoint.region import Region, Shape
-from checkpoint.storage import Storage
+from checkpoint.storage import Source, Storage
 from checkpoint.stream import Contents, Stream
 from checkpoint.tree import Packer
 
 METADATA = ".metadata"
+_READ_BYTES = 1 << 20
+"""Small reads of an item, its directory and the like, are made together up to this."""
 _MODULE = "torch.distributed.checkpoint"
 _CLASSES = (
     *(
@@ -150,7 +152,37 @@ def _read(
 
 
 def _load(storage: Storage, blob: _Blob, trust: bool) -> Any:
-    buffer = bytearray(blob.nbytes)
     with storage.open(blob.file) as data:
-        data.read_into(blob.start, memoryview(buffer))
-    return load_torch(io.BytesIO(buffer), f"{storage.url}/{blob.file}", {}, trust=trust)
+        window = io.BufferedReader(_Window(data, blob.start, blob.nbytes), _READ_BYTES)
+        return load_torch(window, f"{storage.url}/{blob.file}", {}, trust=trust)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file, read as it is asked for."""
+
+    def __init__(self, source: Source, start: int, nbytes: int) -> None:
+        super().__init__()
+        self._source = source
+        self._start = start
+        self._nbytes = nbytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._nbytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._position)]
+        count = self._source.read_into(self._start + self._position, view) if view.nbytes else 0
+        self._position += count
+        return count

@@ -254,7 +254,8 @@ def _dcp(write: _Writing, out: str | os.PathLike[str], tensors: Sequence[_Tensor
             write.add(tensor.nbytes)
             return tensor
 
-        writer = FileSystemWriter(storage.url, single_file_per_rank=True)
+        # Of all tensors that go into one file, torch keeps every one in memory until the file is written.
+        writer = FileSystemWriter(storage.url, single_file_per_rank=False)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is meant so
