@@ -1,0 +1,274 @@
+"""Reads: only the chunks that are needed, each verified, nothing overwritten before all are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint import BoxSlice, CheckpointConfig, Checkpointer, CorruptCheckpoint, FlatSlice, transfer
+from checkpoint.access import open_reader
+from checkpoint.format import CHUNK_BYTES, DIGEST_BYTES, chunk_count, digest
+from checkpoint.local import LocalStorage
+from checkpoint.manifest import SHARED, SavedSlice
+from checkpoint.reader import Reader, Want
+from checkpoint.region import Region
+from checkpoint.reshard import plan
+from checkpoint.state import pieces_of
+from checkpoint.storage import Source
+from checkpoint.transfer import Window, windows
+from tests.test_checkpoint.test_region import positions, regions, shapes
+from tests.test_checkpoint.worlds import bounds, ranks, tensor_of
+
+SMALL_CHUNK = 16
+"""Bytes under one digest in the tests of plans: four elements."""
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[SavedSlice], dict[str, bytes]]:
+    """Slices of tensors, and files that hold them one behind the other."""
+    found, files = [], {}
+    for file in draw(st.lists(st.sampled_from(["r0", "r1", "r2"]), unique=True, min_size=1)):
+        data = bytearray(draw(st.binary(max_size=3)) * 4)
+        for index in range(draw(st.integers(1, 3))):
+            shape = draw(shapes)
+            region = draw(regions(shape))
+            content = draw(st.randoms(use_true_random=False)).randbytes(region.numel * 4)
+            count = chunk_count(len(content), SMALL_CHUNK)
+            digests = tuple(digest(content[i * SMALL_CHUNK : (i + 1) * SMALL_CHUNK]) for i in range(count))
+            name = f"{file}.{index}"
+            found.append(SavedSlice(name, SHARED, "F32", shape, region, file, len(data), digests, SMALL_CHUNK))
+            data += content
+        files[file] = bytes(data)
+    return found, files
+
+
+@given(shapes.flatmap(lambda s: st.tuples(st.just(s), regions(s), regions(s))))
+def test_a_plan_reads_every_chunk_that_has_something_and_no_other(case):
+    shape, saved, wanted = case
+    count = chunk_count(saved.numel * 4, SMALL_CHUNK)
+    row = SavedSlice("w", SHARED, "F32", shape, saved, "r", 0, (0,) * count, SMALL_CHUNK)
+    here = set(positions(wanted, shape).tolist())
+    held = positions(saved, shape).tolist()
+    needed = {i // (SMALL_CHUNK // 4) for i, place in enumerate(held) if place in here}
+    reads = list(plan([row], wanted))
+    assert sorted(chunk for read in reads for chunk in range(read.first, read.last)) == sorted(needed)
+    taken = [p for read in reads for box in read.boxes for p in positions(Region.box(*box), shape).tolist()]
+    assert sorted(taken) == sorted(here & set(held))
+    assert sum(read.needed_bytes for read in reads) == 4 * len(taken)
+
+
+@given(rows(), st.data(), st.integers(0, 400))
+def test_windows_bring_each_chunk_once_and_each_read_its_bytes(case, data, capacity):
+    saved, files = case
+    wanted = data.draw(st.lists(st.sampled_from(saved), max_size=6))
+    reads = [
+        read for i, row in enumerate(wanted) for read in plan([row], data.draw(regions(row.global_shape)), target=i)
+    ]
+    found = list(windows(reads, capacity))
+    assert sorted(map(id, (read for window in found for read in window.reads))) == sorted(map(id, reads))
+    for window in found:
+        assert window.nbytes <= capacity + 64 * len(window.blocks) or len(window.reads) == 1
+        memory = brought(window, files)
+        for read, place in zip(window.reads, window.places, strict=True):
+            assert memory[place : place + read.nbytes].tobytes() == files[read.file][read.byte_start : read.byte_stop]
+            assert place % 4 == read.byte_start % 4
+
+
+def brought(window: Window, files: dict[str, bytes]) -> np.ndarray[Any, Any]:
+    """A window's memory, its blocks read and verified; no byte is brought twice."""
+    memory = np.zeros(window.nbytes, np.uint8)
+    times = np.zeros(window.nbytes, int)
+    for block in window.blocks:
+        content = np.frombuffer(files[block.file][block.start : block.stop], np.uint8)
+        memory[block.place : block.place + len(content)] = content
+        times[block.place : block.place + len(content)] += 1
+        assert block.stop - block.start <= CHUNK_BYTES
+        assert [s.start for s in block.segments] == [block.start, *(s.stop for s in block.segments[:-1])]
+        for segment in block.segments:
+            data = files[block.file][segment.start : segment.stop]
+            expected = [digest(data[i : i + SMALL_CHUNK]) for i in range(0, len(data), SMALL_CHUNK)]
+            assert tuple(expected) == segment.row.digests[segment.first : segment.last]
+    assert times.max(initial=0) <= 1
+    return memory
+
+
+SHAPE = (1531, 1021)
+"""Of the large tensors: 6 MB, and divisible by none of the world sizes."""
+
+
+def whole_state() -> dict[str, torch.Tensor]:
+    """Parameters and optimizer state, as a small layer has them."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "weight": torch.randn(SHAPE, generator=generator),
+        "exp_avg": torch.randn(SHAPE, generator=generator),
+        "bf16": torch.randn(SHAPE, generator=generator).to(torch.bfloat16),
+        "rows": torch.randn(SHAPE, generator=generator),
+        "bias": torch.randn(SHAPE[:1], generator=generator),
+    }
+
+
+def part_of(whole: dict[str, torch.Tensor], rank: int, world_size: int) -> dict[str, Any]:
+    """What a rank holds: ZeRO partitions, a tensor-parallel shard by rows, and a replica."""
+    parts: dict[str, Any] = {}
+    for name in ("weight", "exp_avg", "bf16"):
+        start, stop = bounds(math.prod(SHAPE), rank, world_size)
+        parts[name] = FlatSlice(whole[name].flatten()[start:stop].clone(), SHAPE, start)
+    start, stop = bounds(SHAPE[0], rank, world_size)
+    parts["rows"] = BoxSlice(whole["rows"][start:stop].clone(), SHAPE, (start, 0))
+    parts["bias"] = whole["bias"].clone()
+    return parts
+
+
+def test_loads_from_1_to_4_to_3_to_2_to_1_ranks_read_a_tenth_more_than_they_need_at_most(tmp_path: Path):
+    whole = whole_state()
+    held = [part_of(whole, 0, 1)]
+    for step, world_size in enumerate([4, 3, 2, 1], 1):
+        before = held
+
+        def save(rank: int, before: list[dict[str, Any]] = before, step: int = step) -> None:
+            with open_world(tmp_path, rank, len(before), f"save {step}") as ck:
+                ck.save(step, before[rank]).result(60)
+
+        def load(rank: int, world_size: int = world_size) -> tuple[int, int, dict[str, Any]]:
+            found = part_of({name: torch.zeros_like(t) for name, t in whole.items()}, rank, world_size)
+            with open_world(tmp_path, rank, world_size, "load") as ck:
+                loaded = ck.load(ck.latest(), found)
+            return loaded.read_bytes, loaded.needed_bytes, found
+
+        ranks(len(before), save)
+        results = ranks(world_size, load)
+        held = [found for _, _, found in results]
+        for rank, (read_bytes, needed_bytes, found) in enumerate(results):
+            expected = part_of(whole, rank, world_size)
+            assert all(torch.equal(tensor_of(found[name]), tensor_of(expected[name])) for name in whole)
+            assert needed_bytes == sum(tensor_of(value).nbytes for value in expected.values())
+            assert needed_bytes <= read_bytes <= 1.1 * needed_bytes
+
+
+def open_world(root: Path, rank: int, world_size: int, run_id: str) -> Checkpointer:
+    config = CheckpointConfig(commit_timeout_s=30, keep_last=1)
+    return Checkpointer(root, config=config, rank=rank, world_size=world_size, run_id=run_id)
+
+
+def test_a_part_of_a_tensor_costs_the_chunks_it_touches(tmp_path: Path):
+    tensor = torch.arange(4 * DIGEST_BYTES, dtype=torch.int32).reshape(16, DIGEST_BYTES // 4)  # a row is a chunk
+    with Checkpointer(tmp_path) as ck:
+        ck.save(1, {"w": tensor})
+    reader = open_reader(tmp_path)
+    for index, region, chunks in [
+        (slice(3, 5), Region.box((3, 0), (2, DIGEST_BYTES // 4)), 2),
+        ((slice(None), slice(7, 9)), Region.box((0, 7), (16, 2)), 16),
+        ((slice(2, 9), 5), Region.box((2, 5), (7, 1)), 7),
+        (slice(0, 0), Region.box((0, 0), (0, DIGEST_BYTES // 4)), 0),
+    ]:
+        with reader.transfer() as used:
+            (found,) = reader.read([Want("w", region=region)], used)
+            assert used.read_bytes == chunks * DIGEST_BYTES
+        assert torch.equal(found.reshape(tensor[index].shape), tensor[index])
+
+
+MANY = 10 * CHUNK_BYTES
+"""More than a load without a buffer holds at once, so that it reads twice."""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 80 MiB in three tensors."""
+    root = tmp_path_factory.mktemp("large")
+    with Checkpointer(root) as ck:
+        ck.save(1, large_state()).result(60)
+    return root
+
+
+def large_state() -> dict[str, torch.Tensor]:
+    each = MANY // 3 // 4 + 1
+    return {name: torch.arange(i, each + i, dtype=torch.int32) for i, name in enumerate("abc")}
+
+
+@pytest.mark.parametrize("buffer_bytes", [0, 48 << 20, 1 << 30])
+def test_what_exceeds_the_buffer_is_read_twice(large: Path, buffer_bytes: int):
+    ck = Checkpointer(large, config=CheckpointConfig(load_buffer_bytes=buffer_bytes))
+    found = {name: torch.zeros_like(t) for name, t in large_state().items()}
+    loaded = ck.load(ck.latest(), found)
+    assert all(torch.equal(found[name], t) for name, t in large_state().items())
+    total = sum(t.nbytes for t in found.values())
+    assert loaded.needed_bytes == total
+    assert (loaded.read_bytes == total) == (buffer_bytes > total)
+    assert loaded.read_bytes <= 2 * total
+
+
+@pytest.mark.parametrize("buffer_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_nothing_is_overwritten_if_any_chunk_is_damaged(large: Path, tmp_path: Path, buffer_bytes: int, name: str):
+    shutil.copytree(large, tmp_path / "copy")
+    row = open_reader(tmp_path / "copy").table.rows(name)[0]
+    (shard,) = (tmp_path / "copy").glob(f"*/{row.file}")
+    with shard.open("r+b") as file:
+        file.seek(row.byte_start + row.nbytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 4]))
+    ck = Checkpointer(tmp_path / "copy", config=CheckpointConfig(load_buffer_bytes=buffer_bytes))
+    found = {key: torch.full_like(t, -1) for key, t in large_state().items()}
+    with pytest.raises(CorruptCheckpoint, match=f"tensor '{name}', bytes .* the digest does not match"):
+        ck.load(ck.latest(), found)
+    assert all((t == -1).all() for t in found.values())
+
+
+class Vanishing(LocalStorage):
+    """Its checkpoint is removed as soon as a shard is open."""
+
+    @contextlib.contextmanager
+    def open(self, path: str) -> Iterator[Source]:
+        with super().open(path) as source:
+            if path.endswith(".safetensors"):
+                shutil.rmtree(Path(self.url, path).parent)
+            yield source
+
+
+def test_a_checkpoint_removed_between_the_two_passes_is_still_loaded(large: Path, tmp_path: Path):
+    shutil.copytree(large, tmp_path / "copy")
+    (folder,) = (path.name for path in (tmp_path / "copy").iterdir())
+    reader = Reader(Vanishing(tmp_path / "copy"), folder)
+    found = {name: torch.zeros_like(t) for name, t in large_state().items()}
+    reader.load(pieces_of(found), 0, strict=True, buffer_bytes=0)
+    assert not (tmp_path / "copy" / folder).exists()
+    assert all(torch.equal(found[name], t) for name, t in large_state().items())
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = torch.arange(999.0)
+
+    def save(rank: int) -> None:
+        start, stop = bounds(999, rank, 9)
+        with open_world(tmp_path, rank, 9, "run") as ck:
+            ck.save(1, {"w": FlatSlice(whole[start:stop], (999,), start)}).result(60)
+
+    ranks(9, save)
+    monkeypatch.setattr(transfer, "_MAX_OPEN", 2)
+    assert torch.equal(open_reader(tmp_path).assemble("w"), whole)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_destinations_may_have_any_strides(tmp_path: Path, stride: int):
+    whole = torch.randn(300, 200)
+    with Checkpointer(tmp_path) as ck:
+        info = ck.save(1, {"w": whole}).result(20)
+    memory = torch.zeros(200, 300 * stride)
+    ck.load(info, {"w": memory[:, ::stride].T})
+    assert torch.equal(memory[:, ::stride].T, whole)
+    flat = torch.zeros(1000 * stride)
+    ck.load(info, {"w": FlatSlice(flat[::stride], (300, 200), 150)})
+    assert torch.equal(flat[::stride], whole.flatten()[150:1150])
+    assert flat.count_nonzero() <= 1000
