@@ -299,9 +299,13 @@ class Saver:
 
     def _open(self, save: _Save) -> Flow | None:
         """Begin the attempts and let the copies flow to the tiers where that went well; None if nowhere."""
-        for tier, attempt in save.attempts.items():
+        for tier, storage in save.request.tiers:
+            attempt = save.attempts[tier]
             try:
                 attempt.begin()
+                # Before the shard: of an upload that is killed, an object store shows no folder by itself, and what
+                # nobody sees is not collected.
+                storage.write(f"{attempt.folder}/{rank_name(self._rank)}.objects.json", save.request.objects)
             except BaseException as error:  # noqa: BLE001  carried to the handle
                 self._end_badly(save, tier, error)
         targets = [
@@ -348,10 +352,8 @@ class Saver:
             raise snapshot.error
         plan, known = save.plan.result()
         shard = FileRecord(plan.path, plan.nbytes, len(plan.header), fingerprint(plan.header))
-        path = f"{rank_name(self._rank)}.objects.json"
-        storage.write(f"{attempt.folder}/{path}", request.objects)
         written_s = time.monotonic() - save.called_s
-        size = len(request.objects)
+        path, size = f"{rank_name(self._rank)}.objects.json", len(request.objects)
         rows = plan.rows(digests) + list(known.rows if known else ())
         files = [shard, FileRecord(path, size, size, fingerprint(request.objects)), *(known.files if known else ())]
         if tier in save.after:  # so that the newest commit is the newest state
