@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from checkpoint import agent as wire
+from checkpoint import wire
 from checkpoint.errors import StorageError
 
 Request = dict[str, Any]

@@ -22,12 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import agent
+import checkpoint
+from checkpoint import wire
 from checkpoint.client import Agent
 from checkpoint.errors import StorageError
 from checkpoint.memory import MemoryStorage
 from checkpoint.storage import named
 
+_START = """
+import json, sys, types
+package = types.ModuleType("checkpoint")
+package.__path__ = json.loads(sys.argv[1])
+sys.modules["checkpoint"] = package
+from checkpoint.agent import main
+sys.exit(main(sys.argv[2:]))
+"""
+"""Runs an agent without the `__init__` of the package, which imports torch."""
 _START_S = 30.0
 """Time a new agent has to listen."""
 _TOKEN, _RECORD, _RING, _LOCK, _LOG = "token", "agent.json", "ring.json", "lock", "agent.log"
@@ -48,7 +58,7 @@ class HostAgent:
 
     def stop(self) -> None:
         """End it; what it holds is lost. Nothing happens if it has ended."""
-        with closing(Agent(self.address, agent.read_token(self.token))) as client:
+        with closing(Agent(self.address, wire.read_token(self.token))) as client:
             try:
                 with client.link() as link:
                     client.begin(link, {"op": "stop"})(None)
@@ -81,6 +91,7 @@ def start(
     place = Path(folder).absolute()
     with named(place, "start an agent", (OSError, subprocess.SubprocessError)):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        wire.check_private(place, place.stat(follow_symlinks=False))
         with _locked(place / _LOCK):
             secret = _keep_token(place / _TOKEN, token)
             found = _find(place, secret)
@@ -111,7 +122,7 @@ def join(
         StorageError: this host's agent cannot be started.
     """
     place = Path(folder).absolute()
-    offers = gather([_hex(place / _TOKEN), secrets.token_hex(agent.TOKEN_BYTES)])
+    offers = gather([_hex(place / _TOKEN), secrets.token_hex(wire.TOKEN_BYTES)])
     known = [old for old, _ in offers if old]
     token = bytes.fromhex(known[0] if known else offers[0][1])
     own = start(place, limit_bytes=limit_bytes, host=host, idle_s=idle_s, token=token)
@@ -138,9 +149,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _keep_token(path: Path, token: bytes | None) -> bytes:
     """Return the secret, which the file has from then on."""
-    if path.exists() and (token is None or agent.read_token(path) == token):
-        return agent.read_token(path)
-    token = token or secrets.token_bytes(agent.TOKEN_BYTES)
+    if path.exists() and (token is None or wire.read_token(path) == token):
+        return wire.read_token(path)
+    token = token or secrets.token_bytes(wire.TOKEN_BYTES)
     _replace(path, token)
     return token
 
@@ -157,7 +168,17 @@ def _find(place: Path, token: bytes) -> HostAgent | None:
 
 def _spawn(place: Path, *, limit_bytes: int, host: str, idle_s: float) -> None:
     """Start an agent, detached from this process, and record its address."""
-    command = [sys.executable, "-P", agent.__file__, "--detach", "--token", str(place / _TOKEN), "--host", host]
+    command = [
+        sys.executable,
+        "-c",
+        _START,
+        json.dumps(list(checkpoint.__path__)),
+        "--detach",
+        "--token",
+        str(place / _TOKEN),
+        "--host",
+        host,
+    ]
     command += ["--limit-bytes", str(limit_bytes), "--idle-s", str(idle_s)]
     with (place / _LOG).open("wb") as log:
         ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, timeout=_START_S)
@@ -173,7 +194,7 @@ def _ring(path: Path) -> list[str]:
 
 
 def _hex(path: Path) -> str | None:
-    return agent.read_token(path).hex() if path.exists() else None
+    return wire.read_token(path).hex() if path.exists() else None
 
 
 def _about(address: str, token: bytes) -> dict[str, Any] | None:

@@ -24,10 +24,10 @@ from urllib.parse import quote, unquote
 
 import xxhash
 
-from checkpoint.agent import read_token
 from checkpoint.client import Agent, Request
 from checkpoint.errors import StorageError
 from checkpoint.storage import BlockSink, Entry, Sink, Source, check_written, named
+from checkpoint.wire import read_token
 
 SCHEME = "agents://"
 _PUT_BYTES = 8 << 20

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import CheckpointConfig, Checkpointer, StorageError, hosts
-from checkpoint.agent import read_token
 from checkpoint.client import Agent
 from checkpoint.memory import MemoryStorage
+from checkpoint.wire import read_token
 from tests.ranks import RankFailed, run_ranks
 from tests.test_checkpoint.fleets import IDLE_S
 from tests.test_checkpoint.worlds import blank, ranks, same, state, values
@@ -82,6 +82,14 @@ def test_only_the_owner_can_read_the_folder_and_the_token(places: Path):
     agent = hosts.start(places / "host", limit_bytes=MIB, idle_s=IDLE_S)
     assert stat.S_IMODE((places / "host").stat().st_mode) == 0o700
     assert stat.S_IMODE(agent.token.stat().st_mode) == 0o600
+
+
+def test_a_folder_that_others_may_enter_is_refused(places: Path):
+    (places / "host").mkdir(mode=0o755)
+    (places / "link").symlink_to(places / "host")
+    for name in ("host", "link"):
+        with pytest.raises(StorageError, match=r"cannot start an agent: .*others may use it"):
+            hosts.start(places / name, limit_bytes=MIB)
 
 
 def test_an_address_that_cannot_be_listened_at_is_told(places: Path):
