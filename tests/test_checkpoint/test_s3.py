@@ -22,6 +22,7 @@ import checkpoint
 from checkpoint import CheckpointConfig, Checkpointer, StorageError, multipart
 from checkpoint.storage import Storage, open_storage
 from tests.ranks import run_ranks
+from tests.test_checkpoint.test_promotion import promote, promoter
 from tests.test_checkpoint.test_storage import StorageContract
 
 # s3fs hands requests over as bytes, which, unlike files, it can send again.
@@ -327,3 +328,67 @@ def _be_killed_everywhere(rank: int, world_size: int, root: str, endpoint: str, 
             os._exit(0)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"request {at} never came"
+
+
+# Copies from a local disk
+
+
+def saved_locally(folder: Path) -> Path:
+    with Checkpointer(folder / "local") as ck:
+        ck.save(1, weights(1), {"step": 1}, shared={"step": 1}).result(60)
+    return folder / "local"
+
+
+def num_changes_of_a_copy(local: Path, root: str, endpoint: str, faults: Faults) -> int:
+    faults.arm(-1)
+    promote(local, open_storage(f"{root}/first", options(endpoint)))
+    return len(faults.changes)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_copy_that_meets_an_error_at_any_request_is_tried_again_until_it_is_whole(
+    root: str, endpoint: str, faults: Faults, tmp_path: Path
+):
+    local = saved_locally(tmp_path)
+    total = num_changes_of_a_copy(local, root, endpoint, faults)
+    assert total >= 7
+    for at in range(total):
+        before = faults.fired
+        faults.arm(at, ERRORS[at % 2])
+        promote(local, open_storage(f"{root}/{at}", options(endpoint)))
+        assert faults.fired == before + 1
+        assert_whole(f"{root}/{at}", endpoint, {1})
+    assert unfinished(endpoint, place_of(root)) == []
+
+
+def test_a_copy_killed_at_any_request_is_completed_by_the_next_launch(
+    root: str, endpoint: str, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(multipart, "PART_BYTES", PART_BYTES)
+    local = saved_locally(tmp_path)
+    total = num_changes_of_a_copy(local, root, endpoint, faults)
+    before = faults.fired
+    run_ranks(_copy_and_be_killed_everywhere, 1, str(local), root, endpoint, total, timeout_s=120)
+    assert faults.fired == before + total
+    for at in range(total):
+        assert_whole(f"{root}/{at}", endpoint, {1})
+
+
+def _copy_and_be_killed_everywhere(
+    rank: int, world_size: int, local: str, root: str, endpoint: str, total: int
+) -> None:
+    """Copy from one process after the other, each killed at another request, and again from one that takes it up."""
+    multipart.PART_BYTES = PART_BYTES
+    fsspec.get_filesystem_class("s3")  # imported once
+    for at in range(total):
+        for strike in (at, -1):
+            command = urllib.request.quote(json.dumps({"at": strike, "how": KILLS[at % 2]}))
+            urllib.request.urlopen(f"{endpoint}/arm?{command}").close()
+            child = os.fork()
+            if not child:
+                remote = open_storage(f"{root}/{at}", options(endpoint))
+                if strike >= 0:
+                    promote(Path(local), remote)
+                os._exit(0 if promoter(Path(local), remote).close(60) else 1)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status) if strike >= 0 else status == 0, f"request {at}: {status}"
