@@ -352,7 +352,7 @@ class Checkpointer:
             shared = reader.shared
             report = reader.load(pieces, self._rank, strict=strict, buffer_bytes=self._config.load_buffer_bytes)
         except CorruptCheckpoint as error:
-            self._condemn(reader, error)
+            reader.condemn(self._rank, error)
             raise
         return Loaded(
             step=reader.record.step,
@@ -403,12 +403,6 @@ class Checkpointer:
     def _reader(self, info: CheckpointInfo) -> Reader:
         found = self._tiers.find(info.path)
         return found.reader if found else open_reader(info)
-
-    def _condemn(self, reader: Reader, error: CorruptCheckpoint) -> None:
-        try:
-            reader.condemn(self._rank, error)
-        except StorageError as second:
-            error.add_note(f"it could not be marked as damaged: {second}")
 
     def _check(self, step: int) -> None:
         if self._closed:

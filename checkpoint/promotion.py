@@ -200,10 +200,7 @@ class Promoter:
                 if _writer(file.path, index) % self._world_size == self._rank:
                     self._again(functools.partial(copy_file, reader, file, self._local, self._remote))
         except CorruptCheckpoint as error:
-            try:
-                reader.condemn(self._rank, error)
-            except StorageError as second:
-                error.add_note(f"it could not be marked as damaged: {second}")
+            reader.condemn(self._rank, error)
             raise
 
     def _await_others(self, reader: Reader) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from checkpoint import objects
 from checkpoint.commit import COMMIT, TABLE, brief
-from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch
+from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.format import CHUNK_BYTES, CODES, fingerprint
 from checkpoint.manifest import MAX_RECORD_BYTES, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region, Shape
@@ -114,9 +114,15 @@ class Reader:
         return f"{self.folder}: rank {who} found it damaged: {reason}; remove {MARK} there to use it again"
 
     def condemn(self, rank: int, error: CorruptCheckpoint) -> None:
-        """Mark this checkpoint as damaged, so that no rank takes it for the latest again."""
+        """Mark this checkpoint as damaged, so that no rank takes it for the latest again.
+
+        Where that fails, because another rank is at it or nothing can be written, `error` gets a note that says so.
+        """
         text = objects.canonical({"rank": rank, "reason": str(error)})
-        self._storage.write(self._path(MARK), text)
+        try:
+            self._storage.write(self._path(MARK), text)
+        except StorageError as second:
+            error.add_note(f"it could not be marked as damaged: {second}")
 
     def check_files(self) -> None:
         """Raise CorruptCheckpoint unless every file has its size and the slice table its fingerprint."""

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from checkpoint import CheckpointConfig, Checkpointer, CheckpointError, CorruptC
 from checkpoint.deepspeed_engine import checkpoint_engine
 from tests.ranks import RankFailed, run_ranks
 from tests.test_checkpoint import engines
+from tests.test_checkpoint.stalls import stalled
 from tests.test_checkpoint.worlds import same, tensor_of
 
 STAGES = (2, 3)
@@ -49,12 +52,19 @@ def save_all(rank: int, world_size: int, folder: str) -> None:
     for stage in STAGES:
         engine = built(stage)
         out, truth = f"{folder}/{stage}", f"{folder}/truth{stage}"
-        engines.train(engine, 2)
+        engines.train(engine, 1)
+        engine.save_checkpoint(out, tag="first")
+        engines.train(engine, 1)
         client_state = {**CLIENT_STATE, "mutable": torch.zeros(3)}
         keep_truth(engine, stage, truth)
-        engine.save_checkpoint(out, client_state=client_state, save_latest=False)
-        client_state["mutable"].fill_(9)
-        report(folder, f"losses{stage}", engines.train(engine, 2, seed=7))  # overwrites what is still being copied
+        ck = engine.checkpoint_engine._checkpointer
+        with stalled(ck) as release:
+            engine.save_checkpoint(out, client_state=client_state, save_latest=False)
+            report(folder, f"unfinished{stage}", Path(out, "latest").read_text())
+            client_state["mutable"].fill_(9)
+            letting_go(ck, release)
+            # Overwrites what is still being copied, unless there is a fence before.
+            report(folder, f"losses{stage}", engines.train(engine, 2, seed=7))
         keep_truth(engine, stage, truth)
         engine.save_checkpoint(out)
         report(folder, f"latest{stage}", Path(out, "latest").read_text())
@@ -67,6 +77,17 @@ def save_all(rank: int, world_size: int, folder: str) -> None:
             engine.save_checkpoint(out, save_latest=False)
             os.kill(os.getpid(), signal.SIGKILL)
         engine.destroy()
+
+
+def letting_go(ck: Checkpointer, release: Callable[[], None]) -> None:
+    """Let stalled copies go on when the fence waits for them, and not before."""
+    fence = ck.fence
+
+    def watched() -> None:
+        threading.Thread(target=release).start()
+        fence()
+
+    ck.fence = watched  # type: ignore[method-assign]
 
 
 def refused(engine: Any, out: str) -> str:
@@ -162,7 +183,8 @@ def test_latest_names_what_is_committed(saved: Path, loaded: list[dict[str, Any]
     for stage in STAGES:
         assert told(saved, f"latest{stage}") == ["global_step4"] * 2
         tags = [info.shared["deepspeed"]["tag"] for info in Checkpointer(saved / str(stage)).list()]
-        assert tags[:2] == ["global_step2", "global_step4"]
+        assert told(saved, f"unfinished{stage}") == ["first"] * 2
+        assert tags[:3] == ["first", "global_step2", "global_step4"]
         assert (saved / str(stage) / "latest").read_text() in tags
         assert checkpoint.verify(saved / str(stage)).ok
     truth = Checkpointer(saved / f"truth{STAGES[-1]}").list()
@@ -187,7 +209,7 @@ def test_what_only_pickle_keeps_is_refused_on_all_ranks(saved: Path):
 
 
 def test_tensors_of_a_rank_are_read_by_name(saved: Path):
-    (info, *_) = Checkpointer(saved / str(STAGES[0])).list()
+    (_, info, *_) = Checkpointer(saved / str(STAGES[0])).list()
     name = "mp_rank_00_model_states.pt['module']['first.weight']"
     truth = checkpoint.read(Checkpointer(saved / f"truth{STAGES[0]}").list()[0])
     assert same(checkpoint.read(info, [name], rank=0), {name: truth["model.first.weight"]})
