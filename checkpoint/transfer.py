@@ -24,6 +24,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _log = logging.getLogger(__name__)
 _ALIGN_BYTES = 64
+_HUGE_BYTES = 32 << 20
+"""Memory from this size on is in large pages."""
 _MAX_OPEN = 256
 """Files open at once, where there are more."""
 
@@ -273,8 +275,8 @@ def _wrong(segment: Segment, data: Bytes, begin: int, count: int) -> Iterator[tu
 
 def allocate(nbytes: int) -> Bytes:
     """Return fresh memory, in large pages where the system has them: a tenth of the time to touch it first."""
-    if not nbytes:
-        return np.empty(0, dtype=np.uint8)
+    if nbytes < _HUGE_BYTES:
+        return np.empty(nbytes, dtype=np.uint8)
     memory = mmap.mmap(-1, nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
