@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import checkpoint
 from checkpoint import (
@@ -16,7 +19,10 @@ from checkpoint import (
     read,
     verify,
 )
+from checkpoint.access import open_reader
 from checkpoint.format import DIGEST_BYTES
+from checkpoint.lazy import open_checkpoint
+from checkpoint.selection import Index, select_box
 from tests.test_checkpoint.worlds import same, saved_by, values
 
 SHARED = {"box", "empty", "flat", "scalar", "whole"}
@@ -136,3 +142,105 @@ def test_every_damaged_chunk_is_reported(tmp_path: Path):
 def test_reading_needs_no_process_group(root: Path):
     assert not torch.distributed.is_initialized()
     assert checkpoint.read(root, "whole")["whole"].dtype == torch.float64
+
+
+indices = st.one_of(
+    st.just(...),
+    st.lists(
+        st.one_of(
+            st.integers(-6, 6),
+            st.builds(
+                slice,
+                st.none() | st.integers(-7, 7),
+                st.none() | st.integers(-7, 7),
+                st.none() | st.integers(1, 3),
+            ),
+            st.just(...),
+        ),
+        max_size=4,
+    ).map(tuple),
+    st.integers(-6, 6),
+)
+
+
+@given(st.lists(st.integers(0, 5), max_size=3).map(tuple), indices)
+def test_an_index_selects_what_it_selects_of_a_tensor(shape: tuple[int, ...], index: Index):
+    whole = torch.arange(math.prod(shape)).reshape(shape)
+    try:
+        expected = whole[index]
+    except IndexError:
+        with pytest.raises((IndexError, TypeError)):
+            select_box(index, shape)
+        return
+    if isinstance(index, tuple) and index.count(...) > 1:
+        return  # torch lets the second one stand for nothing
+    region, rest = select_box(index, shape)
+    box = whole[tuple(slice(o, o + n) for o, n in zip(region.offset, region.shape, strict=True))]
+    assert tuple(box.shape) == region.shape
+    assert torch.equal(box[rest], expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (5, IndexError, "index 5 is out of range for dimension 0 of size 5"),
+        ((0, 0, 0), IndexError, "3 indices for a tensor of 2 dimensions"),
+        (slice(None, None, -1), ValueError, "step -1 in dimension 0; allowed are steps from 1"),
+        ((..., ...), TypeError, "allowed are integers, slices and one"),
+        (True, TypeError, "allowed are integers, slices and one"),
+        ([1, 2], TypeError, "allowed are integers, slices and one"),
+    ],
+)
+def test_other_indices_are_refused(root: Path, index: Index, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        read(root, "whole", slices={"whole": index})
+
+
+def test_parts_of_tensors_are_read_by_index(root: Path):
+    found = read(root, "*", slices={"flat": (slice(10, 31), 2), "box": -1})
+    assert torch.equal(found["flat"], values(6)["flat"][10:31, 2])
+    assert torch.equal(found["box"], values(6)["box"][-1])
+    assert torch.equal(found["whole"], values(6)["whole"])
+    with pytest.raises(StateMismatch, match="slices: 'flat' are not among the names to be read"):
+        read(root, "whole", slices={"flat": 0})
+
+
+def test_an_open_checkpoint_tells_of_its_tensors_without_reading_them(root: Path):
+    shards = Path(Checkpointer(root).list()[0].path).glob("*.safetensors")
+    with open_checkpoint(root, rank=1) as opened:
+        for shard in shards:
+            shard.unlink()
+        assert opened.info.step == 1
+        assert opened.keys() == SHARED | {"rng"}
+        assert all(opened[name].shape == tensor.shape for name, tensor in values().items())
+        assert all(opened[name].dtype == tensor.dtype for name, tensor in values().items())
+        assert repr(opened["box"]) == "LazyTensor('box', torch.bfloat16, [60, 7])"
+        with pytest.raises(KeyError):
+            opened["absent"]
+
+
+def test_an_open_checkpoint_reads_what_is_indexed(root: Path):
+    with open_checkpoint(root, rank=1) as opened:
+        for name, tensor in values(6).items():
+            assert torch.equal(opened[name][...], tensor)
+        assert torch.equal(opened["flat"][5:50:7, -3:], values(6)["flat"][5:50:7, -3:])
+        assert opened["rng"][0] == 1
+        Path(Checkpointer(root).list()[0].path, "COMMIT.json").unlink()
+        for path in Path(opened.info.path).glob("*.safetensors"):
+            path.unlink()
+        assert torch.equal(opened["flat"][:], values(6)["flat"])  # its files are open
+    opened.close()
+    with pytest.raises(ValueError, match="is closed"):
+        opened["flat"][0]
+
+
+def test_an_open_checkpoint_verifies_what_it_reads(root: Path):
+    row = open_reader(root).table.rows("flat")[0]
+    (shard,) = root.glob(f"*/{row.file}")
+    data = bytearray(shard.read_bytes())
+    data[row.byte_start] ^= 1
+    shard.write_bytes(data)
+    with open_checkpoint(root) as opened:
+        assert torch.equal(opened["flat"][-1], values(6)["flat"][-1])  # another chunk
+        with pytest.raises(CorruptCheckpoint, match="tensor 'flat'"):
+            opened["flat"][0]
