@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,15 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointInfo, CorruptCheckpoint, SaveFailed, StorageError, catalog
+from checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointInfo,
+    CorruptCheckpoint,
+    SaveFailed,
+    StorageError,
+    catalog,
+)
 from checkpoint.catalog import PROMOTION
 from checkpoint.config import RemoteConfig
 from checkpoint.local import LocalStorage
@@ -294,10 +303,9 @@ def _copy_and_die(rank: int, world_size: int, local: str, remote: str, num_files
             os.kill(os.getpid(), 9)
         return False
 
-    folder = folders(Path(local))[0]
-    one = promoter(Path(local), Broken(Path(remote), die))
-    one.announce(folder)
-    one.submit(folder).result(60)
+    if not marked(open_storage(local)):
+        promote(Path(local), Broken(Path(remote), die))
+    promoter(Path(local), Broken(Path(remote), die)).close(60)
 
 
 # Lag, retention
@@ -428,3 +436,45 @@ def test_ranks_as_threads_end_together(local: Path, tmp_path: Path):
 
     assert ranks(3, take_part) == [True, True, True]
     assert folders(tmp_path / "remote") == [folder]
+
+
+# Checkpoints that refer to others
+
+
+def weights(step: int) -> dict[str, torch.Tensor]:
+    return {"frozen": torch.arange(50_000.0), "trained": torch.full((1000,), float(step))}
+
+
+def saved_by_delta(root: Path, steps: int) -> None:
+    remote = RemoteConfig(url=str(root.with_name("remote")))
+    with Checkpointer(root, config=CheckpointConfig(delta=True, keep_last=2, remote=remote)) as ck:
+        for step in range(1, steps + 1):
+            ck.save(step, weights(step)).result(20)
+
+
+def test_what_a_copy_refers_to_comes_with_it_and_goes_with_the_last_that_needs_it(tmp_path: Path):
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    saved_by_delta(local, 3)
+    copy = promote(local, str(remote), keep_last=1)
+    files = [record.path for record in Reader(open_storage(remote), copy.folder).record.files]
+    assert any("/" in path for path in files)
+    assert checkpoint.verify(copy).ok
+    shutil.rmtree(local)
+    found = checkpoint.read(remote)
+    assert all(torch.equal(found[name], value) for name, value in weights(3).items())
+    saved_by_delta(local, 1)  # without a checkpoint to refer to, and yet newer than what the remote tier has
+    promote(local, str(remote), keep_last=1)
+    assert len(list(remote.iterdir())) == 1
+    assert checkpoint.verify(remote).ok
+
+
+def test_damage_in_what_is_referred_to_is_found(tmp_path: Path):
+    local, remote = tmp_path / "local", tmp_path / "remote"
+    saved_by_delta(local, 2)
+    first = local / folders(local)[0] / "r00000.safetensors"
+    data = bytearray(first.read_bytes())
+    data[len(data) // 2] ^= 1
+    first.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"r00000\.safetensors"):
+        promote(local, str(remote))
+    assert folders(remote) == []
