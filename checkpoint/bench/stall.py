@@ -42,13 +42,14 @@ import torch
 
 from checkpoint.bench import Bound, Gate, Report, arguments
 from checkpoint.bench.loop.memory import PeakMemory
-from checkpoint.bench.loop.savers import SAVERS, Durable, Saver, WithCheckpoint, process_group
+from checkpoint.bench.loop.savers import SAVERS, Durable, Saver, WithCheckpoint
 from checkpoint.bench.loop.training import Training
 
 _OURS, _RAW = "checkpoint", "raw"
 _DEFAULT_SAVERS = {
     "cpu": "raw,checkpoint,torch,torch+fsync,safetensors,dcp,dcp-thread,dcp-process",
     "cuda": "raw,checkpoint,dcp-pinned",
+    "smoke": "raw,checkpoint,torch+fsync,dcp-thread",
 }
 
 
@@ -127,8 +128,6 @@ class Run:
         }
         failed: dict[str, str] = {}
         with contextlib.ExitStack() as stack:
-            if any(name.startswith("dcp-") for name in plan.savers):
-                stack.enter_context(process_group(self._folder))
             stack.callback(self._close)
             for repeat in range(plan.repeats):
                 for name in plan.savers:
@@ -306,7 +305,7 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--budget-s", type=float, help="start no turn after this long (default: on a GPU 95)")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
-    names = tuple((options.savers or _DEFAULT_SAVERS[options.device]).split(","))
+    names = tuple((options.savers or _DEFAULT_SAVERS["smoke" if options.smoke else options.device]).split(","))
     unknown = sorted(set(names) - set(SAVERS))
     if unknown or options.repeats < 1 or options.every < 1:
         parser.error(f"--savers: unknown {unknown}" if unknown else "--repeats, --every: at least 1")

@@ -196,6 +196,9 @@ class WithDcpThread(WithDcp):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self._resources = contextlib.ExitStack()
+        if not torch.distributed.is_initialized():
+            self._resources.enter_context(_process_group(folder / "store"))
         self._staged: Any = None
         self._last: Any = None
         self._stager = self._make_stager()
@@ -223,6 +226,7 @@ class WithDcpThread(WithDcp):
     def close(self) -> None:
         if self._stager:
             self._stager.close()
+        self._resources.close()
         super().close()
 
     def _make_stager(self) -> Any:
@@ -260,15 +264,13 @@ SAVERS: Mapping[str, Callable[[Path], Saver]] = {
 
 
 @contextlib.contextmanager
-def process_group(folder: Path) -> Iterator[None]:
+def _process_group(store: Path) -> Iterator[None]:
     """Have a group of one process, without which dcp does nothing in the background."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
