@@ -320,6 +320,11 @@ def _files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _load(path: Path, trust: bool) -> Any:
+    with path.open("rb") as file:
+        if file.read(1) == b"{":
+            raise UnsupportedFormat(
+                f"{path}: was saved through checkpoint.deepspeed_engine: it is part of a checkpoint of this package"
+            )
     return load_torch(path, str(path), _CLASSES, trust=trust)
 
 

@@ -104,7 +104,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks saved before they were killed."""
     folder = tmp_path_factory.mktemp("deepspeed")
     with pytest.raises(RankFailed) as caught:
-        run_ranks(save_all, 2, str(folder))
+        run_ranks(save_all, 2, str(folder), timeout_s=180)
     assert all("SIGKILL" in text for text in caught.value.reports.values()), caught.value
     return folder
 
@@ -155,7 +155,7 @@ def loaded(saved: Path) -> list[dict[str, Any]]:
     tag = saved / "foreign/global_step2"
     tag.mkdir(parents=True)
     torch.save({}, tag / "mp_rank_00_model_states.pt")
-    return run_ranks(load_all, 2, str(saved))
+    return run_ranks(load_all, 2, str(saved), timeout_s=180)
 
 
 def holds(part: dict[str, Any], truth: dict[str, torch.Tensor]) -> bool:
@@ -198,8 +198,10 @@ def test_a_corrupted_byte_is_detected(loaded: list[dict[str, Any]]):
         assert "digest does not match" in str(found["damaged"]) or "found it damaged" in str(found["damaged"])
 
 
-def test_files_of_another_engine_are_told_from_ours(loaded: list[dict[str, Any]]):
+def test_files_of_another_engine_are_told_from_ours(saved: Path, loaded: list[dict[str, Any]]):
     assert all(isinstance(found["foreign"], UnsupportedFormat) for found in loaded)
+    with pytest.raises(UnsupportedFormat, match="it is part of a checkpoint of this package"):
+        checkpoint.import_from(saved / str(STAGES[0]), saved / "imported")
 
 
 def test_what_only_pickle_keeps_is_refused_on_all_ranks(saved: Path):

@@ -218,7 +218,7 @@ def save_zero(rank: int, world_size: int, out: str) -> None:
 def zero_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks saved under every stage."""
     folder = tmp_path_factory.mktemp("zero")
-    run_ranks(save_zero, 3, str(folder))
+    run_ranks(save_zero, 3, str(folder), timeout_s=180)
     return folder
 
 
