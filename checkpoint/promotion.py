@@ -39,8 +39,9 @@ _RUN_BYTES = 8 << 20
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 """Pauses between two tries double from the first to the longest."""
-_POLL_S = 1.0
-"""Pause between two looks at what the other ranks have done."""
+_FIRST_POLL_S = 0.02
+_LONGEST_POLL_S = 1.0
+"""Pauses between two looks at what the other ranks have done double likewise."""
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Promoter:
     def _follow(self, folder: str) -> CheckpointInfo:
         """Other ranks: copy when rank 0 says so, and learn from the mark how it ended."""
         copied = False
-        since_s = self._clock()
+        since_s, poll_s = self._clock(), _FIRST_POLL_S
         while (state := self._again(lambda: _state(self._local, folder))) is not None:
             if state == _COPIED and not copied:
                 self._copy_own(self._again(lambda: Reader(self._local, folder)))
@@ -170,7 +171,8 @@ class Promoter:
             # Unless this launch ends, such a mark is from the launch before, and rank 0 has yet to take it up.
             if self._closing.is_set() and (state == _LEFT or self._clock() - since_s > self._timeout_s):
                 raise SaveFailed(f"{folder}: rank 0 has left the copy to the next launch")
-            self._pause(self._never, _POLL_S)
+            self._pause(self._never, poll_s)
+            poll_s = min(2 * poll_s, _LONGEST_POLL_S)
         if self._again(lambda: self._remote.size(f"{folder}/{COMMIT}")) is None:
             raise SaveFailed(f"{folder}: rank 0 did not commit the copy in {self._remote.url}")
         return self._again(lambda: catalog.info_of(Reader(self._remote, folder), "remote"))
@@ -207,7 +209,7 @@ class Promoter:
         """Return when every file is in the remote tier, whole."""
         wanted = {_place(reader.folder, file.path): file.nbytes for file in _shared_out(reader)}
         missing: set[str] = set()
-        since_s = self._clock()
+        since_s, poll_s = self._clock(), _FIRST_POLL_S
         while left := self._again(lambda: _missing(self._remote, wanted)):
             if left != missing:
                 missing, since_s = left, self._clock()
@@ -217,7 +219,8 @@ class Promoter:
                 failure = f"not copied within {patience_s:g} s: {brief(sorted(missing), 8)}"
             if failure is not None:
                 raise SaveFailed(f"{reader.folder}: {failure}")
-            self._pause(self._never, _POLL_S)
+            self._pause(self._never, poll_s)
+            poll_s = min(2 * poll_s, _LONGEST_POLL_S)
 
     def _failure(self, reader: Reader) -> str | None:
         """Return what keeps another rank from copying its files."""

@@ -126,9 +126,7 @@ class Saver:
         trace = Trace()
         snapshot = Snapshot(request.draft, request.moments, arena, trace)
         tiers = [tier for tier, _ in request.tiers]
-        handle = SaveHandle(request.step, tiers, snapshot, trace)
-        if request.promoted:
-            handle.add(Outcome(request.step, "remote"))
+        handle = _new_handle(request, snapshot, trace)
         attempts = {t: self._attempt(name, storage, request.deadline_s) for t, storage in request.tiers}
         after = {t: e for save, _ in self._running() for t, e in save.ended.items()}
         ended = {tier: threading.Event() for tier in tiers}
@@ -140,7 +138,7 @@ class Saver:
 
     def skip(self, name: AttemptName, request: Request) -> SaveHandle:
         """Return a save that is skipped here, and so by every rank."""
-        handle = SaveHandle(request.step, [tier for tier, _ in request.tiers], None, Trace())
+        handle = _new_handle(request, None, Trace())
         error = SaveSkipped(
             f"step {request.step} is not saved: rank {self._rank} still writes {len(self._running())} saves before it"
         )
@@ -434,3 +432,10 @@ class Saver:
                 catalog.remove(storage, removal)
         except CheckpointError as error:
             _log.warning("superseded checkpoints stay, the next save tries again: %s", error)
+
+
+def _new_handle(request: Request, snapshot: Snapshot | None, trace: Trace) -> SaveHandle:
+    handle = SaveHandle(request.step, [tier for tier, _ in request.tiers], snapshot, trace)
+    if request.promoted:
+        handle.add(Outcome(request.step, "remote"))
+    return handle

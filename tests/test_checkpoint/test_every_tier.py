@@ -14,6 +14,7 @@ import torch
 import checkpoint
 from checkpoint import CheckpointConfig, Checkpointer, InvalidState, StorageError
 from checkpoint.config import MemoryConfig, RemoteConfig
+from checkpoint.errors import CommitTimeout, SaveSkipped
 from tests.test_checkpoint.fleets import Fleet, fleet
 from tests.test_checkpoint.worlds import blank, ranks, same, state, values
 
@@ -259,3 +260,13 @@ def test_either_writer_fills_every_tier(tmp_path: Path, hosts: Fleet, writer: st
     ranks(WORLD, work)
     assert run.held() == {"memory": [4], "local": [4], "remote": [4]}
     assert run.recover() == (4, "memory", ())
+
+
+def test_a_save_that_is_skipped_is_skipped_in_every_tier(tmp_path: Path):
+    remote = RemoteConfig(url=str(tmp_path / "remote"), every=1)
+    config = CheckpointConfig(every=1, on_pressure="skip", on_error="warn", commit_timeout_s=1, remote=remote)
+    with Checkpointer(tmp_path / "local", config=config, rank=0, world_size=2, run_id="other rank never comes") as ck:
+        handles = [ck.save(step, {"w": torch.zeros(3)}) for step in (1, 2, 3)]
+        assert handles[2].skipped
+        assert isinstance(handles[2].at("remote").exception(0), SaveSkipped)
+        assert isinstance(handles[0].at("remote").exception(20), CommitTimeout)
