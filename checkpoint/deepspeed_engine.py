@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class _Engine:
             try:
                 checkpointer.close()
             finally:
-                self._name_durable()
+                self._name_durable(self._pending)
 
     def preserves_storage_sharing(self) -> bool:
         """Whether a view is saved with all that its storage holds: no, so DeepSpeed need not copy tensors first."""
@@ -240,14 +240,14 @@ class _Engine:
     def _settle(self) -> None:
         """Report errors, and name what has become durable."""
         assert self._checkpointer is not None
+        ended = [pending for pending in self._pending if pending[0].done()]  # before poll: it is to see their errors
         try:
             self._checkpointer.poll()
         finally:
-            self._name_durable()
+            self._name_durable(ended)
 
-    def _name_durable(self) -> None:
-        """Rank 0: write `latest` for the newest save that has been committed since."""
-        ended = [(handle, tag) for handle, tag in self._pending if handle.done()]
+    def _name_durable(self, ended: Sequence[tuple[SaveHandle, str]]) -> None:
+        """Rank 0: write `latest` for the newest of the saves that ended, if one was committed."""
         self._pending = [pending for pending in self._pending if pending not in ended]
         committed = [tag for handle, tag in ended if handle.exception() is None]
         if committed and dist.get_rank() == 0:
