@@ -1,7 +1,11 @@
-"""Killed, out of space or refused by the disk at any moment: the old checkpoint or the new one, whole."""
+"""Killed, out of space or refused by the disk at any moment: the old checkpoint or the new one, whole.
+
+More than 500 faults: each test says how many it strikes with at least, and asserts that every one of them fired.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -10,54 +14,234 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from multiprocessing import get_context
+import uuid
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointConfig, Checkpointer, StorageError
+from checkpoint import CheckpointConfig, Checkpointer, SaveFailed, StorageError
 from tests.ranks import run_ranks
-from tests.test_checkpoint.worlds import wait_until
+from tests.test_checkpoint.disk import (
+    Disk,
+    MemoryStore,
+    Strike,
+    assert_whole,
+    copied,
+    fail,
+    fail_when_done,
+    fall_short,
+    grow_old,
+    kill_after,
+    kill_before,
+    memory_folder,
+    operations,
+    save_on,
+    weights,
+)
+from tests.test_checkpoint.worlds import ranks
 
-NUM_KILLS = 40
-SYSCALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink")
-"""What a local save does to the disk, in `os`."""
+LEAST = {
+    "errors": 110,
+    "errors, delta": 45,
+    "short": 5,
+    "errors of two ranks": 80,
+    "object store": 20,
+    "kills before": 55,
+    "kills after": 55,
+    "kills, delta": 45,
+    "kills of a rank": 20,
+    "random kills": 60,
+    "writer process": 30,
+}
+"""Faults that each test strikes with at least."""
 
 
-def weights(step: int) -> dict[str, torch.Tensor]:
-    """A state that tells its step everywhere."""
-    return {f"w{i}": torch.full((20_000 + i,), float(step)) for i in range(4)}
+def test_there_are_five_hundred_faults():
+    assert sum(LEAST.values()) >= 500
 
 
-def assert_whole(root: Path, steps: set[int] | None = None) -> int:
-    """Assert that the newest checkpoint is bit for bit one save, of one of `steps`; return its step."""
-    info = Checkpointer(root).latest("deep")
-    assert info is not None
-    found = checkpoint.read(info)
-    expected = weights(info.step)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert info.shared == {"step": info.step}
-    assert steps is None or info.step in steps
-    return info.step
+# Errors
+
+
+@pytest.mark.parametrize(("delta", "numbers"), [(False, (errno.ENOSPC, errno.EIO)), (True, (errno.EIO,))])
+def test_an_error_of_any_disk_operation_leaves_the_old_or_the_new_checkpoint(delta: bool, numbers: tuple[int, ...]):
+    with memory_folder() as folder:
+        names = operations(folder, delta=delta)
+        assert set(names) >= {"open", "_set_aside", "pwrite", "write", "fsync", "rename", "link", "mkdir", "unlink"}
+        told, fired = [], 0
+        for number in numbers:
+            for at in range(len(names)):
+                root = copied(folder, f"{number}-{at}")
+                with Disk(at, fail(number)) as disk:
+                    try:
+                        save_on(root, 2, delta=delta)
+                    except StorageError as error:
+                        told.append(str(error))
+                fired += disk.has_struck
+                assert_whole(root, {1, 2})
+                if at % 4 == 0:
+                    save_on(root, 3, delta=delta)
+                    assert_whole(root, {3})
+    assert fired == len(numbers) * len(names) >= LEAST["errors, delta" if delta else "errors"]
+    assert len(told) > 10
+    assert all("No space left" in text or "Input/output error" in text for text in told)
+
+
+def test_writes_that_fall_short_are_made_whole():
+    with memory_folder() as folder:
+        writes = [at for at, name in enumerate(operations(folder)) if name in ("write", "pwrite")]
+        for at in writes:
+            root = copied(folder, str(at))
+            with Disk(at, fall_short) as disk:
+                save_on(root, 2)
+            assert disk.names[at] in ("write", "pwrite")
+            assert_whole(root, {2})
+    assert len(writes) >= LEAST["short"]
+
+
+def test_an_error_of_any_operation_of_either_rank_leaves_the_old_or_the_new_checkpoint():
+    with memory_folder() as folder:
+        _save_together(folder / "one", 1)
+        with Disk() as disk:
+            _save_together(copied(folder, "again"), 2)
+        fired = 0
+        for at in range(len(disk.names)):
+            root = copied(folder, str(at))
+            with Disk(at, fail(errno.ENOSPC)) as struck:
+                _save_together(root, 2)
+            fired += struck.has_struck
+            assert_whole(root, {1, 2})
+    assert fired >= LEAST["errors of two ranks"]
+
+
+def _save_together(root: Path, step: int) -> None:
+    """Save one step from two ranks; either may fail."""
+    config = CheckpointConfig(keep_last=1, commit_timeout_s=0.5)
+
+    def save(rank: int) -> None:
+        ck = Checkpointer(root, config=config, rank=rank, world_size=2, run_id=f"{step}")
+        error = ck.save(step, weights(step), shared={"step": step}).exception(20)
+        assert error is None or isinstance(error, checkpoint.CheckpointError)
+        ck.close()
+
+    ranks(2, save)
+
+
+def test_an_error_of_any_operation_of_an_object_store_leaves_the_old_or_the_new_checkpoint():
+    url = f"memory://{uuid.uuid4().hex}"
+    save_on(f"{url}/dry", 1)
+    with MemoryStore() as store:
+        save_on(f"{url}/dry", 2)
+    fired = 0
+    for strike in (fail(errno.EIO), fail_when_done):
+        for at in range(len(store.names)):
+            root = f"{url}/{strike.__name__}{at}"
+            save_on(root, 1)
+            with MemoryStore(at, strike) as struck, contextlib.suppress(StorageError):
+                save_on(root, 2)
+            fired += struck.has_struck
+            assert_whole(root, {1, 2})
+    fsspec.filesystem("memory").rm(url, recursive=True)
+    assert fired == 2 * len(store.names) >= LEAST["object store"]
+
+
+# Kills
+
+
+@pytest.mark.parametrize(
+    ("case", "strike", "settings"),
+    [
+        ("kills before", kill_before, {}),
+        ("kills after", kill_after, {}),
+        ("kills, delta", kill_before, {"delta": True}),
+    ],
+)
+def test_a_process_killed_at_any_disk_operation_leaves_the_old_or_the_new_checkpoint(
+    case: str, strike: Strike, settings: dict[str, Any]
+):
+    (steps,) = run_ranks(_kill_everywhere, 1, strike, settings, timeout_s=300)
+    assert len(steps) >= LEAST[case]
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2}
+
+
+def _kill_everywhere(rank: int, world_size: int, strike: Strike, settings: dict[str, Any]) -> list[int]:
+    """Kill a process at each disk operation of a second save; return the newest steps they left."""
+    steps = []
+    with memory_folder() as folder:
+        for at in range(len(operations(folder, **settings))):
+            root = copied(folder, str(at))
+            child = os.fork()
+            if not child:
+                with Disk(at, strike):
+                    save_on(root, 2, **settings)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status), f"operation {at} never came"
+            steps.append(assert_whole(root, {1, 2}))
+            if at % 4 == 0:
+                grow_old(root)
+                save_on(root, 3, **settings)
+                assert_whole(root, {3})
+                if not settings:
+                    assert len(list(root.iterdir())) == 1  # what was left behind is collected
+    return steps
+
+
+def test_a_rank_killed_at_any_disk_operation_leaves_the_old_or_the_new_checkpoint():
+    (steps,) = run_ranks(_kill_second_rank, 1, timeout_s=300)
+    assert len(steps) >= LEAST["kills of a rank"]
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2}  # committed if it was killed after its vote
+
+
+def _kill_second_rank(rank: int, world_size: int) -> list[int]:
+    """Kill rank 1 at each disk operation, and let rank 0 then do its part; return the newest steps they left."""
+    steps: list[int] = []
+    with memory_folder() as folder:
+        _save_together(folder / "one", 1)
+        while True:
+            root = copied(folder, str(len(steps)))
+            child = os.fork()
+            if not child:
+                with Disk(len(steps), kill_after):
+                    _save_alone(root, 1, commit_timeout_s=0.01)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            if not os.WIFSIGNALED(status):
+                return steps  # there is no such operation any more
+            _save_alone(root, 0, commit_timeout_s=0.01)
+            steps.append(assert_whole(root, {1, 2}))
+
+
+def _save_alone(root: Path, rank: int, commit_timeout_s: float) -> None:
+    """Do one rank's part of a second save; its failure is another rank's."""
+    config = CheckpointConfig(keep_last=1, commit_timeout_s=commit_timeout_s)
+    ck = Checkpointer(root, config=config, rank=rank, world_size=2, run_id="2")
+    error = ck.save(2, weights(2), shared={"step": 2}).exception(20)
+    if error is not None:
+        assert isinstance(error, checkpoint.CommitTimeout)
+        assert error.missing_ranks == (1 - rank,)
+    ck.close()
 
 
 def test_a_process_killed_at_any_time_loses_nothing_that_was_committed(tmp_path: Path):
-    (newest,) = run_ranks(_kill_again_and_again, 1, str(tmp_path), timeout_s=600)
+    (newest,) = run_ranks(_kill_again_and_again, 1, str(tmp_path), LEAST["random kills"], timeout_s=300)
     assert newest > 2  # processes came that far between the kills
 
 
-def _kill_again_and_again(rank: int, world_size: int, root: str) -> int:
+def _kill_again_and_again(rank: int, world_size: int, root: str, num_kills: int) -> int:
     """Start a process that saves for ever, kill it, look at what it left; return the newest step."""
     generator = random.Random(0)
     begun_s = time.monotonic()
     save_on(Path(root), 1)
     save_s = time.monotonic() - begun_s
     committed = 1
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
@@ -87,97 +271,35 @@ def _save_for_ever(root: str, reports: int) -> None:
         os.write(reports, f"{step}\n".encode())
 
 
-# At every single step of a save
+def test_a_writer_process_killed_at_any_time_fails_its_save_alone():
+    generator = random.Random(0)
+    config = CheckpointConfig(keep_last=1, writer="process", on_error="warn")
+    kills, committed = 0, 0
+    with memory_folder() as root, Checkpointer(root, config=config) as ck:
+        begun_s = time.monotonic()
+        ck.save(1, weights(1), shared={"step": 1}).result(20)
+        save_s = time.monotonic() - begun_s
+        step = 1
+        while kills < LEAST["writer process"]:
+            step += 1
+            handle = ck.save(step, weights(step), shared={"step": step})
+            time.sleep(generator.uniform(0, save_s))  # the moment of the kill, not a synchronisation
+            for writer in writers():
+                os.kill(writer, signal.SIGKILL)
+                kills += 1
+            error = handle.exception(20)
+            assert error is None or (isinstance(error, SaveFailed) and "killed by SIGKILL" in str(error))
+            committed += error is None
+            assert assert_whole(root) == step if error is None else assert_whole(root) < step
+        ck.save(step + 1, weights(step + 1), shared={"step": step + 1}).result(20)
+        assert_whole(root, {step + 1})
+    assert 0 < committed < step
 
 
-class Disk:
-    """Counts the calls that touch the disk, and does something else instead of the n-th one."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, strike: Callable[[str], None]) -> None:
-        self.calls = 0
-        self._at, self._strike = at, strike
-        for name in SYSCALLS:
-            patch.setattr(os, name, self._counted(name, getattr(os, name)))
-
-    def _counted(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
-        def counted(*args: object, **options: object) -> object:
-            index, self.calls = self.calls, self.calls + 1
-            if index == self._at:
-                self._strike(name)
-            return call(*args, **options)
-
-        return counted
-
-
-def save_on(root: Path, step: int) -> None:
-    """Save one step."""
-    with Checkpointer(root, config=CheckpointConfig(keep_last=1)) as ck:
-        ck.save(step, weights(step), shared={"step": step})
-
-
-def num_calls(root: Path) -> int:
-    """How often a second save and the removal of the first one touch the disk; leaves step 1 in `root`."""
-    save_on(root, 1)
-    again = root.with_name("again")
-    shutil.copytree(root, again)
-    with pytest.MonkeyPatch.context() as patch:
-        disk = Disk(patch, -1, lambda name: None)
-        save_on(again, 2)
-    return disk.calls
-
-
-def test_an_error_of_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
-    total = num_calls(tmp_path / "one")
-    assert total > 20
-    told: list[str] = []
-    for at in range(total):
-        root = tmp_path / str(at)
-        shutil.copytree(tmp_path / "one", root)
-        number = (errno.ENOSPC, errno.EIO)[at % 2]
-
-        def strike(name: str, number: int = number) -> None:
-            raise OSError(number, os.strerror(number))
-
-        with pytest.MonkeyPatch.context() as patch:
-            disk = Disk(patch, at, strike)
-            try:
-                save_on(root, 2)
-            except StorageError as error:
-                told.append(str(error))
-            assert disk.calls > at
-        assert_whole(root, {1, 2})
-        save_on(root, 3)
-        assert_whole(root, {3})
-    assert len(told) > 10
-    assert all("No space left" in text or "Input/output error" in text for text in told)
-
-
-def test_a_process_killed_at_any_disk_operation_leaves_the_old_or_the_new_checkpoint(tmp_path: Path):
-    total = num_calls(tmp_path / "one")
-    (steps,) = run_ranks(_kill_everywhere, 1, str(tmp_path), total, timeout_s=600)
-    assert steps == sorted(steps)
-    assert set(steps) == {1, 2}
-
-
-def _kill_everywhere(rank: int, world_size: int, folder: str, total: int) -> list[int]:
-    """Kill a process just before each disk operation of a second save; return the newest steps it left."""
-    steps = []
-    for at in range(total):
-        root = Path(folder, str(at))
-        shutil.copytree(Path(folder, "one"), root)
-        child = os.fork()
-        if not child:
-            with pytest.MonkeyPatch.context() as patch:
-                Disk(patch, at, lambda name: os.kill(os.getpid(), signal.SIGKILL))
-                save_on(root, 2)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"operation {at} never came"
-        steps.append(assert_whole(root, {1, 2}))
-        save_on(root, 3)
-        assert_whole(root, {3})
-        assert len(list(root.iterdir())) == 1  # what was left behind is collected
-    return steps
+def writers() -> list[int]:
+    """Return the writer processes of this process."""
+    children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [int(pid) for pid in children if b"checkpoint.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 # A disk that is really full
@@ -218,31 +340,3 @@ def test_a_full_disk_fails_its_save_alone_and_its_space_is_given_back(tmp_path: 
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert "r00000.safetensors: cannot write: No space left on device; free space or save elsewhere" in error
-
-
-def test_a_rank_that_dies_before_its_vote_fails_the_others_in_time(tmp_path: Path):
-    context = get_context("forkserver")
-    process = context.Process(target=_die_before_the_vote, args=(str(tmp_path),), daemon=True)
-    config = CheckpointConfig(commit_timeout_s=1)
-    with Checkpointer(tmp_path, config=config, rank=0, world_size=2, run_id="run") as ck:
-        process.start()
-        wait_until(lambda: process.exitcode is not None)
-        error = ck.save(1, {"w": torch.ones(1)}).exception(20)
-    assert process.exitcode == -signal.SIGKILL
-    process.close()
-    assert isinstance(error, checkpoint.CommitTimeout)
-    assert error.missing_ranks == (1,)
-    assert (tmp_path / os.listdir(tmp_path)[0] / "r00001.safetensors").exists()
-
-
-def _die_before_the_vote(root: str) -> None:
-    os_rename = os.rename
-
-    def rename(source: Path, target: Path) -> None:
-        if target.name == "r00001.arrow":
-            os.kill(os.getpid(), signal.SIGKILL)
-        os_rename(source, target)
-
-    os.rename = rename  # type: ignore[assignment]
-    with Checkpointer(root, rank=1, world_size=2, run_id="run") as ck:
-        ck.save(1, {"w": torch.ones(1)}).result(20)
