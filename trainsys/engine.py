@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,13 @@ class Update:
     applied: bool
     """False where fp16 overflowed and the step was skipped."""
     loss_scale: float
+
+
+class Fencing(Protocol):
+    """What fences before updates: a checkpoint.Checkpointer."""
+
+    def fence_on(self, target: Any) -> object:
+        """Fence before every update of an engine."""
 
 
 class Engine:
@@ -131,6 +138,10 @@ class Engine:
     def slices(self) -> Slices:
         """Return live views of this rank's weights and optimizer state, by logical name."""
         return self._partition.slices()
+
+    def fence_with(self, checkpointer: Fencing) -> None:
+        """Let a checkpointer fence before every update, for just what that updates."""
+        checkpointer.fence_on(self._engine)
 
     def counters(self) -> dict[str, float]:
         """Return the numbers that go with `slices`: the loss scaler, and the updates applied.

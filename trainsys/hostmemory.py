@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,23 +19,37 @@ if TYPE_CHECKING:
     from trainsys.setup import Setup
 
 
-def open_memory(shared: Setup) -> MemoryStorage | None:
-    """Return the storage over the RAM of this run's hosts, None if the recipe wants none; every rank calls it.
+class HostMemory:
+    """The agents of one run, as one rank sees them; every rank makes one, and all call the same methods."""
 
-    Raises:
-        checkpoint.StorageError: an agent cannot be started.
-    """
-    memory = shared.config.checkpoint.memory
-    if not memory.every:
-        return None
-    return hosts.join(
-        Path(tempfile.gettempdir(), f"trainsys-{os.getuid()}", shared.run_id),
-        "checkpoints",
-        gather_on(shared.control),
-        peers=memory.peers,
-        limit_bytes=memory.limit_bytes or _half_of_memory(),
-        host=_own_address(shared.context.env.store_host),
-    )
+    def __init__(self, shared: Setup) -> None:
+        """Start this host's agent or find the one that an earlier start of the run left behind.
+
+        Raises:
+            checkpoint.StorageError: it cannot be started.
+        """
+        memory = shared.config.checkpoint.memory
+        self._control = shared.control
+        self._is_first_here = shared.context.env.local_rank == 0
+        self._folder = Path(tempfile.gettempdir(), f"trainsys-{os.getuid()}", shared.run_id)
+        self._limit_bytes = memory.limit_bytes or _half_of_memory()
+        self.storage: MemoryStorage = hosts.join(
+            self._folder,
+            "checkpoints",
+            gather_on(shared.control),
+            peers=memory.peers,
+            limit_bytes=self._limit_bytes,
+            host=_own_address(shared.context.env.store_host),
+        )
+        """What a Checkpointer takes for its memory tier."""
+
+    def end(self) -> None:
+        """Give the memory back, of a run that is over: its checkpoints there are lost."""
+        dist.barrier(group=self._control)  # other ranks of this host may still be saving
+        self.storage.close()
+        if self._is_first_here:
+            hosts.start(self._folder, limit_bytes=self._limit_bytes).stop()
+            shutil.rmtree(self._folder)
 
 
 def gather_on(control: dist.ProcessGroup) -> Callable[[Any], Sequence[Any]]:

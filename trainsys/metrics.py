@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from checkpoint import SaveStats
 from trainsys.config import RunConfig
 from trainsys.errors import MissingExtraError
 from trainsys.meter import Peak
@@ -76,9 +77,16 @@ def validation_record(loss: float, tokens: int, seconds: float) -> Record:
     return {"validation/loss": loss, "validation/tokens": tokens, "time/validation_s": seconds}
 
 
-def checkpoint_record(blocked_s: float) -> Record:
-    """Return the record of one save, as the training loop felt it."""
-    return {"checkpoint/blocked_s": blocked_s}
+def checkpoint_record(step: int, stats: SaveStats) -> Record:
+    """Return the record of one save that has become durable: what it cost the loop, and how long it took."""
+    return {
+        "checkpoint/step": step,
+        "checkpoint/blocked_s": stats.blocked_s,
+        "checkpoint/staged_s": stats.staged_s,
+        "checkpoint/durable_s": stats.durable_s,
+        "checkpoint/pressure_s": stats.pressure_s,
+        "checkpoint/rank_bytes": stats.nbytes,
+    }
 
 
 class JsonLines:

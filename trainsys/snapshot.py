@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 import checkpoint as ck
+from checkpoint.state import TensorLike
 from trainsys.data import DataPosition, Order, TokenDataset
 from trainsys.engine import Engine
 from trainsys.errors import RunError
-from trainsys.setup import all_or_none
-
-_log = logging.getLogger(__name__)
+from trainsys.hostmemory import gather_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +32,22 @@ class Place:
     """Targets trained on so far, all ranks."""
 
 
-def save(checkpointer: ck.Checkpointer, engine: Engine, place: Place) -> ck.SaveHandle:
-    """Start a checkpoint of this rank's part; every rank calls it after the same step."""
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a checkpoint is made of: references to what training mutates, and copies of the rest."""
+
+    place: Place
+    tensors: Mapping[str, TensorLike]
+    objects: Mapping[str, Any]
+    shared: Mapping[str, Any]
+
+
+def state_of(engine: Engine, place: Place) -> State:
+    """Return this rank's part of the run's state, as it is after a step."""
     generators = {f"generator.{name}": ck.RankLocal(state) for name, state in generator_states().items()}
-    return checkpointer.save(
-        place.step,
-        {**engine.slices(), **generators},
+    return State(
+        place=place,
+        tensors={**engine.slices(), **generators},
         objects={"python_random": _python_state()},
         shared={
             "counters": engine.counters(),
@@ -52,12 +59,12 @@ def save(checkpointer: ck.Checkpointer, engine: Engine, place: Place) -> ck.Save
 
 def load_newest(
     checkpointer: ck.Checkpointer, engine: Engine, dataset: TokenDataset, order: Order, control: dist.ProcessGroup
-) -> Place | None:
+) -> tuple[Place, ck.Loaded] | None:
     """Overwrite weights, optimizer state and generators with the newest checkpoint that is whole; None without any.
 
-    Every rank calls it. Rank 0 chooses; where any rank finds damage, all go back to the checkpoint before. With
-    another number of ranks than at the save, ranks that have no generator state of their own keep their fresh, seeded
-    one; everything else is resharded.
+    Every rank calls it. Of a checkpoint's copies the one in the nearest tier is taken; where any rank finds damage, all
+    go on to the next copy, then to the checkpoint before. With another number of ranks than at the save, ranks that
+    have no generator state of their own keep their fresh, seeded one; everything else is resharded.
 
     Raises:
         RunError: there are checkpoints, and each is damaged; naming the damage.
@@ -65,54 +72,12 @@ def load_newest(
         data.ResumeError: the tokens, the window length or the order changed since the save.
     """
     fresh = generator_states()
-    tried: set[str] = set()
-    while (info := _choose(checkpointer, control)) is not None:
-        if info.folder in tried:
-            raise RunError(f"{info.path}: is damaged and cannot be marked so (storage not writable?); move it away")
-        tried.add(info.folder)
-        loaded, damage = _agree(partial(_fetch, checkpointer, info, engine, fresh), control)
-        if loaded is not None:
-            return _apply(loaded, engine, fresh, dataset, order)
-        # The load has marked it, so that the next choice is another one.
-        _log.warning("%s: is damaged, going back to the checkpoint before: %s", info.path, damage)
-    return None
-
-
-Fetched = tuple[ck.Loaded | None, str]
-"""What was loaded, or nothing and what is damaged."""
-
-
-def _agree(fetch: Callable[[], Fetched], control: dist.ProcessGroup) -> Fetched:
-    """Return this rank's result if every rank loaded, else nothing and the damage that any rank found."""
-    mine = all_or_none(fetch, control)
-    damages = [""] * control.size()
-    dist.all_gather_object(damages, mine[1], group=control)
-    found = [f"rank {rank}: {damage}" for rank, damage in enumerate(damages) if damage]
-    return (None, "; ".join(found)) if found else mine
-
-
-def _choose(checkpointer: ck.Checkpointer, control: dist.ProcessGroup) -> ck.CheckpointInfo | None:
-    """Return rank 0's newest checkpoint, on every rank."""
-    box = [all_or_none(partial(_newest, checkpointer) if control.rank() == 0 else lambda: None, control)]
-    dist.broadcast_object_list(box, src=0, group=control)
-    return box[0]
-
-
-def _newest(checkpointer: ck.Checkpointer) -> ck.CheckpointInfo | None:
-    try:
-        return checkpointer.latest()
-    except ck.CorruptCheckpoint as error:
-        raise RunError(f"no checkpoint is whole: {error}; move them away to start the run anew") from error
-
-
-def _fetch(
-    checkpointer: ck.Checkpointer, info: ck.CheckpointInfo, engine: Engine, fresh: Mapping[str, Tensor]
-) -> Fetched:
     generators = {f"generator.{name}": ck.RankLocal(state) for name, state in fresh.items()}
     try:
-        return checkpointer.load(info, {**engine.slices(), **generators}), ""
+        loaded = checkpointer.recover({**engine.slices(), **generators}, gather=gather_on(control))
     except ck.CorruptCheckpoint as error:
-        return None, str(error)
+        raise RunError(f"no checkpoint is whole: {error}; move them away to start the run anew") from error
+    return None if loaded is None else (_apply(loaded, engine, fresh, dataset, order), loaded)
 
 
 def _apply(

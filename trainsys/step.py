@@ -8,7 +8,7 @@ micro-batches weigh every token the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,12 +63,10 @@ def train_step(
     lr: tuple[float, float],
     control: dist.ProcessGroup,
     phases: Phases,
-    before_update: Callable[[], None],
 ) -> StepStats:
     """Run forward, backward and update over this rank's micro-batches of one step.
 
     `total_targets` counts the targets of all ranks (from `agree`); `lr` is (factor of the peak, rate to report);
-    `before_update` returns when weights and optimizer state may be mutated (a checkpointer's fence).
 
     Raises:
         NumericsError: the loss is not finite; on every rank alike.
@@ -90,7 +88,6 @@ def train_step(
         mean = float(sums[0]) / max(total_targets, 1)
         if not torch.isfinite(sums).all():
             raise NumericsError(f"the loss is {mean}; lower the learning rate, or inspect the batch of this step")
-        before_update()
         update = engine.update(lr[0])
     return StepStats(
         loss=mean,

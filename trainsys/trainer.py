@@ -23,8 +23,11 @@ from trainsys.config import RunConfig
 from trainsys.engine import DTYPES, Engine
 from trainsys.export import export_model, sample_text
 from trainsys.folder import RunFolder
+from trainsys.hostmemory import HostMemory
 from trainsys.metrics import Metrics
 from trainsys.optim import build_optimizer
+from trainsys.preemption import watched
+from trainsys.saving import Saver
 from trainsys.snapshot import Place
 from trainsys.step import StepStats, agree, evaluate, train_step
 
@@ -90,9 +93,9 @@ class Trainer:
         config = shared.config
         self._shared, self._config = shared, config
         self._dtype = DTYPES[config.engine.precision]
-        self._saved: ck.SaveHandle | None = None
-        self._saved_step = 0
         self._validation = (0, float("nan"))
+        self._resumed_from = ""
+        self._is_complete = False
         with contextlib.ExitStack() as stack:
             self._build(stack, resume)
             self._closing = stack.pop_all()
@@ -119,12 +122,16 @@ class Trainer:
         self._order = data.Order(len(self._dataset), config.seed)
         self._loader = self._open_loader()
         stack.callback(self._loader.close)
+        memory = HostMemory(shared) if config.checkpoint.memory.every else None
+        if memory is not None:  # ends after the checkpointer, which is still to be opened
+            stack.callback(lambda: memory.end() if self._is_complete else memory.storage.close())
         self._checkpointer = ck.Checkpointer(
             shared.folder.checkpoints,
             config=config.checkpoint,
             rank=shared.rank,
             world_size=num_ranks(config.parallel),
             run_id=shared.launch_id,
+            memory=memory.storage if memory else None,
         )
         stack.enter_context(self._checkpointer)
         self._place = Place(step=0, data=data.DataPosition.of(self._dataset, self._order, 0), tokens_seen=0)
@@ -132,6 +139,15 @@ class Trainer:
             self._resume()
         self._metrics = self._open_metrics()
         stack.callback(self._metrics.close)
+        self._saver = Saver(
+            self._checkpointer,
+            self._engine,
+            self._metrics.write,
+            control=shared.control,
+            lasting=("local", "remote") if config.checkpoint.remote.url else ("local",),
+            saved_step=0 if self._resumed_from == "memory" else self._place.step,
+        )
+        stack.enter_context(watched(shared.context.stop_requested, self._saver.preempt))
         self._phases = meter.Phases(shared.device)
         self._throughput = meter.Throughput(config.steps)
         self._peak = meter.peak_of(shared.device, self._dtype, config.metrics.peak_flops_per_s)
@@ -162,16 +178,15 @@ class Trainer:
                 step_done()
                 if _due(self._place.step, self._config.evaluation.every):
                     self._evaluate()
-                if self._checkpointer.should_save(self._place.step):
-                    self._save()
-        if self._saved_step < self._place.step:
-            self._save()
-        if self._saved is not None:
-            self._saved.result()  # the commit has a time limit of its own
+                self._beat("save")
+                self._saver.after_step(self._place)
+        self._beat("save")
+        self._saver.finish(self._place)
         if stopped:
             self._metrics.say(f"stopped after step {self._place.step} as asked; --resume continues from there")
         else:
             self._finish()
+            self._is_complete = True
         return Summary(
             outcome="stopped" if stopped else "completed",
             step=self._place.step,
@@ -191,7 +206,6 @@ class Trainer:
             lr=(factor, factor * config.optim.lr),
             control=self._shared.control,
             phases=self._phases,
-            before_update=self._checkpointer.fence,
         )
         self._place = Place(
             step=step,
@@ -222,21 +236,11 @@ class Trainer:
         self._throughput.skip(seconds)
         self._metrics.write(self._place.step, metrics.validation_record(loss, tokens, seconds))
 
-    def _save(self) -> None:
-        self._beat("save")
-        started = time.perf_counter()
-        self._checkpointer.poll()
-        self._saved = snapshot.save(self._checkpointer, self._engine, self._place)
-        self._saved_step = self._place.step
-        blocked = time.perf_counter() - started
-        self._throughput.skip(blocked)
-        self._metrics.write(self._place.step, metrics.checkpoint_record(blocked))
-
     def _resume(self) -> None:
         self._shared.context.heartbeat.beat(step=0, phase="load")
-        place = snapshot.load_newest(self._checkpointer, self._engine, self._dataset, self._order, self._shared.control)
-        if place is not None:
-            self._place, self._saved_step = place, place.step
+        found = snapshot.load_newest(self._checkpointer, self._engine, self._dataset, self._order, self._shared.control)
+        if found is not None:
+            self._place, self._resumed_from = found[0], found[1].info.tier
 
     def _finish(self) -> None:
         """Evaluate, write the model folder and show a sample of what it says."""
@@ -288,7 +292,8 @@ class Trainer:
 
     def _greet(self) -> None:
         config, prepared = self._config, self._shared.prepared
-        start = f"resumes after step {self._place.step}" if self._place.step else "starts"
+        place = self._place.step
+        start = f"resumes after step {place} (from the {self._resumed_from} tier)" if place else "starts"
         self._metrics.say(
             f"{config.name} {start}: {self._parameters:,} parameters in {config.engine.precision}, "
             f"ZeRO {config.engine.zero_stage}, {num_ranks(config.parallel)} rank(s) on {self._shared.device.type}, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from checkpoint import FlatSlice
+from checkpoint import FlatSlice, hooks
 from tests.ranks import RankFailed, run_ranks
 from trainsys import meter, models, recipe, schedule, setup
 from trainsys.config import RunConfig
@@ -106,9 +106,24 @@ def build_engine(config: RunConfig, rank: int) -> Engine:
     return Engine(model, build_optimizer(model, config.optim), config)
 
 
-def take_steps(
-    engine: Engine, config: RunConfig, steps: range, *, before_update: Callable[[], None] = lambda: None
-) -> Iterator[StepStats]:
+class Fences:
+    """Counts the fences that a checkpointer would put before updates."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def fence(self) -> None:
+        self.count += 1
+
+    def fence_storages(self, addresses: Callable[[], set[int]]) -> None:
+        assert addresses(), "an update changes something"
+        self.count += 1
+
+    def fence_on(self, target: Any) -> hooks.Hook:
+        return hooks.fence_on(target, self)
+
+
+def take_steps(engine: Engine, config: RunConfig, steps: range) -> Iterator[StepStats]:
     """Train this rank's share of the batches of `steps`."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     control = dist.new_group(backend="gloo")
@@ -128,7 +143,6 @@ def take_steps(
             lr=(factor, 0.0),
             control=control,
             phases=phases,
-            before_update=before_update,
         )
 
 
@@ -138,17 +152,18 @@ def engine_rank(
     """Train this rank's share of the same batches through the adapter."""
     config = configure(f"--parallel.replicate={world_size}", *overrides)
     engine = build_engine(config, rank)
-    fences: list[int] = []
+    fences = Fences()
+    engine.fence_with(fences)
     if rank == poisoned_rank:
         next(engine.module.parameters()).data.fill_(float("nan"))
-    stats = list(take_steps(engine, config, range(1, STEPS + 1), before_update=lambda: fences.append(1)))
+    stats = list(take_steps(engine, config, range(1, STEPS + 1)))
     losses, norms = [each.loss for each in stats], [each.gradient_norm for each in stats]
     weights = {}
     for name, held in engine.slices().items():
         if name.startswith("model."):
             start, piece = (held.start, held.tensor) if isinstance(held, FlatSlice) else (0, held.reshape(-1))
             weights[name.removeprefix("model.")] = (start, piece.clone().cpu())
-    assert len(fences) == STEPS
+    assert fences.count >= STEPS, "no update without a fence"
     return {"losses": losses, "norms": norms, "weights": weights, "counters": engine.counters()}
 
 

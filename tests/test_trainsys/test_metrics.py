@@ -52,7 +52,7 @@ def test_a_pipe_gets_one_plain_line_a_step() -> None:
     sink = Plain(200, stream)
     sink.write(7, train_record(STATS, PACE))
     sink.write(7, metrics.validation_record(2.0, 100, 0.5))
-    sink.write(7, metrics.checkpoint_record(0.1))
+    sink.write(7, {"checkpoint/blocked_s": 0.1})
     assert stream.getvalue() == (
         "step   7/200  loss 2.5000  400 tokens/s  grad 0.50  lr 1.00e-03  MFU 25%  ETA 1:01:40\n"
         "step   7/200  validation loss 2.0000\n"
