@@ -82,6 +82,10 @@ class Columns:
             "digests": self._digests.of(i),
         }
 
+    def spec(self, i: int) -> tuple[str, Shape]:
+        """Return a row's dtype and the shape of its tensor."""
+        return self._dtypes[self._dtype[i]], self._whole.of(i)
+
     def tensors(self) -> tuple[Ints, Ints, list[tuple[str, int]]]:
         """Return the rows tensor by tensor, where each tensor starts among them, and the tensors' (name, owner).
 

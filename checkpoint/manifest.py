@@ -204,7 +204,7 @@ class SliceTable:
         if index is None:
             return []
         rows = order[starts[index] : starts[index + 1]]
-        if touching is not None and self._whole[index]:
+        if touching is not None and len(rows) > 1 and self._whole[index]:
             rows = self._columns.may_touch(rows, touching)
         return [self.row(i) for i in rows.tolist()]
 
@@ -239,8 +239,7 @@ class SliceTable:
     def spec(self, name: str, owner: int = SHARED) -> tuple[str, Shape]:
         """Return what the first slice of a tensor says of its dtype, as a safetensors code, and its shape."""
         order, starts, _ = self._tensors
-        row = self._columns.row(int(order[starts[self._index[name, owner]]]))
-        return row["dtype"], row["global_shape"]
+        return self._columns.spec(int(order[starts[self._index[name, owner]]]))
 
     def names_in(self, file: str) -> list[str]:
         """Return the names of the tensors that have slices in a file, sorted."""

@@ -75,6 +75,11 @@ def _runs(row: SavedSlice, boxes: Sequence[tuple[Shape, Shape]]) -> Iterator[tup
     """Yield the runs [first, last) of chunks that hold elements of the boxes, each of CHUNK_BYTES at most."""
     if not boxes:
         return
+    at_most = CHUNK_BYTES // row.chunk_bytes
+    if sum(math.prod(shape) for _, shape in boxes) == row.region.numel:  # all of it
+        for start in range(0, len(row.digests), at_most):
+            yield start, min(start + at_most, len(row.digests))
+        return
     per_chunk = row.chunk_bytes // row.itemsize
     spans = [_spans(row.region, offset, shape, per_chunk) for offset, shape in boxes]
     firsts = np.concatenate([starts // per_chunk for starts, _ in spans])
@@ -82,7 +87,6 @@ def _runs(row: SavedSlice, boxes: Sequence[tuple[Shape, Shape]]) -> Iterator[tup
     order = np.argsort(firsts)
     firsts, lasts = firsts[order], np.maximum.accumulate(lasts[order])
     gaps = np.flatnonzero(firsts[1:] > lasts[:-1])
-    at_most = CHUNK_BYTES // row.chunk_bytes
     for first, last in zip(firsts[[0, *(gaps + 1)]].tolist(), lasts[[*gaps, -1]].tolist(), strict=True):
         for start in range(first, last, at_most):
             yield start, min(start + at_most, last)
