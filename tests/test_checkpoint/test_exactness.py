@@ -58,9 +58,6 @@ def values() -> dict[str, torch.Tensor]:
 
 def state(whole_values: dict[str, torch.Tensor], rank: int, world_size: int) -> dict[str, TensorLike]:
     """Return a rank's part: data over tensor parallel, moments partitioned as ZeRO does, in two ways."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     data, tensor = DEGREES[world_size]
     data_rank, tensor_rank = divmod(rank, tensor)
     found: dict[str, TensorLike] = {name: whole_values[name].clone() for name in ("norm", "step")}
@@ -78,11 +75,22 @@ def state(whole_values: dict[str, torch.Tensor], rank: int, world_size: int) -> 
     left, right = bounds(12, tensor_rank, tensor)
     box = whole_values["boxed"][:, left:right].clone()
     found["boxed"] = Replica(BoxSlice(box, (6, 12), (0, left)), data_rank, data)
-    mesh = init_device_mesh("cpu", (data, tensor))
-    placements = [Shard(0), Shard(1)] if data > 1 else [Replicate(), Shard(0)]
-    found["meshed"] = distribute_tensor(whole_values["meshed"].clone(), mesh, placements, src_data_rank=None)
+    found["meshed"] = meshed(whole_values["meshed"], rank, world_size)
     found["rng"] = RankLocal(torch.full((3,), rank))
     return found
+
+
+def meshed(values: torch.Tensor, rank: int, world_size: int) -> TensorLike:
+    """Return a rank's part as a DTensor of a mesh with two dimensions; where ranks do not make one, as rows."""
+    if world_size % 2:  # importing DTensor takes seconds in each of many ranks
+        first, last = bounds(MESHED[0], rank, world_size)
+        return BoxSlice(values[first:last].clone(), MESHED, (first, 0))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, world_size // 2))
+    placements = [Shard(0), Shard(1)] if world_size == 4 else [Shard(1), Replicate()]
+    return distribute_tensor(values.clone(), mesh, placements, src_data_rank=None)
 
 
 def memory(value: Any) -> torch.Tensor:
