@@ -29,7 +29,7 @@ class Net(torch.nn.Module):
         return self.second(hidden).sum() + self.tied(hidden).square().mean() + self.frozen(hidden).sum()
 
 
-def engine_of(stage: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
+def engine_of(stage: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, *, offload: bool = False) -> Any:
     """Return an engine; the default group is there."""
     deepspeed = _import_deepspeed("cpu")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
@@ -51,6 +51,7 @@ def engine_of(stage: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) ->
             "overlap_comm": False,
             "stage3_param_persistence_threshold": 0,
             "sub_group_size": 20,
+            "offload_optimizer": {"device": "cpu" if offload else "none"},
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
