@@ -111,15 +111,20 @@ class Checkpointer:
         self._rank = rank
         self._world_size = world_size
         self._run_id = run_id or secrets.token_hex(8)
-        self._storage = open_storage(root, storage_options)
+        self._storage = open_storage(root, storage_options, direct_io=self._config.direct_io)
         self._on_error: OnError = on_error if on_error is not None else self._config.on_error
         self._planner = Planner(rank, world_size)
-        remote = open_storage(self._config.remote.url, remote_options) if self._config.remote.url else None
+        url, direct_io = self._config.remote.url, self._config.direct_io
+        remote = open_storage(url, remote_options, direct_io=direct_io) if url else None
         places: list[tuple[TierName, Storage | None]] = [
             ("memory", memory),
             ("local", self._storage),
             ("remote", remote),
         ]
+        if self._config.writer == "process":
+            from checkpoint.process import check_reachable
+
+            check_reachable([storage for storage in (memory, self._storage) if storage is not None])
         self._tiers = Tiers([Tier(name, storage) for name, storage in places if storage is not None])
         self._promoter = None if remote is None else self._new_promoter(remote)
         self._delta = Delta(self._storage, rank) if self._config.delta else None

@@ -24,6 +24,7 @@ import checkpoint
 from checkpoint.arena import SLOT_BYTES, Arena, Slot
 from checkpoint.errors import SaveFailed, StorageError
 from checkpoint.shard import Parcel, ShardPlan
+from checkpoint.storage import Storage
 from checkpoint.trace import Span, Trace
 from checkpoint.writer import Flow, Target
 
@@ -58,8 +59,9 @@ class ProcessDrain:
         return self._child.pid if self._child else None
 
     def begin(self, plan: ShardPlan, arena: Arena, targets: Sequence[Target], trace: Trace) -> Flow:
-        """As every Drain. Raises StorageError if a target lies in this process's own memory."""
-        described = [_describe(target) for target in targets]
+        """As every Drain. Raises ValueError as `check_reachable` does."""
+        check_reachable([target.storage for target in targets])
+        described = [(target.tier, target.storage.reopening or {}, target.path) for target in targets]
         with self._lock:
             if self._closed:
                 raise ValueError("begin: this drain is closed")
@@ -283,17 +285,22 @@ class _ProcessFlow:
             self._changed.notify_all()
 
 
-def _describe(target: Target) -> tuple[str, Mapping[str, Any], str]:
-    arguments = target.storage.reopening
-    if arguments is None:
-        raise StorageError(
-            f"{target.storage.url}: lies in this process; a writer process cannot reach it (use threads)"
-        )
+def check_reachable(storages: Sequence[Storage]) -> None:
+    """Raise ValueError, naming them, unless a writer process can reach all storages."""
+    problems = [f"{storage.url}: {reason}" for storage in storages if (reason := _unreachable(storage))]
+    if problems:
+        raise ValueError(f"config.writer: a writer process cannot reach {'; '.join(problems)}; allowed is 'thread'")
+
+
+def _unreachable(storage: Storage) -> str | None:
+    """Say why a process that is told in JSON cannot open a storage; None if it can."""
+    if storage.reopening is None:
+        return "it lies in this process"
     try:
-        json.dumps(arguments)
+        json.dumps(storage.reopening)
     except TypeError as error:
-        raise StorageError(f"{target.storage.url}: its options cannot be told to a writer process: {error}") from error
-    return target.tier, arguments, target.path
+        return f"its options are not JSON ({error})"
+    return None
 
 
 def _error(kind: str, text: str) -> BaseException:

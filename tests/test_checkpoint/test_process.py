@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from checkpoint import StorageError
+from checkpoint import CheckpointConfig, Checkpointer, StorageError
 from checkpoint.arena import Arena, Slot
 from checkpoint.digest import digest
 from checkpoint.errors import SaveFailed
@@ -300,15 +301,16 @@ class TestProcessDrain(DrainContract):
             flow.wait("local")
         drain.close()
 
-    def test_a_storage_inside_this_process_is_refused(self, drain: ProcessDrain, arena: Arena):
-        target = Target("memory", open_storage("memory://somewhere"), "shard")
-        with pytest.raises(StorageError, match=r"memory://.*lies in this process"):
-            drain.begin(plan(), arena, [target], Trace())
-
-    def test_options_that_json_cannot_hold_are_refused(self, drain: ProcessDrain, arena: Arena, tmp_path: Path):
-        storage = FsspecStorage(LocalFileSystem(auto_mkdir=True, lock=threading.Lock()), str(tmp_path))
-        with pytest.raises(StorageError, match=r"its options cannot be told to a writer process: .*lock"):
-            drain.begin(plan(), arena, [Target("remote", storage, "shard")], Trace())
+    def test_storages_that_the_process_cannot_reach_are_refused(
+        self, drain: ProcessDrain, arena: Arena, tmp_path: Path
+    ):
+        inside = open_storage("memory://somewhere")
+        locked = FsspecStorage(LocalFileSystem(auto_mkdir=True, lock=threading.Lock()), str(tmp_path))
+        for storage, reason in ((inside, "it lies in this process"), (locked, "its options are not JSON .*lock")):
+            with pytest.raises(ValueError, match=f"cannot reach .*: {reason}.*allowed is 'thread'"):
+                drain.begin(plan(), arena, [Target("remote", storage, "shard")], Trace())
+        with pytest.raises(ValueError, match=r"config\.writer: .*memory://"):
+            Checkpointer("memory://somewhere", config=CheckpointConfig(writer="process"))
 
     def test_the_process_ends_with_its_parent(self, tmp_path: Path):
         ours, theirs = get_context("forkserver").Pipe()
@@ -321,6 +323,24 @@ class TestProcessDrain(DrainContract):
         parent.join()
         parent.close()
         wait_until(lambda: not is_running(writer))
+
+
+SCRIPT = """
+import sys, torch
+from checkpoint import CheckpointConfig, Checkpointer
+print("from the top")
+with Checkpointer(sys.argv[1], config=CheckpointConfig(writer="process")) as ck:
+    ck.save(1, {"w": torch.ones(3)})
+"""
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, script, tmp_path / "root"], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("from the top\n", "")
+    with Checkpointer(tmp_path / "root") as ck:
+        assert [info.step for info in ck.list()] == [1]
 
 
 def process_of(drain: ProcessDrain) -> int:

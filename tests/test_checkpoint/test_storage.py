@@ -14,14 +14,16 @@ import random
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import fsspec
 import numpy as np
 import pytest
+import torch
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from checkpoint import StorageError
+from checkpoint import CheckpointConfig, Checkpointer, StorageError
 from checkpoint.local import LocalStorage
 from checkpoint.remote import FsspecStorage
 from checkpoint.storage import Storage, open_storage, sizes
@@ -255,6 +257,21 @@ def test_only_the_edges_of_blocks_stay_in_the_cache(tmp_path: Path, direct_io: b
             sink.write_at(start, memory.block(start, end))
     assert pages_in_cache(tmp_path / "file") == (2 if direct_io else 101)
     assert storage.read("file") == content
+
+
+@pytest.mark.parametrize("writer", ["thread", "process"])
+@pytest.mark.parametrize("direct_io", [True, False])
+def test_saves_go_past_the_cache_unless_told_not_to(
+    tmp_path: Path, direct_io: bool, writer: Literal["thread", "process"]
+):
+    if not has_direct_io(tmp_path):
+        pytest.skip("this file system has no direct I/O")
+    config = CheckpointConfig(direct_io=direct_io, writer=writer)
+    with Checkpointer(tmp_path / "root", config=config) as ck:
+        info = ck.save(1, {"w": torch.arange(1_000_000.0)}).result(20)
+    shard = Path(info.path) / "r00000.safetensors"
+    num_cached = pages_in_cache(shard)
+    assert num_cached < 10 if direct_io else num_cached == -(-shard.stat().st_size // PAGE)
 
 
 @pytest.mark.parametrize("seed", range(20))
