@@ -6,6 +6,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import BoxSlice, CheckpointConfig, Checkpointer, CorruptCheckpoint, FlatSlice, transfer
+import checkpoint
+from checkpoint import (
+    BoxSlice,
+    CheckpointConfig,
+    Checkpointer,
+    CorruptCheckpoint,
+    FlatSlice,
+    transfer,
+    verify,
+)
 from checkpoint.access import open_reader
-from checkpoint.format import CHUNK_BYTES, DIGEST_BYTES, chunk_count, digest
+from checkpoint.commit import COMMIT, TABLE
+from checkpoint.format import CHUNK_BYTES, DIGEST_BYTES, LARGEST_DIGEST_BYTES, chunk_count, digest, fingerprint
 from checkpoint.local import LocalStorage
-from checkpoint.manifest import SHARED, SavedSlice
+from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.reader import Reader, Want
 from checkpoint.region import Region
 from checkpoint.reshard import plan
@@ -27,8 +38,9 @@ from checkpoint.state import pieces_of
 from checkpoint.storage import Source
 from checkpoint.transfer import Window, windows
 from tests.test_checkpoint.test_region import positions, regions, shapes
-from tests.test_checkpoint.worlds import bounds, ranks, tensor_of
+from tests.test_checkpoint.worlds import blank, bounds, ranks, same, state, tensor_of, values
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint-1"
 SMALL_CHUNK = 16
 """Bytes under one digest in the tests of plans: four elements."""
 
@@ -272,3 +284,40 @@ def test_destinations_may_have_any_strides(tmp_path: Path, stride: int):
     ck.load(info, {"w": FlatSlice(flat[::stride], (300, 200), 150)})
     assert torch.equal(flat[::stride], whole.flatten()[150:1150])
     assert flat.count_nonzero() <= 1000
+
+
+def test_a_checkpoint_of_the_first_days_is_read(tmp_path: Path):
+    """It was written before digests were of 64 KiB."""
+    shutil.copytree(GOLDEN, tmp_path / "root")
+    assert open_reader(tmp_path / "root").table.chunk_bytes == LARGEST_DIGEST_BYTES
+    assert verify(tmp_path / "root").ok
+    assert same(checkpoint.read(tmp_path / "root"), values(4))
+    for rank in range(3):
+        found = blank(rank, 3)
+        with open_world(tmp_path / "root", rank, 3, "load") as ck:
+            loaded = ck.load(ck.latest(), found, strict=False)
+        assert (loaded.shared, loaded.objects.get("t")) == ({"seed": 4}, (1, b"x") if rank < 2 else None)
+        expected = state(values(4), rank, 3)
+        assert all(torch.equal(tensor_of(found[name]), tensor_of(expected[name])) for name in values())
+
+
+def test_larger_digests_are_read_in_their_own_chunks(tmp_path: Path):
+    tensor = torch.arange(5 * LARGEST_DIGEST_BYTES // 8, dtype=torch.int32)  # two and a half of them
+    with Checkpointer(tmp_path) as ck:
+        info = ck.save(1, {"w": tensor}).result(20)
+    folder = Path(info.path)
+    (row,) = open_reader(folder).table.rows("w")
+    data = tensor.numpy().tobytes()
+    digests = tuple(digest(data[i : i + LARGEST_DIGEST_BYTES]) for i in range(0, len(data), LARGEST_DIGEST_BYTES))
+    table = SliceTable.of([replace(row, digests=digests)], {"chunk_bytes": LARGEST_DIGEST_BYTES}).to_bytes()
+    (folder / TABLE).write_bytes(table)
+    record = CommitRecord.from_bytes((folder / COMMIT).read_bytes(), COMMIT)
+    files = [f for f in record.files if f.path != TABLE]
+    proof = FileRecord(TABLE, len(table), len(table), fingerprint(table))
+    (folder / COMMIT).write_bytes(replace(record, files=(*files, proof)).to_bytes())
+    assert verify(folder).ok
+    reader = open_reader(folder)
+    with reader.transfer() as used:
+        (found,) = reader.read([Want("w", region=Region.box((LARGEST_DIGEST_BYTES // 4 - 1,), (2,)))], used)
+        assert used.read_bytes == 2 * LARGEST_DIGEST_BYTES
+    assert torch.equal(found, tensor[LARGEST_DIGEST_BYTES // 4 - 1 :][:2])
