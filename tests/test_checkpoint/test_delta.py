@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import shutil
-import signal
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +30,6 @@ from checkpoint.reader import MARK
 from checkpoint.shard import Part
 from checkpoint.state import FlatSlice, Piece, RankLocal, TensorLike, pieces_of
 from checkpoint.storage import open_storage
-from tests.ranks import run_ranks
-from tests.test_checkpoint.test_crash import Disk
 from tests.test_checkpoint.worlds import ranks
 
 PER_CHUNK = CHUNK_BYTES // 4
@@ -375,45 +370,3 @@ def test_the_command_that_collects_keeps_what_is_referred_to(tmp_path: Path, cap
     assert same(checkpoint.read(tmp_path), state)
     assert main(["gc", str(tmp_path), "--keep-last", "1", "--idle-s", "0"]) == 0
     assert checkpoint.verify(tmp_path).ok
-
-
-def test_a_kill_at_any_disk_operation_leaves_what_is_committed_with_all_it_refers_to(tmp_path: Path):
-    (steps,) = run_ranks(_kill_everywhere, 1, str(tmp_path), timeout_s=300)
-    assert set(steps) == {2, 3}
-
-
-def small(step: int) -> dict[str, torch.Tensor]:
-    """Return a state of which some is of this step, and most of all."""
-    return {f"base.{i}": torch.full((1000,), float(i)) for i in range(3)} | {"adapter": torch.full((10,), float(step))}
-
-
-def _save_small(root: Path, step: int) -> None:
-    with delta(root, run_id=f"launch {step}", keep_last=1) as ck:
-        ck.save(step, small(step))
-
-
-def _kill_everywhere(rank: int, world_size: int, folder: str) -> list[int]:
-    """Kill a process before each disk operation of a save that retires a checkpoint; return the newest steps left."""
-    before = Path(folder, "before")
-    for step in (1, 2):
-        _save_small(before, step)
-    steps: list[int] = []
-    killed = True
-    while killed:
-        root = Path(folder, str(len(steps)))
-        shutil.copytree(before, root)
-        child = os.fork()
-        if not child:
-            with pytest.MonkeyPatch.context() as patch:
-                Disk(patch, len(steps), lambda name: os.kill(os.getpid(), signal.SIGKILL))
-                _save_small(root, 3)
-            os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        info = Checkpointer(root).latest("deep")
-        assert info is not None
-        assert same(checkpoint.read(info), small(info.step))
-        _save_small(root, 4)
-        assert same(checkpoint.read(root), small(4))
-        assert all(checkpoint.verify(found).ok for found in Checkpointer(root).list())
-        steps.append(info.step)
-    return steps
