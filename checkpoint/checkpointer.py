@@ -223,8 +223,8 @@ class Checkpointer:
         Raises InvalidState; an urgent save that was waiting for this moment is started.
         """
         self._check(step)
-        self._armed_with = (tensors, objects, shared, update_order)
         request = self._request(step, tensors, objects, shared, update_order)
+        self._armed_with = (tensors, objects, shared, update_order)
         self._preemption.arm(self._aimed(request, self._chosen(step, True, None)))
 
     def preempt(self) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.errors import SaveSkipped
@@ -172,7 +172,8 @@ class SaveHandle:
     def stats(self, timeout_s: float | None = None) -> SaveStats:
         """Wait for the commit as `result` does and return where the time went."""
         self.result(timeout_s)
-        return self._stats[self._first]
+        fence_s = self._snapshot.fence_s if self._snapshot else 0.0
+        return replace(self._stats[self._first], call_s=self.call_s, fence_s=fence_s)
 
     def progress(self) -> Progress:
         """Return how far this rank's part has come."""

@@ -83,6 +83,16 @@ def test_a_step_that_was_saved_for_a_wish_is_not_saved_again_by_the_loop(tmp_pat
         assert len(ck.list()) == 1
 
 
+def test_what_is_armed_last_counts_even_for_the_same_step(tmp_path: Path):
+    with Checkpointer(tmp_path) as ck:
+        for value in (1.0, 2.0):
+            ck.arm(1, {"w": torch.full((1000,), value)})
+        ck.preempt()
+        wait_until(lambda: ck.preempted is not None)
+        ck.preempted.result(20)
+        assert loaded(ck) == (1, 2.0)
+
+
 def test_a_signal_handler_may_ask(tmp_path: Path):
     with Checkpointer(tmp_path) as ck:
         before = signal.signal(signal.SIGUSR1, lambda *_: ck.preempt())
