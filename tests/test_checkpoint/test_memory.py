@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from checkpoint import StorageError
+from checkpoint import CheckpointConfig, Checkpointer, StorageError
+from checkpoint.client import Link, Request
 from checkpoint.memory import MemoryStorage
 from checkpoint.storage import Storage, open_storage, sizes
 from tests.test_checkpoint.fleets import Fleet, fleet
@@ -235,3 +239,72 @@ def test_a_token_that_is_given_is_not_in_the_url(three: Fleet):
 def test_more_peers_than_hosts_are_refused():
     with pytest.raises(ValueError, match="peers: 1 copies on other hosts, and there are 0 others"):
         MemoryStorage(["host:1"], b"x" * 32, "run", peers=1)
+
+
+# Checkpoints
+
+
+class Strike:
+    """Kills an agent at the n-th request from now on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_requests = 0
+        self._kill: Callable[[], None] = lambda: None
+        self._at = -1
+        self._lock = threading.Lock()
+        ask = Link.ask
+
+        def counted(link: Link, request: Request, payload: Any = b"") -> None:
+            with self._lock:
+                if self.num_requests == self._at:
+                    self._kill()
+                self.num_requests += 1
+            ask(link, request, payload)
+
+        monkeypatch.setattr(Link, "ask", counted)
+
+    def arm(self, at: int, kill: Callable[[], None]) -> None:
+        self.num_requests, self._at, self._kill = 0, at, kill
+
+
+def save(storage: MemoryStorage, step: int) -> bool:
+    """Save a state that tells its step everywhere; return whether it was committed."""
+    config = CheckpointConfig(keep_last=1, commit_timeout_s=20, on_error="warn")
+    state = {"w": torch.full((300_000,), float(step)), "b": torch.full((7,), step)}
+    with Checkpointer(storage.url, config=config) as ck:
+        return ck.save(step, state, {"step": step}).exception(20) is None
+
+
+def loaded(storage: MemoryStorage) -> int:
+    """Return the step of the newest checkpoint, after checking every element."""
+    state = {"w": torch.zeros(300_000), "b": torch.zeros(7, dtype=torch.int64)}
+    with Checkpointer(storage.url) as ck:
+        found = ck.recover(state)
+    assert found is not None
+    assert (state["w"] == found.step).all()
+    assert (state["b"] == found.step).all()
+    assert found.objects == {"step": found.step}
+    return found.step
+
+
+@pytest.mark.parametrize(("victim", "possible"), [(0, {2}), (1, {1, 2})], ids=["home", "the only peer"])
+def test_an_agent_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: int, possible: set[int]
+):
+    strike = Strike(monkeypatch)
+    with fleet(tmp_path / "dry", 2) as made:
+        assert save(made.storage(peers=1), 1)
+        strike.arm(-1, lambda: None)
+        assert save(made.storage(peers=1), 2)
+        total = strike.num_requests
+    outcomes = []
+    for at in range(victim, total, 4):
+        with fleet(tmp_path / str(at), 2) as made:
+            assert save(made.storage(peers=1), 1)
+            strike.arm(at, lambda made=made: made.kill(victim))
+            committed = save(made.storage(peers=1), 2)
+            assert strike.num_requests > at
+            strike.arm(-1, lambda: None)
+            outcomes.append((committed, loaded(made.storage())))
+    assert all(step == 2 for committed, step in outcomes if committed)
+    assert {step for _, step in outcomes} == possible
