@@ -298,7 +298,7 @@ def test_an_agent_killed_at_any_request_leaves_the_old_or_the_new_checkpoint(
         assert save(made.storage(peers=1), 2)
         total = strike.num_requests
     outcomes = []
-    for at in range(victim, total, 4):
+    for at in range(victim, total, 6):
         with fleet(tmp_path / str(at), 2) as made:
             assert save(made.storage(peers=1), 1)
             strike.arm(at, lambda made=made: made.kill(victim))
