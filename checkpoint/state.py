@@ -142,12 +142,16 @@ def written_by(rank: int, world_size: int, pieces: Sequence[Piece]) -> list[Piec
     Every rank decides alone, from what all of them know. Pieces of the same memory are written once.
     """
     held = fold_tied(pieces)
-    owner = owners(held, world_size)
+    # A replicated tensor of more than a rank's fair share is divided among all, the others are given out whole.
+    fair = max(2 * CHUNK_BYTES, sum(p.nbytes for p in held if p.kind == "replicated") // world_size)
+    owner = owners((p for p in held if p.nbytes <= fair or not p.tensor.is_contiguous()), world_size)
     mine = []
     for piece in held:
-        if piece.kind == "replicated":
+        if piece.kind == "replicated" and piece.name in owner:
             if owner[piece.name] == rank:
                 mine.append(piece)
+        elif piece.kind == "replicated":
+            mine += _own_share(dataclasses.replace(piece, copy=rank, num_copies=world_size))
         elif not piece.is_empty_part:
             mine += _own_share(piece)
     return mine

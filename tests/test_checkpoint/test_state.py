@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
-from checkpoint import Checkpointer
-from checkpoint.state import BoxSlice
+from checkpoint import CheckpointConfig, Checkpointer
+from checkpoint.coverage import coverage_problem
+from checkpoint.region import Region
+from checkpoint.state import BoxSlice, pieces_of, written_by
+from tests.test_checkpoint.worlds import ranks
 
 
 @pytest.mark.parametrize("strided", [False, True])
@@ -59,3 +62,26 @@ def test_tensors_that_are_tied_only_now_are_saved_as_they_are(tmp_path: Path):
         info = ck.save(3, {"embed": embedding, "head": head}).result(20)
     assert torch.equal(checkpoint.read(info)["head"], head)
     assert torch.equal(checkpoint.read(ck.list()[0])["head"], embedding)
+
+
+def test_a_replicated_tensor_that_outweighs_the_others_is_divided_among_the_ranks():
+    state = {"embedding": torch.empty(64 << 20, dtype=torch.uint8)} | {f"w{i}": torch.empty(1000) for i in range(9)}
+    written = [written_by(rank, 3, pieces_of(state)) for rank in range(3)]
+    for name, tensor in state.items():
+        regions: list[Region] = [p.region for part in written for p in part if p.name == name]
+        assert len(regions) == (3 if name == "embedding" else 1)
+        assert coverage_problem(tuple(tensor.shape), regions) is None
+    loads = [sum(p.nbytes for p in part) for part in written]
+    assert max(loads) - min(loads) <= 8 << 20
+
+
+def test_a_divided_tensor_is_read_whole(tmp_path: Path):
+    state = {"embedding": torch.randn(5_000_000), "bias": torch.randn(3)}
+
+    def save(rank: int) -> int:
+        config = CheckpointConfig(commit_timeout_s=20)
+        with Checkpointer(tmp_path, config=config, rank=rank, world_size=2, run_id="run") as ck:
+            return ck.save(1, state).stats(20).written_bytes
+
+    assert min(ranks(2, save)) > 3 << 20  # one of three chunks of 8 MiB
+    assert all(torch.equal(found, state[name]) for name, found in checkpoint.read(tmp_path).items())
