@@ -181,11 +181,11 @@ class FsspecStorage:
 
     def remove(self, path: str) -> None:
         full = self._path(path)
-        with remote(full, "remove"):
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm(full, recursive=True)
-                self._fs.invalidate_cache(full.rpartition("/")[0])
-            if self._uploads:
+        with remote(full, "remove"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(full, recursive=True)
+            self._fs.invalidate_cache(full.rpartition("/")[0])
+        if self._uploads:
+            with remote(full, "abort the unfinished uploads there"):
                 self._uploads.abort_under(full)
 
     def _put(self, full: str, data: bytes) -> None:

@@ -261,6 +261,15 @@ def test_checkpoints_are_saved_listed_loaded_and_superseded(root: str, endpoint:
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_a_writer_process_uploads_too(root: str, endpoint: str):
+    config = CheckpointConfig(writer="process")
+    with Checkpointer(root, config=config, storage_options=options(endpoint)) as ck:
+        for step in (1, 2):
+            ck.save(step, weights(step), {"step": step}, shared={"step": step}).result(60)
+    assert_whole(root, endpoint, {2})
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_an_error_of_any_request_leaves_the_old_or_the_new_checkpoint(root: str, endpoint: str, faults: Faults):
     total = num_changes(root, endpoint, faults)
     before, told = faults.fired, 0
