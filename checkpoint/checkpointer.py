@@ -38,6 +38,7 @@ from checkpoint.saving import Request, Saver
 from checkpoint.state import TensorLike, pieces_of
 from checkpoint.storage import Storage, open_storage
 from checkpoint.tiers import Found, Gather, Tier, TierName, Tiers, alone, due, recover
+from checkpoint.tiers import problems as tier_problems
 
 _GRACE_S = 10.0
 """Time a pending save gets to end when an error leaves the `with` block."""
@@ -65,7 +66,9 @@ class Loaded:
     missing_local: tuple[str, ...]
     """RankLocal entries that this rank has no saved counterpart for; left untouched."""
     read_bytes: int
-    """Bytes of tensors that were read; what did not fit into `load_buffer_bytes` counts twice."""
+    """Bytes of tensors that were read from the storage and verified."""
+    reread_bytes: int
+    """Bytes of them that were read again when they were copied; of local files, all, from the kernel's cache."""
     needed_bytes: int
     """Bytes of tensors that went into the destinations."""
     info: CheckpointInfo
@@ -367,6 +370,7 @@ class Checkpointer:
             unexpected=report.unexpected,
             missing_local=report.missing_local,
             read_bytes=report.read_bytes,
+            reread_bytes=report.reread_bytes,
             needed_bytes=report.needed_bytes,
             info=catalog.info_of(reader, tier),
         )
@@ -464,7 +468,7 @@ class Checkpointer:
 
 def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:
     """Raise ValueError with everything that is wrong."""
-    problems = []
+    problems = tier_problems(config)
     if world_size < 1 or not 0 <= rank < world_size:
         problems.append(f"rank: {rank} is not a rank of a world of {world_size}")
     if world_size > 1 and not run_id:

@@ -62,6 +62,26 @@ class Recovered(Generic[_T]):
     """What was newer or nearer and could not be used, with the reasons."""
 
 
+def problems(config: CheckpointConfig) -> list[str]:
+    """Return what is wrong with the configuration of the memory and the remote tier. Pure."""
+    memory, remote = config.memory, config.remote
+    least = {
+        "memory.every": (memory.every, 0),
+        "memory.keep_last": (memory.keep_last, 1),
+        "memory.limit_bytes": (memory.limit_bytes, 0),
+        "memory.peers": (memory.peers, 0),
+        "remote.every": (remote.every, 1),
+        "remote.keep_last": (remote.keep_last, 1),
+        "remote.keep_every": (remote.keep_every, 0),
+    }
+    found = [f"config.{n}: {v}; allowed are integers from {low}" for n, (v, low) in least.items() if v < low]
+    if remote.retry_s <= 0:
+        found.append(f"config.remote.retry_s: {remote.retry_s}; allowed are seconds above 0")
+    if remote.url and config.every > 0 and remote.every > 0 and remote.every % config.every:
+        found.append(f"config.remote.every: {remote.every}; allowed are multiples of config.every, {config.every}")
+    return found
+
+
 def due(config: CheckpointConfig, step: int) -> tuple[TierName, ...]:
     """Return the tiers that a save after this step goes to by the configured cadences, nearest first. Pure.
 

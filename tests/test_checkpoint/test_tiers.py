@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint import CheckpointConfig, CheckpointError, CorruptCheckpoint, StateMismatch, StorageError
+from checkpoint import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.catalog import scan
 from checkpoint.config import MemoryConfig, RemoteConfig
 from checkpoint.promotion import Promoter
@@ -56,6 +56,24 @@ def test_remote_is_never_due_without_local_nor_anything_before_the_first_step():
             found = due(config(*cadences), step)
             assert "remote" not in found or "local" in found
             assert bool(found) <= (step > 0)
+
+
+def test_everything_wrong_with_the_tiers_is_said_at_once(tmp_path: Path):
+    memory = MemoryConfig(every=-1, keep_last=0, limit_bytes=-1, peers=-1)
+    remote = RemoteConfig(url="memory://x", every=15, keep_last=0, keep_every=-1, retry_s=0)
+    with pytest.raises(ValueError, match="config") as caught:
+        Checkpointer(tmp_path, config=CheckpointConfig(every=10, memory=memory, remote=remote))
+    for part in (
+        "config.memory.every: -1; allowed are integers from 0",
+        "config.memory.keep_last: 0; allowed are integers from 1",
+        "config.memory.limit_bytes: -1; allowed are integers from 0",
+        "config.memory.peers: -1; allowed are integers from 0",
+        "config.remote.keep_last: 0; allowed are integers from 1",
+        "config.remote.keep_every: -1; allowed are integers from 0",
+        "config.remote.retry_s: 0; allowed are seconds above 0",
+        "config.remote.every: 15; allowed are multiples of config.every, 10",
+    ):
+        assert part in str(caught.value)
 
 
 # Which is newest, and nearest
