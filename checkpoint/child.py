@@ -69,14 +69,15 @@ class _Writer:
         self, number: int, header: str, nbytes: int, parcels: Sequence[Any], targets: Sequence[tuple[str, Any, str]]
     ) -> None:
         self._flows = {n: flow for n, flow in self._flows.items() if not flow.is_over}
-        try:
-            places = [Target(tier, self._open(arguments), path) for tier, arguments, path in targets]
-        except Exception as error:  # noqa: BLE001  carried to the parent
-            for tier, _, _ in targets:
+        places = []
+        for tier, arguments, path in targets:
+            try:
+                places.append(Target(tier, self._open(arguments), path))
+            except Exception as error:  # noqa: BLE001  carried to the parent
                 self._reports.failed(number, tier, error)
-            return
         plan = _Plan(base64.b64decode(header), nbytes, _parcels(parcels))
-        self._flows[number] = _Flow(number, plan, places, self._drain, self._reports)
+        if places:
+            self._flows[number] = _Flow(number, plan, places, self._drain, self._reports)
 
     def put(self, number: int, parcel: int, slot: int) -> None:
         if number in self._flows:

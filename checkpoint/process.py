@@ -39,8 +39,6 @@ from checkpoint.child import main
 main(settings)
 """
 """Runs `checkpoint.child` without the `__init__` of the package, which imports torch."""
-_EXIT_S = 60.0
-"""Time the process gets to exit when all is written."""
 
 
 class ProcessDrain:
@@ -98,6 +96,7 @@ class _Child:
         """Those that the process may read."""
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        assert arena.descriptor >= 0, "the arena of a writer process is a file"
         self._arena_descriptor = os.dup(arena.descriptor)
         self._settings = {
             "parent": os.getpid(),
@@ -113,10 +112,11 @@ class _Child:
     def begin(
         self, plan: ShardPlan, targets: Sequence[tuple[str, Mapping[str, Any], str]], trace: Trace
     ) -> _ProcessFlow:
+        flow = _ProcessFlow(self, next(self._numbers), [tier for tier, _, _ in targets], trace)
         with self._lock:
-            flow = _ProcessFlow(self, next(self._numbers), [tier for tier, _, _ in targets], trace)
-            self._flows[flow.number] = flow
             death = self.death
+            if death is None:
+                self._flows[flow.number] = flow
         if death is not None:
             flow.die(death)
         header = base64.b64encode(plan.header).decode()
@@ -155,6 +155,8 @@ class _Child:
             death = SaveFailed(self._run())
         except OSError as error:
             death = SaveFailed(f"the writer process cannot be started: {error}")
+        except Exception as error:  # noqa: BLE001  carried to whoever waits for a flow
+            death = SaveFailed(f"the writer process was not understood, and ended: {error!r}")
         finally:
             os.close(self._arena_descriptor)
         self._outbox.put(None)
@@ -173,24 +175,25 @@ class _Child:
         their_commands, our_commands = os.pipe()
         our_reports, their_reports = os.pipe()
         diagnostics = os.memfd_create("checkpoint-writer-stderr", os.MFD_CLOEXEC)
-        with open(our_reports, encoding="utf-8") as reports:
-            sender = threading.Thread(target=self._send_all, args=(our_commands,), daemon=True)
-            sender.start()
+        with open(our_reports, encoding="utf-8") as reports, open(diagnostics, "r+b", buffering=0) as said:
+            threading.Thread(target=self._send_all, args=(our_commands,), daemon=True).start()
             try:
                 process = self._start(their_commands, their_reports, diagnostics)
-            except OSError:
-                self._outbox.put(None)
-                raise
             finally:
                 os.close(their_commands)
                 os.close(their_reports)
-            for line in reports:
-                name, *values = json.loads(line)
-                self._hear(name, values)
-            status = process.wait()
-            with open(diagnostics, "rb") as text:
-                text.seek(0)
-                return _how_it_ended(status, text.read())
+            try:
+                for line in reports:
+                    if line.endswith("\n"):  # else it was killed in the middle of a word
+                        name, *values = json.loads(line)
+                        self._hear(name, values)
+            except BaseException:
+                process.kill()  # whose slots are given back reads none of them
+                raise
+            finally:
+                status = process.wait()
+            said.seek(0)
+            return _how_it_ended(status, said.read())
 
     def _start(self, commands: int, reports: int, diagnostics: int) -> subprocess.Popen[bytes]:
         settings = {**self._settings, "commands": commands, "reports": reports, "arena": self._arena_descriptor}

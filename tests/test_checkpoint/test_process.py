@@ -301,6 +301,28 @@ class TestProcessDrain(DrainContract):
             flow.wait("local")
         drain.close()
 
+    @pytest.mark.parametrize(
+        ("said", "reason"),
+        [
+            ('["durable", 0, "local", "AAAA', "was killed by SIGKILL"),
+            ('["free", 0, 17, 0]\\n', "was not understood, and ended: KeyError"),
+        ],
+    )
+    def test_half_a_word_and_nonsense_fail_the_shard(
+        self, arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, reason: str
+    ):
+        impostor = tmp_path / "python"
+        impostor.write_text(IMPOSTOR.format(python=sys.executable, said=said))
+        impostor.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(impostor))
+        drain = ProcessDrain(1)
+        flow = drain.begin(plan(), arena, [Target("local", open_storage(tmp_path), "shard")], Trace())
+        fill(flow, arena, plan().parcels[:1])
+        with pytest.raises(SaveFailed, match=reason):
+            flow.wait("local")
+        assert_all_come_back(arena)
+        drain.close()
+
     def test_storages_that_the_process_cannot_reach_are_refused(
         self, drain: ProcessDrain, arena: Arena, tmp_path: Path
     ):
@@ -324,6 +346,12 @@ class TestProcessDrain(DrainContract):
         parent.close()
         wait_until(lambda: not is_running(writer))
 
+
+IMPOSTOR = """#!{python}
+import json, os, signal, sys
+os.write(json.loads(sys.argv[3])["reports"], b'{said}')
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 SCRIPT = """
 import sys, torch
