@@ -98,9 +98,11 @@ def _blobs(storage: Storage, storage_data: Any, source: str) -> dict[tuple[str, 
         if getattr(info, "transform_descriptors", None):
             raise UnsupportedFormat(f"{source}: {index.fqn!r} went through stream transforms; save it without them")
         blob = _Blob(info.relative_path, info.offset, info.length)
+        if type(blob.start) is not int or type(blob.nbytes) is not int or type(index.fqn) is not str:
+            raise ValueError(f"{index.fqn!r} lies at {blob}")
         if blob.file not in files:
             raise CorruptCheckpoint(f"{source}: {index.fqn!r} lies in {blob.file!r}, which the folder does not hold")
-        if not 0 <= blob.start <= blob.start + blob.nbytes <= files[blob.file]:
+        if min(blob.start, blob.nbytes) < 0 or blob.start + blob.nbytes > files[blob.file]:
             raise CorruptCheckpoint(f"{source}: {index.fqn!r} lies outside of {blob.file!r}; was it cut short?")
         offset = getattr(index, "offset", None)
         blobs[index.fqn, None if offset is None else tuple(offset)] = blob
@@ -111,10 +113,13 @@ def _streams(
     storage: Storage, name: str, entry: Record, blobs: Mapping[tuple[str, Shape | None], _Blob], trust: bool
 ) -> Iterator[Stream]:
     """Yield a tensor as one whole if its chunks follow each other in row-major order, else chunk by chunk."""
-    shape = tuple(entry.size)  # type: ignore[attr-defined]  # of a Record
+    shape = _shape(entry.size)  # type: ignore[attr-defined]  # of a Record
     properties = entry.properties  # type: ignore[attr-defined]
     dtype = properties.state[0] if isinstance(properties, Record) else properties.dtype
-    chunks = sorted((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)  # type: ignore[attr-defined]
+    chunks = sorted((_shape(c.offsets), _shape(c.sizes)) for c in entry.chunks)  # type: ignore[attr-defined]
+    problems = [Region.box(*chunk).problem(shape) for chunk in chunks]
+    if not isinstance(name, str) or not isinstance(dtype, torch.dtype) or any(problems):
+        raise ValueError(f"{name!r}: {next(filter(None, problems), 'has no name or dtype')}")
     chunks = [(offset, size) for offset, size in chunks if math.prod(size)] or chunks[:1]
     read = {offset: partial(_read, storage, name, blobs[name, offset], (dtype, size), trust) for offset, size in chunks}
 
@@ -127,6 +132,13 @@ def _streams(
         return
     for offset, size in chunks:
         yield Stream(name, dtype, shape, Region.box(offset, size), read[offset])
+
+
+def _shape(value: Any) -> Shape:
+    shape = tuple(value)
+    if any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{value!r} is no shape")
+    return shape
 
 
 def _are_rows(shape: Shape, chunks: Sequence[tuple[Shape, Shape]]) -> bool:

@@ -71,7 +71,10 @@ def load_torch(data: Path | IO[bytes], source: str, classes: Mapping[str, Any], 
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in classes.items()]):
             return torch.load(data, map_location="cpu", mmap=mapped or None, weights_only=not trust)
     except pickle.UnpicklingError as error:
-        raise UntrustedPickle(f"{source}: {_refused(str(error))}; {_REMEDY}") from error
+        refused = _refused(str(error))
+        if refused is None:
+            raise CorruptCheckpoint(f"{source}: is not a file that torch.save wrote, or was damaged") from error
+        raise UntrustedPickle(f"{source}: {refused}; {_REMEDY}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CorruptCheckpoint(f"{source}: cannot be read ({type(error).__name__}: {error})") from error
 
@@ -100,7 +103,9 @@ class _Restricted(pickle.Unpickler):
         raise UntrustedPickle(f"{self._source}: needs {full}, which may run code; {_REMEDY}")
 
 
-def _refused(message: str) -> str:
-    """Return which name torch refused to look up, out of its message."""
+def _refused(message: str) -> str | None:
+    """Return what torch refused to do, out of its message; None if it could not make sense of the bytes."""
     found = re.search(r"(?:unsupported|Unsupported global:) GLOBAL ([\w.]+)", message)
-    return f"needs {found[1]}, which may run code" if found else message.partition("\n")[0]
+    if found:
+        return f"needs {found[1]}, which may run code"
+    return "calls what may run code" if re.search(r"Trying to|Can only", message) else None

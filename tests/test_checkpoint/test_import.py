@@ -6,16 +6,19 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import Checkpointer, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
+from checkpoint import Checkpointer, CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
 from checkpoint.errors import UntrustedPickle
 from checkpoint.importing import import_from
 from checkpoint.zero import place_each, place_groups
@@ -32,6 +35,16 @@ def shard_of(root: Path) -> dict[str, torch.Tensor]:
 def nothing_in(root: Path) -> bool:
     """Whether a root holds no folder."""
     return not root.exists() or not list(root.iterdir())
+
+
+def read_or_refused(source: Path, root: Path) -> None:
+    """Import, which ends with a sound checkpoint, or with an error of ours and nothing."""
+    try:
+        info = import_from(source, root)
+    except CheckpointError:
+        assert nothing_in(root)
+    else:
+        assert checkpoint.verify(info).ok
 
 
 # --- safetensors
@@ -89,6 +102,20 @@ def test_a_malformed_safetensors_file_is_refused(tmp_path: Path, header: bytes, 
     with pytest.raises(CorruptCheckpoint, match=message):
         import_from(tmp_path / "x.safetensors", tmp_path / "root")
     assert nothing_in(tmp_path / "root")
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_safetensors_file_with_bytes_changed_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
+    folder = tmp_path_factory.mktemp("fuzz")
+    save_file({"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.int8)}, folder / "x.safetensors")
+    content = bytearray((folder / "x.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "x.safetensors").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    read_or_refused(folder / "x.safetensors", folder / "root")
 
 
 def test_a_header_larger_than_its_file_is_refused(tmp_path: Path):
@@ -187,11 +214,80 @@ def test_a_pickle_that_runs_code_is_not_run(dcp_folder: Path, tmp_path: Path):
     assert nothing_in(tmp_path / "root")
 
 
+def fields_of(thing: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place inside DCP's metadata."""
+    if isinstance(thing, dict):
+        items: Any = list(thing.items())
+    elif isinstance(thing, list):
+        items = list(enumerate(thing))
+    else:
+        items = list(vars(thing).items()) if hasattr(thing, "__dict__") else []
+    for key, value in items:
+        yield (*path, key)
+        yield from fields_of(value, (*path, key))
+
+
+def put(thing: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Set the value at a place inside DCP's metadata."""
+    for key in path[:-1]:
+        thing = thing[key] if isinstance(thing, dict | list) else getattr(thing, key)
+    if isinstance(thing, dict | list):
+        thing[path[-1]] = value
+    else:
+        object.__setattr__(thing, path[-1], value)
+
+
+ODD = [
+    None,
+    -1,
+    3,
+    1 << 60,
+    0.5,
+    "",
+    "../../secret",
+    b"x",
+    [],
+    [7],
+    {},
+    (),
+    (2, 2),
+    (-1, 1 << 60),
+    torch.float16,
+    {1, 2},
+]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_dcp_metadata_that_makes_no_sense_is_read_or_refused(
+    dcp_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
+    folder = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(dcp_folder, folder / "dcp")
+    metadata = pickle.loads((dcp_folder / ".metadata").read_bytes())
+    place = data.draw(st.sampled_from(list(fields_of(metadata))))
+    put(metadata, place, data.draw(st.sampled_from(ODD)))
+    try:
+        pickled = pickle.dumps(metadata)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return  # DCP's own classes cannot even be written so
+    (folder / "dcp/.metadata").write_bytes(pickled)
+    read_or_refused(folder / "dcp", folder / "root")
+
+
 def test_a_dcp_file_that_was_cut_short_is_found(dcp_folder: Path, tmp_path: Path):
     shutil.copytree(dcp_folder, tmp_path / "dcp")
     shard = tmp_path / "dcp/__1_0.distcp"
     os.truncate(shard, shard.stat().st_size // 2)
     with pytest.raises(CorruptCheckpoint, match=r"lies outside of '__1_0\.distcp'"):
+        import_from(tmp_path / "dcp", tmp_path / "root")
+
+
+def test_a_dcp_item_that_is_no_tensor_file_is_told_from_an_untrusted_one(dcp_folder: Path, tmp_path: Path):
+    shutil.copytree(dcp_folder, tmp_path / "dcp")
+    for shard in (tmp_path / "dcp").glob("*.distcp"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(CorruptCheckpoint, match=r"\.distcp: "):
         import_from(tmp_path / "dcp", tmp_path / "root")
 
 
