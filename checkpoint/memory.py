@@ -35,7 +35,6 @@ _PUT_BYTES = 8 << 20
 _POLL_S = 0.02
 """Pause between two looks, for each agent."""
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -83,12 +82,12 @@ class _Blocks:
         with self._lock:
             self.written += data.nbytes
 
-    def commit(self, tag: str = "") -> None:
-        """Let the file appear, on enough agents or on none."""
+    def commit(self) -> None:
+        """Let the file appear; raises StorageError unless it does on enough agents."""
         self._require([t.agent for t in self.targets], self._lost)
         for target in self.targets:
             with self._losing(target):
-                target.agent.call({"op": "commit", "upload": target.upload, "tag": tag})
+                target.agent.call({"op": "commit", "upload": target.upload, "tag": ""})
 
     @contextlib.contextmanager
     def _losing(self, target: _Target) -> Iterator[None]:
@@ -131,7 +130,8 @@ class _Copies:
         raise StorageError(f"{self._path}: cannot read: {'; '.join(reasons)}")
 
     def copies(self) -> Sequence[Source]:
-        return [_Copies(self._path, self._full, [agent]) for agent in self._holders[1:]]
+        rest = self._holders[1:]  # each copy falls back to those behind it
+        return [_Copies(self._path, self._full, rest[first:]) for first in range(len(rest))]
 
 
 class MemoryStorage:

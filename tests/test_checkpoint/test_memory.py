@@ -15,7 +15,7 @@ import torch
 from checkpoint import CheckpointConfig, Checkpointer, StorageError
 from checkpoint.client import Link, Request
 from checkpoint.memory import MemoryStorage
-from checkpoint.storage import Storage, open_storage, sizes
+from checkpoint.storage import MirroredSource, Storage, open_storage, sizes
 from tests.test_checkpoint.fleets import Fleet, fleet
 from tests.test_checkpoint.test_storage import StorageContract
 
@@ -180,6 +180,20 @@ def test_a_damaged_copy_of_a_small_file_gives_way_to_another(three: Fleet, caplo
     three.damage(0, "COMMIT.json", at=3)
     assert storage.read("COMMIT.json") == b"the record"
     assert "COMMIT.json: the copy of agent" in caplog.text
+
+
+def test_copies_that_are_gone_are_passed_over_on_the_way_to_a_sound_one(three: Fleet):
+    storage = three.storage(0, peers=2)
+    write_at(storage, "large", b"content")
+    three.damage(0, "large", at=0)
+    buffer = bytearray(7)
+    with storage.open("large") as source:
+        assert source.read_into(0, memoryview(buffer)) == 7
+        assert buffer == b"bontent"
+        three.kill(1)
+        assert isinstance(source, MirroredSource)
+        assert [copy.read_into(0, memoryview(buffer)) for copy in source.copies()] == [7, 7]
+        assert buffer == b"content"
 
 
 def test_damage_everywhere_is_left_to_the_fingerprints(three: Fleet):
