@@ -275,24 +275,26 @@ def test_a_writer_process_killed_at_any_time_fails_its_save_alone():
     generator = random.Random(0)
     config = CheckpointConfig(keep_last=1, writer="process", on_error="warn")
     kills, committed = 0, 0
-    with memory_folder() as root, Checkpointer(root, config=config) as ck:
-        begun_s = time.monotonic()
-        ck.save(1, weights(1), shared={"step": 1}).result(20)
-        save_s = time.monotonic() - begun_s
-        step = 1
-        while kills < LEAST["writer process"]:
-            step += 1
-            handle = ck.save(step, weights(step), shared={"step": step})
-            time.sleep(generator.uniform(0, save_s))  # the moment of the kill, not a synchronisation
-            for writer in writers():
-                os.kill(writer, signal.SIGKILL)
-                kills += 1
-            error = handle.exception(20)
-            assert error is None or (isinstance(error, SaveFailed) and "killed by SIGKILL" in str(error))
-            committed += error is None
-            assert assert_whole(root) == step if error is None else assert_whole(root) < step
-        ck.save(step + 1, weights(step + 1), shared={"step": step + 1}).result(20)
-        assert_whole(root, {step + 1})
+    with memory_folder() as root:
+        with Checkpointer(root, config=config) as ck:
+            begun_s = time.monotonic()
+            ck.save(1, weights(1), shared={"step": 1}).result(20)
+            save_s = time.monotonic() - begun_s
+            step = 1
+            while kills < LEAST["writer process"]:
+                step += 1
+                handle = ck.save(step, weights(step), shared={"step": step})
+                time.sleep(generator.uniform(0, save_s))  # the moment of the kill, not a synchronisation
+                for writer in writers():
+                    os.kill(writer, signal.SIGKILL)
+                    kills += 1
+                error = handle.exception(20)
+                assert error is None or (isinstance(error, SaveFailed) and "killed by SIGKILL" in str(error))
+                committed += error is None
+                assert assert_whole(root) == step if error is None else assert_whole(root) < step
+            ck.save(step + 1, weights(step + 1), shared={"step": step + 1}).result(20)
+            assert_whole(root, {step + 1})
+        assert len(list(root.iterdir())) == 1  # what the killed ones left is collected
     assert 0 < committed < step
 
 
