@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from checkpoint.digest import ALIGN_BYTES
 from checkpoint.errors import SaveFailed
+from checkpoint.spans import Span, Trace
 from checkpoint.storage import Storage, open_storage
-from checkpoint.trace import Span, Trace
 from checkpoint.writer import Flow, Target, ThreadDrain
 
 if TYPE_CHECKING:

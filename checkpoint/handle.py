@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.errors import SaveSkipped
+from checkpoint.spans import Trace
 from checkpoint.staging import Snapshot
-from checkpoint.trace import Trace
 from checkpoint.writer import Flow
 
 _GIB = 1 << 30

@@ -24,8 +24,8 @@ import checkpoint
 from checkpoint.arena import SLOT_BYTES, Arena, Slot
 from checkpoint.errors import SaveFailed, StorageError
 from checkpoint.shard import Parcel, ShardPlan
+from checkpoint.spans import Span, Trace
 from checkpoint.storage import Storage
-from checkpoint.trace import Span, Trace
 from checkpoint.writer import Flow, Target
 
 _START = """

@@ -26,10 +26,10 @@ from checkpoint.planning import Draft
 from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader
 from checkpoint.shard import ShardPlan, Written, plan_shard, rank_name
+from checkpoint.spans import Trace
 from checkpoint.staging import Copier, Snapshot
 from checkpoint.storage import Storage
 from checkpoint.tiers import Tiers
-from checkpoint.trace import Trace
 from checkpoint.writer import Drain, Flow, Target, ThreadDrain
 
 _MAX_UNDER_WAY = 2
@@ -132,8 +132,9 @@ class Saver:
         ended = {tier: threading.Event() for tier in tiers}
         self._num_saves += 1
         save = _Save(request, handle, self._num_saves, snapshot, trace, called_s, attempts, after, ended)
-        copier.submit(snapshot, request.draft, functools.partial(self._plan, save))
         self._run(save, self._conduct)
+        # Last: the copier begins at once, and would keep the interpreter from the caller for milliseconds.
+        copier.submit(snapshot, request.draft, functools.partial(self._plan, save))
         return handle
 
     def skip(self, name: AttemptName, request: Request) -> SaveHandle:

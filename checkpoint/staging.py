@@ -23,8 +23,11 @@ from checkpoint.errors import SaveFailed, TornSnapshot
 from checkpoint.guard import Guard
 from checkpoint.planning import Draft
 from checkpoint.shard import Parcel, ShardPlan
-from checkpoint.trace import Trace
+from checkpoint.spans import Trace
 from checkpoint.writer import Flow
+
+_BATCH = 32
+"""Parcels whose copies from a GPU are ordered, and waited for, at once."""
 
 
 class Snapshot:
@@ -59,6 +62,7 @@ class Snapshot:
         self._to_land = [1] * self.num_groups
         self._events: list[Events] = [{} for _ in range(self.num_groups)]
         self._num_filling = 0
+        self._is_held = self.has_device
         self._changed = threading.Condition()
 
     @property
@@ -80,12 +84,28 @@ class Snapshot:
         """Let parcels go to a flow, those that are there already and those to come."""
         with self._changed:
             self._flow = flow
-            early, self._early = self._early, []
             error = self._error
-        for parcel, slot in early:
-            flow.put(parcel, slot)
+        self._put_early()
         if error is not None:
             flow.cancel(error)
+
+    def unhold(self) -> None:
+        """Let parcels from a GPU go to the flow.
+
+        Until all copies are ordered, or wait for slots, none does: hashing and writing would contend for the
+        interpreter with the ordering, which the fence waits for.
+        """
+        self._is_held = False
+        self._put_early()
+
+    def _put_early(self) -> None:
+        with self._changed:
+            flow = self._flow
+            if flow is None or self._is_held:
+                return
+            early, self._early = self._early, []
+        for parcel, slot in early:
+            flow.put(parcel, slot)
 
     def fail(self, error: BaseException) -> None:
         """Copy nothing more, for the first reason given; the tensors may be mutated. No effect once all is copied."""
@@ -135,16 +155,16 @@ class Snapshot:
             self._num_filling += 1
             return self._to_claim.popleft()
 
-    def fill(self, parcel: Parcel, slot: Slot) -> Events:
-        """Copy a claimed parcel into its slot, or order that: then it is there after the events."""
+    def fill(self, batch: Sequence[tuple[Parcel, Slot]]) -> Events:
+        """Copy claimed parcels into their slots, or order that: then they are there after the events."""
         copies = self._copies
         assert copies is not None
         try:
-            with self.trace.span("copy", parcel.nbytes):
-                return copies.fill(parcel, slot)
+            with self.trace.span("copy", sum(parcel.nbytes for parcel, _ in batch)):
+                return copies.fill(batch)
         finally:
             with self._changed:
-                self._num_filling -= 1
+                self._num_filling -= len(batch)
                 self._changed.notify_all()
 
     def close(self, group: int, events: Events) -> Events | None:
@@ -175,9 +195,10 @@ class Snapshot:
         with self._changed:
             self.staged_bytes += parcel.nbytes
             flow, is_wanted = self._flow, self._error is None
-            if flow is None and is_wanted:
+            is_early = is_wanted and (flow is None or self._is_held)
+            if is_early:
                 self._early.append((parcel, slot))
-        if flow is not None:
+        if flow is not None and not is_early:
             flow.put(parcel, slot)
         elif not is_wanted:
             self._arena.give_back(slot)
@@ -329,12 +350,14 @@ class Copier:
         while snapshot.has_parcels:
             slot = self._arena.try_take()
             if slot is None:
+                snapshot.unhold()
                 begun_s = time.monotonic()
                 slot = self._arena.take(lambda: not snapshot.has_parcels)
                 snapshot.pressure_s += time.monotonic() - begun_s
                 snapshot.trace.add_since("wait for a slot", begun_s)
             if slot is not None:
                 self._fill_next(snapshot, slot)
+        snapshot.unhold()
 
     def _help(self, snapshot: Snapshot) -> bool:
         """Copy one parcel on the caller, if there is one and a slot for it."""
@@ -344,26 +367,42 @@ class Copier:
         return slot is not None and self._fill_next(snapshot, slot)
 
     def _fill_next(self, snapshot: Snapshot, slot: Slot) -> bool:
-        parcel = snapshot.claim()
-        if parcel is None:
-            self._arena.give_back(slot)
+        """Copy the next parcel into a slot, and from a GPU some more at once, as far as there are slots."""
+        batch = self._claim(snapshot, slot)
+        if not batch:
             return False
         begun_s = time.monotonic()
         try:
-            events = snapshot.fill(parcel, slot)
+            events = snapshot.fill(batch)
         except BaseException as error:  # noqa: BLE001  carried to the save
-            self._arena.give_back(slot)
+            for _, taken in batch:
+                self._arena.give_back(taken)
             snapshot.fail(error)
             return False
 
         def land() -> None:
             if events:
-                snapshot.trace.add_since("transfer", begun_s, parcel.nbytes)
-            snapshot.land(parcel, slot)
+                snapshot.trace.add_since("transfer", begun_s, sum(parcel.nbytes for parcel, _ in batch))
+            for parcel, taken in batch:
+                snapshot.land(parcel, taken)
 
         self._after(snapshot, events, land)
-        self._close(snapshot, parcel.group, events)
+        for parcel, _ in batch:
+            self._close(snapshot, parcel.group, events)
         return True
+
+    def _claim(self, snapshot: Snapshot, slot: Slot) -> list[tuple[Parcel, Slot]]:
+        batch: list[tuple[Parcel, Slot]] = []
+        taken: Slot | None = slot
+        while taken is not None:
+            parcel = snapshot.claim()
+            if parcel is None:
+                self._arena.give_back(taken)
+                break
+            batch.append((parcel, taken))
+            is_full = len(batch) == (_BATCH if snapshot.has_device else 1)
+            taken = None if is_full else self._arena.try_take()
+        return batch
 
     def _close(self, snapshot: Snapshot, group: int, events: Events) -> None:
         try:

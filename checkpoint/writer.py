@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.digest import digests
-from checkpoint.trace import Trace
+from checkpoint.spans import Trace
 
 if TYPE_CHECKING:  # the writer process does without torch
     from checkpoint.arena import Arena, Slot

@@ -25,8 +25,8 @@ from checkpoint.errors import SaveFailed
 from checkpoint.process import ProcessDrain
 from checkpoint.remote import FsspecStorage
 from checkpoint.shard import Cut, Parcel, ShardPlan
+from checkpoint.spans import Trace
 from checkpoint.storage import Storage, open_storage
-from checkpoint.trace import Trace
 from checkpoint.writer import Drain, Flow, Target, ThreadDrain
 from tests.test_checkpoint.worlds import wait_until
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoint import Checkpointer
-from checkpoint.trace import Span, Trace
+from checkpoint.spans import Span, Trace
 
 
 def test_a_save_can_be_looked_at_as_a_chrome_trace(tmp_path: Path):
