@@ -73,7 +73,7 @@ class Preemption:
         self._wishes.put(True)
 
     def note(self, handle: SaveHandle) -> None:
-        """Remember a save that was started for no wish: the same step need not be saved twice. With the lock held."""
+        """Remember a save that the loop asked for: the same step need not be saved twice. With the lock held."""
         self._last = handle
 
     def saving(self, step: int) -> SaveHandle | None:
@@ -105,12 +105,17 @@ class Preemption:
         return not handle.done() and handle.step != step and not self._is_alone
 
     def _save(self, request: Request) -> None:
-        if self._last is not None and _is_good(self._last, request.step):
-            self.handle = self._last
-            return
+        last = self._last
+        if last is not None and _is_good(last, request.step):
+            has = {outcome.tier for outcome in last.outcomes}
+            if "local" in has:
+                self.handle = last
+                return
+            request = replace(request, tiers=[(tier, storage) for tier, storage in request.tiers if tier not in has])
         older, self.handle = self.handle, self._start(request)
         self.handle.is_wished = True
-        if older is not None and not older.done():
+        # What the loop asked for is asked for on every rank, and becomes a checkpoint everywhere.
+        if older is not None and older.is_wished and not older.done():
             self._cancel(older, SaveFailed(f"step {older.step}: given up, since step {request.step} is saved instead"))
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveFailed
+from checkpoint.config import MemoryConfig
+from checkpoint.storage import open_storage
+from tests.test_checkpoint.stalls import stalled
 from tests.test_checkpoint.worlds import ranks, wait_until
 
 
@@ -123,6 +126,38 @@ def test_ranks_a_step_apart_save_the_step_that_both_reach(tmp_path: Path):
     assert loaded(Checkpointer(tmp_path)) == (8, 8.0)
 
 
+def test_a_save_that_the_loop_asked_for_is_not_given_up_for_a_wish(tmp_path: Path):
+    weights = {"w": torch.zeros(1000)}
+
+    def train(rank: int) -> list[int]:
+        config = CheckpointConfig(keep_last=9)
+        with Checkpointer(tmp_path, config=config, rank=rank, world_size=2, run_id="run") as ck:
+            if rank == 0:
+                ck.arm(1, weights)
+                slow = ck.save(1, weights)
+                ck.preempt()
+                wait_until(lambda: ck.preempted is slow)
+                ck.arm(2, weights)
+                assert ck.preempted is not slow
+            wait_until(lambda: len(list(tmp_path.glob("step-*2.*/r00000.safetensors"))) == 1)
+            return [(slow if rank == 0 and step == 1 else ck.save(step, weights)).result(20).step for step in (1, 2)]
+
+    assert ranks(2, train) == [[1, 2], [1, 2]]
+
+
+def test_a_wish_is_not_granted_by_a_save_into_memory_alone(tmp_path: Path):
+    config = CheckpointConfig(memory=MemoryConfig(every=1))
+    with Checkpointer(tmp_path / "disk", config=config, memory=open_storage(tmp_path / "memory")) as ck:
+        weights = {"w": torch.full((1000,), 3.0)}
+        ck.arm(3, weights)
+        assert [outcome.tier for outcome in ck.save(3, weights).outcomes] == ["memory"]
+        ck.preempt()
+        wait_until(lambda: ck.preempted is not None)
+        assert [outcome.tier for outcome in ck.preempted.outcomes] == ["local"]
+        ck.preempted.result(20)
+    assert loaded(Checkpointer(tmp_path / "disk")) == (3, 3.0)
+
+
 def test_what_cannot_be_saved_is_refused_when_it_is_armed(tmp_path: Path):
     with Checkpointer(tmp_path) as ck, pytest.raises(InvalidState, match="'w': is a int"):
         ck.arm(1, {"w": 3})  # type: ignore[dict-item]
@@ -137,3 +172,13 @@ def test_an_urgent_save_fails_when_its_time_is_over(tmp_path: Path):
     assert handle.staged()
     ck.close()
     assert ck.latest() is None
+
+
+def test_an_urgent_save_whose_copies_stand_still_fails_in_time_and_lets_the_fence_through(tmp_path: Path):
+    with Checkpointer(tmp_path, config=CheckpointConfig(urgent_deadline_s=0.2), on_error="warn") as ck:
+        ck.prepare({"w": torch.zeros(10)})
+        with stalled(ck):
+            handle = ck.save(1, {"w": torch.zeros(10)}, urgent=True)
+            ck.fence()
+            assert handle.staged()
+            assert isinstance(handle.exception(20), SaveFailed)
