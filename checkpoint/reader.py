@@ -46,7 +46,9 @@ class LoadReport:
     missing_local: tuple[str, ...]
     """RankLocal entries that this rank has no saved counterpart for."""
     read_bytes: int = 0
-    """Bytes of tensors that were read; what was read twice counts twice."""
+    """Bytes of tensors that were read from the storage and verified."""
+    reread_bytes: int = 0
+    """Bytes of them that were read again when they were copied; of local files, all, from the kernel's cache."""
     needed_bytes: int = 0
     """Bytes of tensors that went into destinations."""
 
@@ -168,20 +170,34 @@ class Reader:
     def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
 
-        Between the two, chunks are held in memory: up to `buffer_bytes`, at least _LEAST_BUFFER_BYTES. What exceeds
-        that is verified first, and read and verified again when it is copied.
+        A local file is read, and verified, a second time for that: the kernel has it in its cache by then, and to
+        touch fresh memory costs more than a second copy out of the cache. Of other storages up to `buffer_bytes` of
+        chunks are held in memory in between, at least _LEAST_BUFFER_BYTES, and what exceeds that is read twice.
         """
         report, reads = self._plan(wanted, rank, strict)
-        *others, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
+
+        def copy(read: Read, data: Bytes) -> None:
+            piece = wanted[read.target]
+            _scatter(read, data, piece.tensor, piece.region)
+
         with self.transfer() as transfer:
-            _raise_first(transfer.stream((part for w in others for part in windows(w.reads, CHUNK_BYTES)), None))
-            memory = allocate(max(window.nbytes for window in (last, *others)))
-            for window in (last, *others):
-                _raise_first(transfer.fetch(window, memory))
-                for read, place in zip(window.reads, window.places, strict=True):
-                    piece = wanted[read.target]
-                    _scatter(read, memory[place : place + read.nbytes], piece.tensor, piece.region)
-        return replace(report, read_bytes=transfer.read_bytes, needed_bytes=sum(read.needed_bytes for read in reads))
+            if self._storage.rereads_cheaply:
+                _raise_first(transfer.stream(windows(reads, CHUNK_BYTES), None))
+                read_bytes = transfer.read_bytes
+                _copy_again(transfer, [(read, wanted[read.target].tensor.device) for read in reads], copy)
+            else:
+                *others, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
+                _raise_first(transfer.stream((w for o in others for w in windows(o.reads, CHUNK_BYTES)), None))
+                memory = allocate(max(window.nbytes for window in (last, *others)))
+                _raise_first(transfer.fetch(last, memory))
+                read_bytes = transfer.read_bytes
+                last.each(memory, copy)
+                for window in others:
+                    _raise_first(transfer.fetch(window, memory), overwriting=True)
+                    window.each(memory, copy)
+        needed_bytes = sum(read.needed_bytes for read in reads)
+        again = transfer.read_bytes - read_bytes
+        return replace(report, read_bytes=read_bytes, needed_bytes=needed_bytes, reread_bytes=again)
 
     def read(self, wanted: Iterable[Want], transfer: Transfer | None = None) -> list[torch.Tensor]:
         """Return parts of tensors in new host memory; only the chunks that they need are read.
@@ -342,9 +358,26 @@ def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:
     return None
 
 
-def _raise_first(faults: Iterator[CorruptCheckpoint]) -> None:
+def _raise_first(faults: Iterator[CorruptCheckpoint], *, overwriting: bool = False) -> None:
     for fault in faults:
+        if overwriting:
+            fault.add_note("it was whole when it was verified; destinations hold a part of it: load another into them")
         raise fault
+
+
+def _copy_again(
+    transfer: Transfer, reads: Sequence[tuple[Read, torch.device]], copy: Callable[[Read, Bytes], None]
+) -> None:
+    """Read what was verified before, and copy it: to devices from this thread, and so in its stream."""
+    on_host = (read for read, device in reads if device.type == "cpu")
+    _raise_first(transfer.stream(windows(on_host, CHUNK_BYTES), copy), overwriting=True)
+    on_device = [read for read, device in reads if device.type != "cpu"]
+    if on_device:
+        pin = any(device.type == "cuda" for _, device in reads)
+        memory = torch.empty(2 * _LEAST_BUFFER_BYTES, dtype=torch.uint8, pin_memory=pin).numpy()
+        for window in windows(on_device, _LEAST_BUFFER_BYTES):
+            _raise_first(transfer.fetch(window, memory), overwriting=True)
+            window.each(memory, copy)
 
 
 @torch.no_grad()

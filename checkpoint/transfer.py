@@ -73,6 +73,11 @@ class Window:
     blocks: list[Block] = field(default_factory=list)
     nbytes: int = 0
 
+    def each(self, memory: Bytes, consume: Callable[[Read, Bytes], None]) -> None:
+        """Hand each read its bytes."""
+        for read, place in zip(self.reads, self.places, strict=True):
+            consume(read, memory[place : place + read.nbytes])
+
 
 def windows(reads: Iterable[Read], capacity: int) -> Iterator[Window]:
     """Yield the reads in file order, in windows of at most `capacity` bytes, or of one read. Pure.
@@ -188,8 +193,7 @@ class Transfer:
                 whole = memory if window.nbytes <= len(memory) else allocate(window.nbytes)
                 faults = [fault for block in window.blocks for fault in self._read(block, whole)]
                 if consume is not None and not faults:
-                    for read, place in zip(window.reads, window.places, strict=True):
-                        consume(read, whole[place : place + read.nbytes])
+                    window.each(whole, consume)
                 return faults
             finally:
                 spare.put(memory)
