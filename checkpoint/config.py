@@ -60,10 +60,11 @@ class CheckpointConfig:
     staging_bytes: int | Literal["auto"] = "auto"
     """Host memory of this rank in which copies wait to be written.
 
-    `auto` takes what a save needs, within a quarter of the memory that is free at the first one. Less than a save
-    needs works: its copies then wait for the disk, and the fence for them."""
+    `auto` takes what a save needs, within a quarter of the memory that is free at the first one, which the ranks of
+    a host (LOCAL_WORLD_SIZE) share. Less than a save needs works: its copies then wait for the disk, and the fence
+    for them."""
     on_pressure: Literal["block", "skip"] = "block"
-    """What `save` does while the save before it is still being copied or written: wait for it, or save nothing."""
+    """What `save` does while the two saves before it are still under way: wait for the older one, or save nothing."""
     writer: Literal["thread", "process"] = "thread"
     """Who hashes and writes: threads of this process, or one process of its own, replaced when it dies."""
     writer_threads: int = 2

@@ -201,7 +201,9 @@ class SaveHandle:
         self._outcomes[tier].settle(info)
 
     def fail(self, error: BaseException, tier: str | None = None) -> None:
-        """Tell that the save failed in a tier, or in all where it has not ended."""
+        """Tell that the save failed in a tier, or in all where it has not ended: then nothing more is written."""
+        if tier is None and self._flow is not None:
+            self._flow.cancel(error)
         for outcome in (*self._outcomes.values(), *self._brought.values()):
             if tier in (None, outcome.tier):
                 outcome.settle(error)
