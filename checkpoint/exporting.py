@@ -106,6 +106,8 @@ def export(
         _dcp(write, out, tensors)
     elif format == "safetensors":
         folder, _, file = os.fspath(out).rpartition("/")
+        if not file:
+            raise StorageError(f"{os.fspath(out)}: names a folder; name the file in it")
         write.file(open_storage(folder or ("/" if os.fspath(out).startswith("/") else ".")), file, tensors)
     else:
         raise ValueError(f"format: {format!r}; allowed are 'safetensors', 'huggingface' and 'dcp'")

@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoint import catalog, distcp, objects, weights, zero
 from checkpoint.catalog import CheckpointInfo
-from checkpoint.commit import Attempt, AttemptName
+from checkpoint.commit import COMMIT, Attempt, AttemptName
 from checkpoint.errors import CheckpointNotFound, InvalidState
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage, open_storage
@@ -51,7 +51,7 @@ def import_from(
         storage_options: for the fsspec file system of `root`.
 
     Raises:
-        CheckpointNotFound: nothing there is known here.
+        CheckpointNotFound: nothing there is known here. InvalidState: it is of this package already.
         UntrustedPickle: it cannot be read without running code that it names.
         CorruptCheckpoint: it is damaged or incomplete. Nothing is left in `root` by an import that fails.
     """
@@ -81,6 +81,8 @@ def _contents(source: str, options: Mapping[str, Any] | None, trust_pickle: bool
         return weights.contents(folder, [name])
     storage = open_storage(source, options)
     names = {entry.name for entry in storage.entries("")}
+    if COMMIT in names or any(map(AttemptName.parse, names)):
+        raise InvalidState(f"{storage.url}: is of this package already; read, load and export take it as it is")
     if distcp.METADATA in names:
         return distcp.contents(storage, trust_pickle=trust_pickle)
     if any(n.endswith(".safetensors") for n in names):

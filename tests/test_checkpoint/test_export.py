@@ -101,6 +101,8 @@ def test_an_export_into_nowhere_is_refused(root: Path, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/out\.safetensors: cannot create: Not a directory"):
         export(root, tmp_path / "file" / "out.safetensors")
+    with pytest.raises(StorageError, match="names a folder"):
+        export(root, f"{tmp_path}/")
 
 
 def test_shards_hold_no_more_than_told(root: Path, tmp_path: Path):

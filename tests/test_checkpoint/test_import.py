@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import Checkpointer, CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
+from checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    InvalidState,
+    UnsupportedFormat,
+)
 from checkpoint.errors import UntrustedPickle
 from checkpoint.importing import import_from
 from checkpoint.zero import place_each, place_groups
@@ -82,6 +89,14 @@ def test_what_export_writes_import_reads(tmp_path: Path):
     checkpoint.export(tmp_path / "one", tmp_path / "hf", format=checkpoint.HuggingFace(max_shard_bytes=1000))
     import_from(tmp_path / "hf", tmp_path / "two")
     assert same(checkpoint.read(tmp_path / "two"), values(5))
+
+
+def test_checkpoints_of_this_package_are_not_imported_again(tmp_path: Path):
+    with Checkpointer(tmp_path / "one") as ck:
+        ck.save(1, values(5))
+    for source in (tmp_path / "one", Checkpointer(tmp_path / "one").list()[0].path):
+        with pytest.raises(InvalidState, match="is of this package already"):
+            import_from(source, tmp_path / "two")
 
 
 @pytest.mark.parametrize(
