@@ -75,6 +75,11 @@ class _Save:
     ended: dict[str, threading.Event]
     plan: Future[tuple[ShardPlan, Narrowed | None]] = field(default_factory=Future)
 
+    def plan_fails(self, error: BaseException) -> None:
+        """Let nobody wait for a plan that will never be made. No effect once there is one."""
+        if not self.plan.done():
+            self.plan.set_exception(error)
+
 
 class Saver:
     """Carries out the saves of one rank. One thread at a time starts them."""
@@ -134,7 +139,7 @@ class Saver:
         save = _Save(request, handle, self._num_saves, snapshot, trace, called_s, attempts, after, ended)
         self._run(save, self._conduct)
         # Last: the copier begins at once, and would keep the interpreter from the caller for milliseconds.
-        copier.submit(snapshot, request.draft, functools.partial(self._plan, save))
+        copier.submit(snapshot, request.draft, functools.partial(self._plan, save), save.plan_fails)
         return handle
 
     def skip(self, name: AttemptName, request: Request) -> SaveHandle:
@@ -157,14 +162,16 @@ class Saver:
         """Get the memory that saves of such a state need, and lock it for its GPUs."""
         arena, _ = self._arena_for(draft)
         slots = []
-        while (slot := arena.try_take()) is not None:
-            slots.append(slot)
-            if draft.blueprint.devices:
-                slot.pin()
-            else:
-                slot.touch()
-        for slot in slots:
-            arena.give_back(slot)
+        try:
+            while (slot := arena.try_take()) is not None:
+                slots.append(slot)
+                if draft.blueprint.devices:
+                    slot.pin()
+                else:
+                    slot.touch()
+        finally:
+            for slot in slots:
+                arena.give_back(slot)
 
     def fence(self, group: int | None) -> None:
         """Return when the tensors that are updated in turn `group` or before may be mutated."""

@@ -125,7 +125,12 @@ class Snapshot:
         self._let_go()
 
     def begin(self, draft: Draft, plan: Callable[[], ShardPlan], streams: Streams) -> None:
-        """Look at the tensors for the first time, plan, and offer their parcels to who copies."""
+        """Look at the tensors for the first time, plan, and offer their parcels to who copies.
+
+        Raises what ended the copies, if they ended before they began.
+        """
+        if self._error is not None:
+            raise self._error
         self._guard.look()
         for device in draft.blueprint.devices:
             with streams.on(device) as stream:
@@ -134,13 +139,14 @@ class Snapshot:
                 self._guard.look_on(device)
         parcels = plan().parcels
         with self._changed:
+            if self._error is not None:
+                raise self._error
             self._streams = streams
             self._copies = Copies(draft, streams)
             for parcel in parcels:
                 self._to_copy[parcel.group] += 1
                 self._to_land[parcel.group] += 1
-            if self._error is None:
-                self._to_claim.extend(parcels)
+            self._to_claim.extend(parcels)
 
     @property
     def has_parcels(self) -> bool:
@@ -157,9 +163,10 @@ class Snapshot:
 
     def fill(self, batch: Sequence[tuple[Parcel, Slot]]) -> Events:
         """Copy claimed parcels into their slots, or order that: then they are there after the events."""
-        copies = self._copies
-        assert copies is not None
         try:
+            copies = self._copies
+            if copies is None:  # it failed since they were claimed
+                raise self._error or AssertionError("parcels are claimed after their copies began")
             with self.trace.span("copy", sum(parcel.nbytes for parcel, _ in batch)):
                 return copies.fill(batch)
         finally:
@@ -301,12 +308,21 @@ class Copier:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, snapshot: Snapshot, draft: Draft, plan: Callable[[], ShardPlan]) -> None:
-        """Let a snapshot be copied after those before it. `plan` is called once, by the copier."""
+    def submit(
+        self,
+        snapshot: Snapshot,
+        draft: Draft,
+        plan: Callable[[], ShardPlan],
+        give_up: Callable[[BaseException], object],
+    ) -> None:
+        """Let a snapshot be copied after those before it.
+
+        The copier calls `plan` once, unless the snapshot ends before that, and `give_up` if it ends before its copies.
+        """
         with self._lock:
             self._pending = [s for s in self._pending if not s.is_over]
             self._pending.append(snapshot)
-        self._jobs.put(lambda: self._copy(snapshot, draft, plan))
+        self._jobs.put(lambda: self._copy(snapshot, draft, plan, give_up))
 
     def fence(self, group: int | None, timeout_s: float) -> None:
         """Return when the tensors that are updated in turn `group` or before may be mutated; None stands for all."""
@@ -339,7 +355,13 @@ class Copier:
                 jobs.put(None)
                 thread.join()
 
-    def _copy(self, snapshot: Snapshot, draft: Draft, plan: Callable[[], ShardPlan]) -> None:
+    def _copy(
+        self,
+        snapshot: Snapshot,
+        draft: Draft,
+        plan: Callable[[], ShardPlan],
+        give_up: Callable[[BaseException], object],
+    ) -> None:
         try:
             snapshot.begin(draft, plan, self._streams)
             del draft, plan
@@ -347,6 +369,7 @@ class Copier:
                 self._close(snapshot, group, {})
         except BaseException as error:  # noqa: BLE001  carried to the save
             snapshot.fail(error)
+            give_up(snapshot.error or error)
         while snapshot.has_parcels:
             slot = self._arena.try_take()
             if slot is None:

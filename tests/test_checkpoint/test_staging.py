@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from checkpoint import CheckpointConfig, Checkpointer, InvalidState, StorageError
-from checkpoint.arena import SLOT_BYTES
-from checkpoint.errors import SaveSkipped
+from checkpoint.arena import SLOT_BYTES, Arena
+from checkpoint.copies import Streams
+from checkpoint.errors import SaveFailed, SaveSkipped
 from checkpoint.format import CHUNK_BYTES
+from checkpoint.planning import Planner
+from checkpoint.spans import Trace
+from checkpoint.staging import Snapshot
 from tests.test_checkpoint.stalls import stalled
 from tests.test_checkpoint.test_checkpointer import broken_root
 from tests.test_checkpoint.worlds import ranks, same, wait_until
@@ -229,3 +233,33 @@ def test_a_failed_save_lets_the_fence_through(tmp_path: Path, caplog: pytest.Log
             wait_until(handle.done)
         wait_until(lambda: ck._saver._arena.num_free == 1)
     assert "the save of step 2 failed" in caplog.text
+
+
+def test_an_urgent_save_whose_time_is_over_before_its_copies_begin_ends(tmp_path: Path):
+    config = CheckpointConfig(staging_bytes=SLOT_BYTES, urgent_deadline_s=0.2, on_error="warn")
+    state = {"w": torch.zeros(1000)}
+    with Checkpointer(tmp_path, config=config) as ck:
+        ck.prepare(state)
+        with stalled(ck):
+            ck.save(1, state)
+            late = ck.save(2, state, urgent=True)
+            assert isinstance(late.exception(20), SaveFailed)
+        ck.close(timeout_s=20)
+        assert [info.step for info in ck.list()] == [1]
+
+
+def test_a_copy_whose_save_fails_before_it_begins_keeps_no_fence_waiting():
+    draft = Planner(0, 1).draft({"w": torch.zeros(10)}, ())
+    with Arena(1) as arena:
+        snapshot = Snapshot(draft, (), arena, Trace())
+        snapshot.begin(draft, lambda: draft.blueprint.shard, Streams())
+        parcel, slot = snapshot.claim(), arena.try_take()
+        assert parcel is not None
+        assert slot is not None
+        snapshot.fail(SaveFailed("the disk is full"))
+        with pytest.raises(SaveFailed, match="the disk is full"):
+            snapshot.fill([(parcel, slot)])
+        fence = threading.Thread(target=snapshot.await_group, args=(0, 600, lambda: False), daemon=True)
+        fence.start()
+        fence.join(20)
+        assert not fence.is_alive()
