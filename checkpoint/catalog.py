@@ -92,9 +92,13 @@ class Scan:
     """Checkpoints no more: what is left are files that others refer to."""
 
 
-def scan(storage: Storage) -> Scan:
-    """Look at every attempt of a root."""
-    committed, broken = [], []
+def scan(storage: Storage, *, skip_unreadable: bool = False) -> Scan:
+    """Look at every attempt of a root.
+
+    Raises StorageError where a commit record cannot be read, or counts it as broken with `skip_unreadable`.
+    """
+    committed: list[Reader] = []
+    broken: list[tuple[AttemptName, CheckpointError]] = []
     uncommitted: list[AttemptName] = []
     retired: list[AttemptName] = []
     names = (AttemptName.parse(entry.name) for entry in storage.entries("") if entry.is_folder)
@@ -106,11 +110,14 @@ def scan(storage: Storage) -> Scan:
             (retired if is_retired else uncommitted).append(name)
         except (CorruptCheckpoint, UnsupportedFormat) as error:
             broken.append((name, error))
-        except StorageError:
+        except StorageError as error:
             # A read that fails says nothing about the checkpoint, unless another process has just removed it.
-            if storage.size(f"{name.folder}/{COMMIT}") is not None:
+            if storage.size(f"{name.folder}/{COMMIT}") is None:
+                uncommitted.append(name)
+            elif skip_unreadable:
+                broken.append((name, error))
+            else:
                 raise
-            uncommitted.append(name)
     committed.sort(key=lambda reader: reader.record.sequence)
     return Scan(tuple(committed), tuple(broken), tuple(uncommitted), tuple(retired))
 
@@ -146,9 +153,10 @@ def latest(storage: Storage, verify: Verify) -> Reader | None:
     return None
 
 
-def next_sequence(storage: Storage) -> int:
-    """Return the sequence of the next commit."""
-    return 1 + max((reader.record.sequence for reader in scan(storage).committed), default=0)
+def next_sequence(storage: Storage, *, skip_unreadable: bool = False) -> int:
+    """Return the sequence of the next commit; `skip_unreadable` as for `scan`."""
+    found = scan(storage, skip_unreadable=skip_unreadable)
+    return 1 + max((reader.record.sequence for reader in found.committed), default=0)
 
 
 def check(reader: Reader, verify: Verify) -> None:
@@ -183,7 +191,10 @@ def removable(
     """Return what may go: superseded checkpoints, retired ones that nothing refers to, abandoned attempts.
 
     A file stays while a checkpoint that stays refers to it, whatever became of the checkpoint that it was part of.
+    Raises ValueError if nothing at all were to stay.
     """
+    if keep_last < 1:
+        raise ValueError(f"keep_last: {keep_last}; allowed are integers from 1")
     found = scan(storage)
     held = functools.partial(_is_held, storage)
     gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every, held=held)

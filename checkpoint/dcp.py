@@ -90,6 +90,8 @@ class StorageWriter(dcp.StorageWriter):
             commit_timeout_s: how long the coordinator looks for the files that other ranks have written.
             storage_options: for the fsspec file system.
         """
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last: {keep_last}; allowed are None and integers from 1")
         self.step = step
         """Of the next save; may be set between saves."""
         self._root = os.fspath(root)

@@ -18,7 +18,14 @@ from typing import Any, Generic, Literal, TypeVar
 from checkpoint import catalog
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.config import CheckpointConfig
-from checkpoint.errors import CheckpointError, CorruptCheckpoint, StateMismatch, StorageError, UnsupportedFormat
+from checkpoint.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    InvalidState,
+    StateMismatch,
+    StorageError,
+    UnsupportedFormat,
+)
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage
 
@@ -112,19 +119,20 @@ class Tiers:
         """Use tiers, given nearest first."""
         self.tiers = tuple(tiers)
         self._before: int | None = None
+        self._highest = 0
         self._lock = threading.Lock()
 
     def sequence(self, ordinal: int, storage: Storage) -> int:
         """Rank 0: return the sequence of the `ordinal`-th save of this launch, counted from 1, in one of the storages.
 
-        Looks at all tiers once, at the first save. Copies of one save have the same sequence, even where a later one
-        is committed first, in another tier.
+        Looks at all tiers once, at the first save; a tier that cannot be read then counts as it was when it could be.
+        Copies of one save have the same sequence, even where a later one is committed first, in another tier.
         """
         with self._lock:
             if self._before is None:
-                found, _ = self._scan()
-                self._before = max((item.reader.record.sequence for item in found), default=0)
-            return max(self._before + ordinal, catalog.next_sequence(storage))
+                self._scan(skip_unreadable=True)
+                self._before = self._highest
+            return max(self._before + ordinal, catalog.next_sequence(storage, skip_unreadable=True))
 
     def storage(self, name: str) -> Storage | None:
         """Return the storage of a tier; None if there is no such tier."""
@@ -169,12 +177,12 @@ class Tiers:
         found, reasons = self._scan()
         return ordered(found), reasons
 
-    def _scan(self) -> tuple[list[Found], list[CheckpointError]]:
+    def _scan(self, *, skip_unreadable: bool = False) -> tuple[list[Found], list[CheckpointError]]:
         found: list[Found] = []
         reasons: list[CheckpointError] = []
         for tier in self.tiers:
             try:
-                scan = catalog.scan(tier.storage)
+                scan = catalog.scan(tier.storage, skip_unreadable=skip_unreadable)
             except StorageError as error:
                 reasons.append(error)
                 _log.warning("the %s tier is skipped: %s", tier.name, error)
@@ -183,6 +191,7 @@ class Tiers:
             for name, broken in scan.broken:
                 reasons.append(broken)
                 _log.warning("%s/%s is skipped: %s", tier.storage.url, name.folder, broken)
+        self._highest = max([self._highest, *(item.reader.record.sequence for item in found)])
         return found, reasons
 
 
@@ -200,8 +209,9 @@ def recover(
     0 says which are tried. `load` may be called several times, and overwrites what it filled before.
 
     Raises:
-        StateMismatch: what is saved and what is loaded into differ, on any rank. CorruptCheckpoint, StorageError: as
-            `Tiers.latest`.
+        StateMismatch: what is saved and what is loaded into differ, or the latter cannot be loaded into, on any rank.
+        CheckpointError: `load` failed on another rank by an error that is none of ours, which that rank raises.
+        CorruptCheckpoint, StorageError: as `Tiers.latest`.
     """
     found, reasons = tiers.candidates()
     here = {(item.tier.name, item.reader.folder): item for item in found}
@@ -220,6 +230,10 @@ def recover(
         if not verdicts and value is not None:
             return Recovered(value[0], item.tier.name, tuple(skipped))
         what = f"{item.reader.url}: " + "; ".join(f"rank {rank}: {text}" for rank, _, text in verdicts)
+        if error is not None and not isinstance(error, CheckpointError):
+            raise error
+        if any(kind == "failed" for _, kind, _ in verdicts):
+            raise CheckpointError(what) from error
         if any(kind == "mismatch" for _, kind, _ in verdicts):
             raise StateMismatch(what) from error
         skipped.append(what)
@@ -232,18 +246,21 @@ def recover(
 
 def _attempt(
     item: Found, load: Callable[[Found], _T], verify: catalog.Verify
-) -> tuple[tuple[_T] | None, CheckpointError | None]:
+) -> tuple[tuple[_T] | None, Exception | None]:
     try:
         catalog.check(item.reader, verify)
         return (load(item),), None
-    except CheckpointError as error:  # told to the other ranks before any rank goes on
+    except Exception as error:  # noqa: BLE001  told to the other ranks, which wait for it, before this one raises it
         return None, error
 
 
-def _verdict(error: CheckpointError | None) -> list[str]:
+def _verdict(error: Exception | None) -> list[str]:
     if error is None:
         return ["", ""]
-    return ["mismatch" if isinstance(error, StateMismatch) else "damaged", f"{type(error).__name__}: {error}"]
+    text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, CheckpointError):
+        return ["failed", text]
+    return ["mismatch" if isinstance(error, StateMismatch | InvalidState) else "damaged", text]
 
 
 def _raise_any(reasons: Sequence[CheckpointError]) -> None:

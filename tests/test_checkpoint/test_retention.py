@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from checkpoint import CheckpointConfig, Checkpointer
 from checkpoint.catalog import PIN, PROMOTION, RETIRED, removable, remove, superseded
 from checkpoint.commit import COMMIT, AttemptName
+from checkpoint.dcp import StorageWriter
 from checkpoint.format import fingerprint
 from checkpoint.local import LocalStorage
 from checkpoint.manifest import CommitRecord, FileRecord
@@ -288,3 +289,10 @@ def test_a_kill_at_any_change_of_a_collection_loses_nothing_that_is_referred_to(
         assert sorted(p.name for p in root.iterdir()) == [first, newest]
         assert [e.name for e in storage.entries(first)] == [RETIRED, "r00000.safetensors"]
     assert num_kills == 5
+
+
+def test_retention_that_would_leave_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="keep_last: 0; allowed are integers from 1"):
+        removable(LocalStorage(tmp_path), keep_last=0, keep_every=0, abandoned=lambda name: False)
+    with pytest.raises(ValueError, match="keep_last: 0; allowed are None and integers from 1"):
+        StorageWriter(tmp_path, keep_last=0)

@@ -11,14 +11,22 @@ from typing import Any
 
 import pytest
 
-from checkpoint import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint, StateMismatch, StorageError
+from checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    CorruptCheckpoint,
+    InvalidState,
+    StateMismatch,
+    StorageError,
+)
 from checkpoint.catalog import scan
 from checkpoint.config import MemoryConfig, RemoteConfig
 from checkpoint.promotion import Promoter
 from checkpoint.storage import Storage, open_storage
 from checkpoint.tiers import Found, Tier, TierName, Tiers, due, recover
 from tests.test_checkpoint.fleets import Fleet, fleet
-from tests.test_checkpoint.worlds import ranks, saved_by
+from tests.test_checkpoint.worlds import ranks, saved_by, values
 
 # What is due
 
@@ -169,6 +177,26 @@ def test_saves_are_numbered_over_all_tiers(tmp_path: Path):
     assert tiers.sequence(3, far) == 8  # another launch was there meanwhile
 
 
+def test_saves_go_on_from_the_number_of_a_tier_that_can_no_longer_be_read(tmp_path: Path):
+    saved_by(tmp_path / "remote", 1, step=1)
+    saved_by(tmp_path / "remote", 1, step=2, run_id="second")
+    tiers = Tiers([Tier("local", open_storage(tmp_path / "local")), Tier("remote", open_storage(tmp_path / "remote"))])
+    assert tiers.latest() is not None
+    shutil.rmtree(tmp_path / "remote")
+    (tmp_path / "remote").symlink_to(tmp_path / "remote")  # whatever looks there fails
+    assert tiers.sequence(1, tiers.tiers[0].storage) == 3
+
+
+def test_a_commit_record_that_cannot_be_read_stops_no_save(tmp_path: Path):
+    saved_by(tmp_path, 1, step=1)
+    saved_by(tmp_path, 1, step=2, run_id="second")
+    record = next(tmp_path.glob("step-00000001.*")) / "COMMIT.json"
+    record.rename(tmp_path / "elsewhere")
+    record.symlink_to(tmp_path / "elsewhere")
+    with Checkpointer(tmp_path) as ck:
+        assert ck.save(3, values()).result(20).sequence == 3
+
+
 def test_a_tier_that_cannot_be_read_is_passed_over_loudly(
     places: Places, host: Fleet, caplog: pytest.LogCaptureFixture
 ):
@@ -295,6 +323,35 @@ def test_a_mismatch_on_one_rank_is_raised_on_all_and_no_other_checkpoint_is_trie
 
     assert all("rank 1: StateMismatch: 'w' has another shape" in text for text in ranks(2, restart))
     assert len(tried) == 2
+
+
+def test_an_error_that_is_none_of_ours_ends_the_restart_of_every_rank(places: Places):
+    meeting = Meeting(2)
+
+    def restart(rank: int) -> str:
+        def load(found: Found) -> str:
+            if rank == 1:
+                raise RuntimeError("out of device memory")
+            return "loaded"
+
+        try:
+            recover(places.tiers, load, gather=meeting.of(rank))
+        except (CheckpointError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    first, second = ranks(2, restart)
+    assert first.startswith("CheckpointError: ")
+    assert first.endswith("rank 1: RuntimeError: out of device memory")
+    assert second == "RuntimeError: out of device memory"
+
+
+def test_destinations_that_cannot_be_loaded_into_are_no_damage(places: Places):
+    def load(found: Found) -> str:
+        raise InvalidState("'w': is on the meta device")
+
+    with pytest.raises(StateMismatch, match="'w': is on the meta device"):
+        recover(places.tiers, load)
 
 
 def test_where_nothing_loads_every_rank_says_so(tmp_path: Path):
