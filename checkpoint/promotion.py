@@ -82,7 +82,10 @@ class Promoter:
         self._current = ""
         self._thread: threading.Thread | None = None
         for folder in marked(local):
-            self.submit(folder)
+            if local.size(f"{folder}/{COMMIT}") is not None:
+                self.submit(folder)
+            elif rank == 0:  # its save failed; it must not push out an older one that waits
+                local.remove(f"{folder}/{PROMOTION}")
 
     def announce(self, folder: str) -> None:
         """Mark a checkpoint as one that is to be copied; every rank calls it, rank 0 before it commits there."""
@@ -179,7 +182,7 @@ class Promoter:
 
     def _give_up(self, folder: str, error: BaseException) -> None:
         """Let the other ranks know; a copy that only ran out of time at the end is left to the next launch."""
-        is_left = self._closing.is_set() and isinstance(error, StorageError)
+        is_left = self._closing.is_set() and isinstance(error, StorageError | SaveFailed)
         try:
             if self._rank:
                 text = objects.canonical({"rank": self._rank, "reason": f"{type(error).__name__}: {error}"})

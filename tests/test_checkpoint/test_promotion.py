@@ -275,6 +275,31 @@ def test_closing_ends_the_trying_and_the_next_launch_goes_on(local: Path, tmp_pa
     assert marked(open_storage(local)) == []
 
 
+def test_what_another_rank_could_not_copy_at_the_end_is_left_to_the_next_launch(local: Path, tmp_path: Path):
+    entered = threading.Event()
+
+    def down(call: str, path: str) -> bool:
+        entered.set()
+        return True
+
+    healthy, broken = (Broken(tmp_path / "remote", fails) for fails in (lambda call, path: False, down))
+    config = RemoteConfig(url="unused")
+    made = [
+        Promoter(open_storage(local), remote, config, rank=rank, world_size=2)  # with the real clock
+        for rank, remote in enumerate((healthy, broken))
+    ]
+    (folder,) = folders(local)
+    made[0].announce(folder)
+    copies = [one.submit(folder) for one in made]
+    assert entered.wait(20)
+    assert all(ranks(2, lambda rank: made[rank].close(20)))
+    with pytest.raises(SaveFailed, match="rank 1 gave up"):
+        copies[0].result(0)
+    assert marked(open_storage(local)) == [folder]
+    assert promoter(local, healthy).close(20)
+    assert folders(tmp_path / "remote") == [folder]
+
+
 def test_what_a_killed_launch_left_is_completed_and_nothing_is_sent_twice(local: Path, tmp_path: Path):
     remote = tmp_path / "remote"
     (folder,) = folders(local)
@@ -410,6 +435,18 @@ def test_a_marked_checkpoint_that_was_never_committed_is_let_go(local: Path, tmp
     (local / folder / "COMMIT.json").unlink()
     (local / folder / PROMOTION).write_bytes(b'{"state":"waits"}')
     assert promoter(local, str(tmp_path / "remote")).close(20)
+    assert marked(open_storage(local)) == []
+
+
+def test_one_that_was_never_committed_does_not_push_out_one_that_was(local: Path, tmp_path: Path):
+    (folder,) = folders(local)
+    saved_by(local, 3, step=2, run_id="second")
+    newest = folders(local)[-1]
+    (local / newest / "COMMIT.json").unlink()
+    for name in (folder, newest):
+        (local / name / PROMOTION).write_bytes(b'{"state":"waits"}')
+    assert promoter(local, str(tmp_path / "remote")).close(20)
+    assert folders(tmp_path / "remote") == [folder]
     assert marked(open_storage(local)) == []
 
 
