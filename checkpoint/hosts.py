@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import checkpoint
 from checkpoint import wire
@@ -42,6 +42,7 @@ _START_S = 30.0
 """Time a new agent has to listen."""
 _TOKEN, _RECORD, _RING, _LOCK, _LOG = "token", "agent.json", "ring.json", "lock", "agent.log"
 
+_T = TypeVar("_T")
 Gather = Callable[[Any], Sequence[Any]]
 """Gives a JSON value of this rank to all, and returns those of all ranks, by rank."""
 
@@ -119,14 +120,23 @@ def join(
     launches of this run left behind are found if one host's folder still knows them, and come last in the ring.
 
     Raises:
-        StorageError: this host's agent cannot be started.
+        StorageError: the agent of some host cannot be started; on every rank.
     """
     place = Path(folder).absolute()
-    offers = gather([_hex(place / _TOKEN), secrets.token_hex(wire.TOKEN_BYTES)])
-    known = [old for old, _ in offers if old]
+    old, unread = _tried(lambda: _hex(place / _TOKEN))
+    offers = gather([old, secrets.token_hex(wire.TOKEN_BYTES), unread])
+    _raise_any([problem for *_, problem in offers])
+    known = [old for old, *_ in offers if old]
     token = bytes.fromhex(known[0] if known else offers[0][1])
-    own = start(place, limit_bytes=limit_bytes, host=host, idle_s=idle_s, token=token)
-    met = gather([own.address, _ring(place / _RING)])
+
+    def begin() -> tuple[HostAgent, list[str]]:
+        return start(place, limit_bytes=limit_bytes, host=host, idle_s=idle_s, token=token), _ring(place / _RING)
+
+    begun, problem = _tried(begin)
+    told = gather([begun[0].address if begun else None, begun[1] if begun else [], problem])
+    _raise_any([problem for *_, problem in told])
+    assert begun is not None
+    own, met = begun[0], [(address, addresses) for address, addresses, _ in told]
     ring = list(dict.fromkeys(address for address, _ in met))
     older = dict.fromkeys(address for _, addresses in met for address in addresses if address not in ring)
     ring += [address for address in older if _about(address, token)]
@@ -134,6 +144,21 @@ def join(
         _replace(place / _RING, json.dumps(ring).encode())
     here = ring.index(own.address)
     return MemoryStorage(ring[here:] + ring[:here], own.token, name, peers=peers)
+
+
+def _tried(act: Callable[[], _T]) -> tuple[_T | None, str]:
+    """Return what `act` does and no text, or nothing and why not: the other ranks are to know before one raises."""
+    try:
+        return act(), ""
+    except (StorageError, OSError, ValueError) as error:
+        return None, str(error) or type(error).__name__
+
+
+def _raise_any(problems: Sequence[str]) -> None:
+    """Raise if a rank has a problem."""
+    text = "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+    if text:
+        raise StorageError(f"the agents of the hosts cannot be joined: {text}")
 
 
 @contextmanager

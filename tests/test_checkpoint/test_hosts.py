@@ -124,6 +124,21 @@ def _addresses(rank: int, world_size: int, places: str) -> list[str]:
         return [agent.address for agent in storage._agents]
 
 
+def test_a_host_without_an_agent_is_told_to_every_rank(places: Path):
+    (places / "host1").mkdir(mode=0o755)
+    for failed in run_ranks(_join_or_tell, 3, str(places)):
+        assert failed.startswith("StorageError: the agents of the hosts cannot be joined: rank 1: ")
+        assert "others may use it" in failed
+
+
+def _join_or_tell(rank: int, world_size: int, places: str) -> str:
+    try:
+        join(Path(places) / f"host{rank}", peers=1)
+    except StorageError as error:
+        return f"StorageError: {error}"
+    return "joined"
+
+
 def test_too_few_hosts_for_the_peers_are_refused(places: Path):
     with pytest.raises(ValueError, match="peers: 1 copies on other hosts, and there are 0 others"):
         join(places / "host0", 1, lambda value: [value])
