@@ -216,7 +216,7 @@ def _huggingface(write: _Writing, out: str | os.PathLike[str], tensors: Sequence
 def _companions(folder: str | os.PathLike[str] | None) -> dict[str, bytes]:
     if folder is None:
         return {}
-    source = open_storage(folder)
+    source = open_storage(folder, follow_links=True)
     names = [entry.name for entry in source.entries("") if not entry.is_folder]
     kept = [n for n in names if n.endswith(_COMPANIONS) and not n.endswith(".index.json")]
     if not kept:

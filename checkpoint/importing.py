@@ -77,9 +77,9 @@ def import_from(
 def _contents(source: str, options: Mapping[str, Any] | None, trust_pickle: bool) -> Contents:
     parent, _, name = source.rstrip("/").rpartition("/")
     if name.endswith(".safetensors"):
-        folder = open_storage(parent or ("/" if source.startswith("/") else "."), options)
+        folder = open_storage(parent or ("/" if source.startswith("/") else "."), options, follow_links=True)
         return weights.contents(folder, [name])
-    storage = open_storage(source, options)
+    storage = open_storage(source, options, follow_links=True)  # the cache of Hugging Face's hub is full of them
     names = {entry.name for entry in storage.entries("")}
     if COMMIT in names or any(map(AttemptName.parse, names)):
         raise InvalidState(f"{storage.url}: is of this package already; read, load and export take it as it is")

@@ -105,9 +105,11 @@ class LocalStorage:
     longest_poll_s = 0.1
     rereads_cheaply = True
 
-    def __init__(self, root: Path, *, direct_io: bool = True) -> None:
+    def __init__(self, root: Path, *, direct_io: bool = True, follow_links: bool = False) -> None:
+        """`follow_links` reads files through symbolic links; otherwise they are refused."""
         self._root = Path(os.path.abspath(root))
         self._direct_io = direct_io
+        self._follow_links = follow_links
 
     @property
     def url(self) -> str:
@@ -115,7 +117,7 @@ class LocalStorage:
 
     @property
     def reopening(self) -> Mapping[str, Any]:
-        return {"root": str(self._root), "direct_io": self._direct_io}
+        return {"root": str(self._root), "direct_io": self._direct_io, "follow_links": self._follow_links}
 
     def entries(self, folder: str) -> list[Entry]:
         path = self._root / folder
@@ -125,7 +127,7 @@ class LocalStorage:
                 with os.scandir(path) as scan:
                     for item in scan:
                         with contextlib.suppress(FileNotFoundError):  # removed since: as if never listed
-                            facts = item.stat(follow_symlinks=False)
+                            facts = item.stat(follow_symlinks=self._follow_links)
                             found.append(Entry(item.name, item.is_dir(), facts.st_size, facts.st_mtime))
             except (FileNotFoundError, NotADirectoryError):
                 return []
@@ -142,14 +144,14 @@ class LocalStorage:
 
     def read(self, path: str) -> bytes:
         full = self._root / path
-        with named(full, "read"), open(_open_plain(full), "rb") as file:
+        with named(full, "read"), open(self._open_plain(full), "rb") as file:
             return file.read()
 
     @contextlib.contextmanager
     def open(self, path: str) -> Iterator[Source]:
         full = self._root / path
         with named(full, "open"):
-            descriptor = _open_plain(full)
+            descriptor = self._open_plain(full)
         try:
             yield _LocalFile(descriptor, full)
         finally:
@@ -202,7 +204,9 @@ class LocalStorage:
         temporary = full.with_name(f".{full.name}.tmp")
         with named(full, "create"):
             self._make_folder(full.parent)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            # A link that somebody put there could lead anywhere, and a pipe could keep us waiting.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(temporary, flags, 0o644)
         try:
             try:
                 yield descriptor, temporary
@@ -218,6 +222,20 @@ class LocalStorage:
                 temporary.unlink()
             raise
 
+    def _open_plain(self, path: Path) -> int:
+        """Open a file for reading; no link, which could lead anywhere, and no pipe, which could keep us waiting."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if self._follow_links else os.O_NOFOLLOW)
+        try:
+            descriptor = os.open(path, flags)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError("it is a symbolic link; put the file itself there") from error
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError("it is no plain file")
+        return descriptor
+
     def _make_folder(self, folder: Path) -> None:
         """Make a folder and its parents, each durable in its own parent."""
         missing = []
@@ -227,15 +245,6 @@ class LocalStorage:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             _sync_folder(path.parent)
-
-
-def _open_plain(path: Path) -> int:
-    """Open a file for reading; no link, which could lead anywhere, and no pipe, which could keep us waiting."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("it is no plain file")
-    return descriptor
 
 
 def _sync_folder(folder: Path) -> None:

@@ -124,11 +124,16 @@ class Storage(Protocol):
 
 
 def open_storage(
-    root: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, direct_io: bool = True
+    root: str | os.PathLike[str],
+    options: Mapping[str, Any] | None = None,
+    *,
+    direct_io: bool = True,
+    follow_links: bool = False,
 ) -> Storage:
     """Return the storage at a path, an fsspec URL, or the URL of agents; `options` go to the fsspec file system.
 
-    `direct_io` writes large local files past the kernel's cache, where the file system can.
+    `direct_io` writes large local files past the kernel's cache, where the file system can. `follow_links` reads local
+    files through symbolic links, which a checkpoint of ours has none of.
     """
     # Each of them knows this module's protocols.
     from checkpoint.local import LocalStorage
@@ -140,7 +145,7 @@ def open_storage(
     with named(os.fspath(root), "open", (Exception,)):
         fs, path = fsspec.core.url_to_fs(os.fspath(root), **dict(options or {}))
     if isinstance(fs, LocalFileSystem):
-        return LocalStorage(Path(path), direct_io=direct_io)
+        return LocalStorage(Path(path), direct_io=direct_io, follow_links=follow_links)
     return FsspecStorage(fs, path)
 
 

@@ -12,10 +12,14 @@ import torch
 
 from checkpoint.errors import CorruptCheckpoint
 from checkpoint.format import CHUNK_BYTES, CODES, MAX_HEADER_BYTES
+from checkpoint.region import Region
 from checkpoint.storage import Storage
 from checkpoint.stream import Contents, Stream
 
 _INDEX = ".safetensors.index.json"
+_MAX_DIMS = 64
+_MAX_BYTES = 2**63 - 1
+"""What torch allows of a tensor."""
 
 
 def files_of(storage: Storage) -> list[str]:
@@ -59,9 +63,9 @@ def _streams(storage: Storage, file: str) -> Iterator[Stream]:
         if problem:
             raise CorruptCheckpoint(f"{source}: tensor {name!r}: {problem}")
         first, end = (start + offset for offset in value["data_offsets"])
-        whole = torch.empty(value["shape"], dtype=CODES[value["dtype"]], device="meta")
-        stream = Stream.of(name, whole)
-        yield Stream(name, stream.dtype, stream.global_shape, stream.region, partial(_read, storage, file, first, end))
+        shape = tuple(value["shape"])
+        read = partial(_read, storage, file, first, end)
+        yield Stream(name, CODES[value["dtype"]], shape, Region.whole(shape), read)
 
 
 def _header(storage: Storage, file: str, total: int, source: str) -> tuple[int, dict[str, Any]]:
@@ -93,6 +97,8 @@ def _problem(value: Any, available: int) -> str | None:
         return f"unknown dtype {dtype!r}"
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in [*shape, first, end]):
         return "its entry is malformed"
+    if len(shape) > _MAX_DIMS or math.prod(n for n in shape if n) * CODES[dtype].itemsize > _MAX_BYTES:
+        return "has a shape that no tensor can have"
     if not first <= end <= available:
         return f"lies at [{first}, {end}) of {available} bytes"
     expected = math.prod(shape) * CODES[dtype].itemsize

@@ -86,8 +86,8 @@ def contents(source: str, *, trust_pickle: bool) -> Contents:
     """
     folder = _tag_folder(Path(source))
     models, optimizers = _files(folder)
-    model = _Model([_load(path, trust_pickle) for path in models])
     try:
+        model = _Model([_load(path, trust_pickle) for path in models])
         parts = _Partitions([_load(path, trust_pickle)["optimizer_state_dict"] for path in optimizers], model)
         tensors: dict[str, torch.Tensor] = {}
         kept = {"optimizer": parts.values(), "zero_stage": parts.stage, "ranks": len(optimizers)} | model.values()

@@ -118,6 +118,15 @@ def test_shards_hold_no_more_than_told(root: Path, tmp_path: Path):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in values().values())
 
 
+def test_configuration_files_are_copied_through_links(root: Path, tmp_path: Path):
+    (tmp_path / "blob").write_text("{}")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/config.json").symlink_to(tmp_path / "blob")
+    export(root, tmp_path / "hf", format=HuggingFace(config_from=tmp_path / "snapshot"))
+    assert not (tmp_path / "hf/config.json").is_symlink()
+    assert (tmp_path / "hf/config.json").read_text() == "{}"
+
+
 def test_a_folder_in_use_is_refused(root: Path, tmp_path: Path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text("{}")

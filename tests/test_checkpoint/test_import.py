@@ -110,6 +110,7 @@ def test_checkpoints_of_this_package_are_not_imported_again(tmp_path: Path):
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 400]}}', "lies at"),
         (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "lies at"),
         (b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}', "has 4 bytes, its shape needs 36"),
+        (b'{"a": {"dtype": "F32", "shape": [9223372036854775808, 0], "data_offsets": [0, 0]}}', "no tensor can have"),
     ],
 )
 def test_a_malformed_safetensors_file_is_refused(tmp_path: Path, header: bytes, message: str):
@@ -137,6 +138,24 @@ def test_a_header_larger_than_its_file_is_refused(tmp_path: Path):
     (tmp_path / "x.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
     with pytest.raises(CorruptCheckpoint, match="cut short"):
         import_from(tmp_path / "x.safetensors", tmp_path / "root")
+
+
+def test_links_are_followed_as_the_hub_lays_its_cache_out(tmp_path: Path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    save_file(values(3), tmp_path / "blobs/5f1e")
+    (tmp_path / "snapshot/model.safetensors").symlink_to("../blobs/5f1e")
+    for source in (tmp_path / "snapshot", tmp_path / "snapshot/model.safetensors"):
+        info = import_from(source, tmp_path / "root")
+        assert same(checkpoint.read(info), values(3))
+
+
+def test_a_model_without_what_zero_saves_is_refused(tmp_path: Path):
+    torch.save({}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    for model in ([1, 2], {"module": {}}):
+        torch.save(model, tmp_path / "mp_rank_00_model_states.pt")
+        with pytest.raises(CorruptCheckpoint, match="is not what DeepSpeed"):
+            import_from(tmp_path, tmp_path / "root")
 
 
 def test_an_index_cannot_name_files_elsewhere(tmp_path: Path):

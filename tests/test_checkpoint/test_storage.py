@@ -365,3 +365,26 @@ def test_options_reach_the_file_system(tmp_path: Path):
     storage = open_storage("dir://inner", {"path": str(tmp_path), "target_protocol": "file"})
     storage.write("file", b"x")
     assert (tmp_path / "inner" / "file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("trap", ["link", "pipe"])
+def test_what_lies_under_a_temporary_name_is_not_written_through(tmp_path: Path, trap: str):
+    (tmp_path / "precious").write_bytes(b"precious")
+    if trap == "link":
+        (tmp_path / ".file.tmp").symlink_to(tmp_path / "precious")
+    else:
+        os.mkfifo(tmp_path / ".file.tmp")
+    with pytest.raises(StorageError, match="file: cannot create"):
+        LocalStorage(tmp_path).write("file", b"other")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_links_are_refused_unless_they_are_to_be_followed(tmp_path: Path):
+    (tmp_path / "elsewhere").write_bytes(b"content")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match="it is a symbolic link; put the file itself there"):
+        LocalStorage(tmp_path / "root").read("link")
+    followed = LocalStorage(tmp_path / "root", follow_links=True)
+    assert followed.read("link") == b"content"
+    assert sizes(followed, "") == {"link": 7}
