@@ -355,6 +355,8 @@ class CommitRecord:
             most = _MAX_HEADS.get(file.path[file.path.rfind(".") :], _MAX_HEAD_BYTES)
             if file.head_bytes > most:
                 return f"files: {file.path}: a head of {file.head_bytes} bytes; allowed are {most}"
+        if self.world_size > len(self.files):
+            return f"world_size: {self.world_size} ranks cannot have written {len(self.files)} files"
         if len({file.path for file in self.files}) < len(self.files):
             return "files: one is listed twice"
         if not isinstance(self.versions, dict) or not all(isinstance(v, str) for v in self.versions.values()):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import CorruptCheckpoint, UnsupportedFormat
+from checkpoint import CorruptCheckpoint, SaveFailed, UnsupportedFormat
 from checkpoint.format import chunk_count
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region
@@ -133,7 +133,7 @@ RECORD = CommitRecord(
     step=3,
     sequence=1,
     run_id="run",
-    world_size=2,
+    world_size=1,
     created="2026-01-01T00:00:00.000+00:00",
     files=(FileRecord("r00000.safetensors", 5000, 4096, "xxh3-128:0"),),
     shared={"lr": 0.1, "name": "ü"},
@@ -144,6 +144,11 @@ RECORD = CommitRecord(
 def test_a_record_comes_back():
     assert CommitRecord.from_bytes(RECORD.to_bytes(), "COMMIT.json") == RECORD
     assert RECORD.nbytes == 5000
+
+
+def test_a_record_claims_no_more_ranks_than_wrote_files():
+    with pytest.raises(SaveFailed, match="2 ranks cannot have written 1 files"):
+        dataclasses.replace(RECORD, world_size=2).to_bytes()
 
 
 @given(st.data())
