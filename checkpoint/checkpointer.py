@@ -184,23 +184,24 @@ class Checkpointer:
             shared: a plain Python value; rank 0's is kept in the commit record.
             update_order: names of the tensors that are updated first, second, …; those not named are updated first.
             urgent: fail unless committed within the configured `urgent_deadline_s`; goes to the local tier too.
-            tiers: where it goes; as configured for the step without, or to the local tier where none is due.
+            tiers: where it goes, and then it is never skipped; as configured for the step without, or to the local tier
+                where none is due.
 
         Raises:
             InvalidState: the arguments cannot be saved; the other ranks' saves fail with SaveAborted.
         """
         called_s = time.monotonic()
         self._check(step)
-        self.poll()
         chosen = self._chosen(step, urgent, tiers)
         try:
+            self.poll()
             request = self._aimed(self._request(step, tensors, objects, shared, update_order), chosen)
         except BaseException as error:
             self._saver.abandon(self._saver.name(step), self._targets(chosen), error)
             raise
         if urgent:
             request = replace(request, deadline_s=self._config.urgent_deadline_s)
-        has_room = urgent or self._saver.has_room()
+        has_room = urgent or self._saver.has_room(may_skip=tiers is None)
         with self._preemption.lock:
             handle = self._preemption.saving(step)
             if handle is None:
@@ -423,9 +424,9 @@ class Checkpointer:
         self, step: int, tensors: Mapping[str, TensorLike], objects: Any, shared: Any, update_order: UpdateOrder
     ) -> Request:
         """Return what a save needs. Raises InvalidState."""
-        armed = self._preemption.armed
+        armed = self._preemption.armed_at(step)
         given = (tensors, objects, shared, update_order)
-        if armed and armed.step == step and all(a is b for a, b in zip(given, self._armed_with, strict=True)):
+        if armed and all(a is b for a, b in zip(given, self._armed_with, strict=True)):
             return replace(armed, deadline_s=None)
         draft = self._planner.draft(tensors, update_order)
         plain.encode(shared, "shared")  # what cannot be written is told here, not at the commit

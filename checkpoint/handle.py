@@ -140,6 +140,12 @@ class SaveHandle:
         return any(o.done() and isinstance(o._future.exception(), SaveSkipped) for o in self._outcomes.values())
 
     @property
+    def failed(self) -> bool:
+        """Whether it ended without a commit in the local tier, or the first there is. To ask is not to see the error."""
+        first = self._outcomes[self._first]
+        return first.done() and first._future.exception() is not None
+
+    @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return the ends in the tiers that the save writes to itself."""
         return tuple(self._outcomes.values())

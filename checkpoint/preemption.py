@@ -61,6 +61,10 @@ class Preemption:
             if self._is_wished and self._is_wanted(request.step):
                 self._save(self.armed)
 
+    def armed_at(self, step: int) -> Request | None:
+        """Return the armed state if it is of this step, and no update has begun since."""
+        return None if self.armed is None or self._is_updating or self.armed.step != step else self.armed
+
     def update_begins(self) -> None:
         """Let the armed state not be saved any more, unless its save has begun."""
         if self._thread is not None:
@@ -100,7 +104,7 @@ class Preemption:
 
     def _is_wanted(self, step: int) -> bool:
         handle = self.handle
-        if handle is None or (handle.done() and handle.exception() is not None):
+        if handle is None or handle.failed:
             return True
         return not handle.done() and handle.step != step and not self._is_alone
 
@@ -121,4 +125,4 @@ class Preemption:
 
 def _is_good(handle: SaveHandle, step: int) -> bool:
     """Whether a save is of this step, and may still become or has become a checkpoint."""
-    return handle.step == step and not (handle.done() and handle.exception() is not None)
+    return handle.step == step and not handle.failed

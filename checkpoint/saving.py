@@ -120,9 +120,9 @@ class Saver:
         for tier, storage in tiers:
             self._abandon(tier, self._attempt(name, storage, None), error)
 
-    def has_room(self) -> bool:
-        """Wait until another save may start, while there are too many; return whether it may, as configured."""
-        return self.wait(_MAX_UNDER_WAY - 1, 0 if self._config.on_pressure == "skip" else None)
+    def has_room(self, *, may_skip: bool) -> bool:
+        """Return whether another save may start; while there are too many, wait, unless it is to be skipped then."""
+        return self.wait(_MAX_UNDER_WAY - 1, 0 if may_skip and self._config.on_pressure == "skip" else None)
 
     def start(self, name: AttemptName, request: Request) -> SaveHandle:
         """Start a save, however many are under way."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveFailed
+from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveFailed, StorageError
 from checkpoint.config import MemoryConfig
 from checkpoint.storage import open_storage
 from tests.test_checkpoint.stalls import stalled
@@ -182,3 +182,28 @@ def test_an_urgent_save_whose_copies_stand_still_fails_in_time_and_lets_the_fenc
             ck.fence()
             assert handle.staged()
             assert isinstance(handle.exception(20), SaveFailed)
+
+
+def test_what_was_armed_before_an_update_is_not_saved_after_it(tmp_path: Path):
+    weights = {"w": torch.full((1000,), 1.0)}
+    with Checkpointer(tmp_path) as ck:
+        ck.arm(1, weights)
+        ck.fence()
+        weights["w"].fill_(2.0)
+        ck.save(1, weights).result(20)
+        assert loaded(ck) == (1, 2.0)
+
+
+def test_a_wish_leaves_the_error_of_the_loops_save_to_be_told(tmp_path: Path):
+    weights = {"w": torch.zeros(1000)}
+    config = CheckpointConfig(memory=MemoryConfig(every=1))
+    (tmp_path / "memory").write_text("no folder")
+    told: list[BaseException] = []
+    memory = open_storage(tmp_path / "memory")
+    with Checkpointer(tmp_path / "disk", config=config, memory=memory, on_error=told.append) as ck:
+        ck.arm(1, weights)
+        wait_until(ck.save(1, weights).done)
+        ck.preempt()
+        wait_until(lambda: ck.preempted is not None)
+        ck.poll()
+        assert [type(error) for error in told] == [StorageError]

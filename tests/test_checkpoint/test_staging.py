@@ -187,6 +187,19 @@ def test_under_pressure_a_save_is_skipped_where_that_is_wished_and_counted(tmp_p
         assert [info.step for info in ck.list()] == [0, 1, 3]
 
 
+def test_a_save_that_names_its_tiers_waits_where_others_are_skipped(tmp_path: Path):
+    state = state_of()
+    with Checkpointer(tmp_path, config=CheckpointConfig(on_pressure="skip", keep_last=9)) as ck:
+        ck.prepare(state)
+        with stalled(ck) as release:
+            for step in range(2):
+                ck.save(step, state)
+            threading.Thread(target=release).start()
+            assert ck.save(2, state, tiers=("local",)).result(20).step == 2
+        ck.close()
+        assert [info.step for info in ck.list()] == [0, 1, 2]
+
+
 def test_a_save_that_one_rank_skips_is_skipped_by_all(tmp_path: Path):
     def save(rank: int) -> list[bool]:
         config = CheckpointConfig(on_pressure="skip", commit_timeout_s=20, keep_last=9)
