@@ -4,8 +4,8 @@ It imports neither torch nor the package's `__init__`: it is there in a tenth of
 
     commands    ["begin", flow, header, nbytes, parcels, targets]     a target: [tier, arguments of open_storage, path]
                 ["put", flow, parcel, slot]    ["cancel", flow, reason]    ["end"]
-    reports     ["free", flow, slot, written_bytes]    ["span", flow, name, begin_s, end_s, thread, nbytes]
-                ["durable", flow, tier, digests]       ["failed", flow, tier, error, text]
+    reports     ["free", flow, slot]                ["span", flow, name, begin_s, end_s, thread, nbytes]
+                ["durable", flow, tier, digests]    ["failed", flow, tier, error, text]
 
 A flow is a number; parcels come at `begin` as [file_start, [bytes of each cut]] and are then named by their index.
 """
@@ -84,7 +84,7 @@ class _Writer:
             start = slot * self._slot_bytes
             self._flows[number].put(parcel, _Slot(slot, self._memory[start : start + self._slot_bytes]))
         else:
-            self._reports.send("free", number, slot, 0)
+            self._reports.send("free", number, slot)
 
     def cancel(self, number: int, reason: str) -> None:
         if number in self._flows:
@@ -130,7 +130,7 @@ class _Flow:
 
     def give_back(self, slot: _Slot) -> None:
         """Be the arena."""
-        self._reports.send("free", self._number, slot.index, self._flow.written_bytes)
+        self._reports.send("free", self._number, slot.index)
 
     def _tell_end(self, tier: str) -> None:
         try:

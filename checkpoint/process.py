@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import checkpoint
@@ -92,8 +92,8 @@ class _Child:
         """Those that have not ended for every tier."""
         self._numbers = itertools.count()
         self._is_retired = False
-        self._slots: dict[int, Slot] = {}
-        """Those that the process may read."""
+        self._slots: dict[int, tuple[Slot, Parcel, _ProcessFlow]] = {}
+        """Those that the process may read, and what is in them."""
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         assert arena.descriptor >= 0, "the arena of a writer process is a file"
@@ -124,13 +124,13 @@ class _Child:
         self.send("begin", flow.number, header, plan.nbytes, parcels, targets)
         return flow
 
-    def put(self, number: int, parcel: Parcel, slot: Slot) -> None:
+    def put(self, flow: _ProcessFlow, parcel: Parcel, slot: Slot) -> None:
         with self._lock:
             is_alive = self.death is None
             if is_alive:
-                self._slots[slot.index] = slot
+                self._slots[slot.index] = (slot, parcel, flow)
         if is_alive:
-            self.send("put", number, parcel.index, slot.index)
+            self.send("put", flow.number, parcel.index, slot.index)
         else:
             self.arena.give_back(slot)
 
@@ -162,7 +162,7 @@ class _Child:
         self._outbox.put(None)
         with self._lock:
             self.death = death
-            flows, slots = list(self._flows.values()), list(self._slots.values())
+            flows, slots = list(self._flows.values()), [slot for slot, _, _ in self._slots.values()]
             self._flows.clear()
             self._slots.clear()
         for slot in slots:
@@ -220,11 +220,13 @@ class _Child:
 
     def _hear(self, name: str, values: Sequence[Any]) -> None:
         number, *rest = values
-        with self._lock:
-            flow = self._flows.get(number)  # none for slots that come back after the end
-            slot = self._slots.pop(rest[0]) if name == "free" else None
-        if slot is not None:
+        if name == "free":
+            with self._lock:
+                slot, parcel, owner = self._slots.pop(rest[0])
+            owner.written_bytes += parcel.nbytes  # by this thread alone
             self.arena.give_back(slot)
+            return
+        flow = self._flows.get(number)  # none for what was still being done when the flow failed
         if flow is not None and flow.hear(name, rest):
             with self._lock:
                 del self._flows[number]
@@ -247,7 +249,7 @@ class _ProcessFlow:
         self._changed = threading.Condition()
 
     def put(self, parcel: Parcel, slot: Slot) -> None:
-        self._child.put(self.number, parcel, slot)
+        self._child.put(self, parcel, slot)
 
     def cancel(self, error: BaseException) -> None:
         with self._changed:
@@ -265,9 +267,7 @@ class _ProcessFlow:
     def hear(self, name: str, values: Sequence[Any]) -> bool:
         """Take a report of the process; return whether the flow has ended for every tier."""
         with self._changed:
-            if name == "free":
-                self.written_bytes = values[1]
-            elif name == "span":
+            if name == "span":
                 span, begin_s, end_s, thread, nbytes = values
                 self._trace.add(Span(span, begin_s, end_s, thread, self._child.pid or 0, nbytes))
             elif name == "durable":
@@ -286,6 +286,11 @@ class _ProcessFlow:
             for tier in self._tiers:
                 self._ends.setdefault(tier, self._cancelled or death)
             self._changed.notify_all()
+
+
+def can_reach(storages: Iterable[Storage]) -> bool:
+    """Whether a writer process can open all storages."""
+    return not any(_unreachable(storage) for storage in storages)
 
 
 def check_reachable(storages: Sequence[Storage]) -> None:

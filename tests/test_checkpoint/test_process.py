@@ -305,7 +305,7 @@ class TestProcessDrain(DrainContract):
         ("said", "reason"),
         [
             ('["durable", 0, "local", "AAAA', "was killed by SIGKILL"),
-            ('["free", 0, 17, 0]\\n', "was not understood, and ended: KeyError"),
+            ('["free", 0, 17]\\n', "was not understood, and ended: KeyError"),
         ],
     )
     def test_half_a_word_and_nonsense_fail_the_shard(
