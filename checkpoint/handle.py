@@ -141,7 +141,7 @@ class SaveHandle:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended without a commit in the local tier, or the first there is. To ask is not to see the error."""
+        """Whether it ended without a commit in the local tier, or the first there is; asking does not see the error."""
         first = self._outcomes[self._first]
         return first.done() and first._future.exception() is not None
 

@@ -18,7 +18,7 @@ from checkpoint.commit import Attempt, AttemptName
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
 from checkpoint.delta import Narrowed
-from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped
+from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped, StorageError
 from checkpoint.format import fingerprint
 from checkpoint.handle import Outcome, SaveHandle, SaveStats
 from checkpoint.manifest import FileRecord
@@ -341,8 +341,9 @@ class Saver:
         except BaseException as error:  # noqa: BLE001  carried to the handle
             self._end_badly(save, tier, error)
         else:
+            is_promoted = tier == "local" and self._is_promoted(save, info.folder)
             save.handle.commit(tier, info, stats)
-            if tier == "local" and save.request.promoted:
+            if is_promoted:
                 self._promote(save, info.folder)
             if self._rank == 0:
                 self._collect(tier, save.attempts[tier].name, dict(save.request.tiers)[tier])
@@ -387,6 +388,23 @@ class Saver:
             written_bytes=sum(parcel.nbytes for parcel in plan.parcels),
         )
         return catalog.info_of(Reader(storage, attempt.folder), tier), stats
+
+    def _is_promoted(self, save: _Save, folder: str) -> bool:
+        """Whether a local checkpoint is copied to the remote tier.
+
+        Rank 0 has the say, which it marked before it committed: ranks may start one save for different reasons, a wish
+        here and the loop there, and would wait for each other's copies.
+        """
+        if self._rank == 0 or self._promoter is None or save.request.promoted:
+            return save.request.promoted
+        try:
+            is_marked = dict(save.request.tiers)["local"].size(f"{folder}/{catalog.PROMOTION}") is not None
+        except StorageError as error:
+            _log.warning("%s is not copied on by rank %d: %s", folder, self._rank, error)
+            return False
+        if is_marked:
+            save.handle.add(Outcome(save.request.step, "remote"))
+        return is_marked
 
     def _promote(self, save: _Save, folder: str) -> None:
         """Let the committed local checkpoint be copied to the remote tier, and the handle know how that ends."""

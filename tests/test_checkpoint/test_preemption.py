@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveFailed, StorageError
-from checkpoint.config import MemoryConfig
+from checkpoint.config import MemoryConfig, RemoteConfig
 from checkpoint.storage import open_storage
 from tests.test_checkpoint.stalls import stalled
 from tests.test_checkpoint.worlds import ranks, wait_until
@@ -207,3 +207,21 @@ def test_a_wish_leaves_the_error_of_the_loops_save_to_be_told(tmp_path: Path):
         wait_until(lambda: ck.preempted is not None)
         ck.poll()
         assert [type(error) for error in told] == [StorageError]
+
+
+def test_what_rank_0_copies_on_is_copied_by_ranks_that_saved_it_for_a_wish(tmp_path: Path):
+    weights = {"w": torch.full((1000,), 1.0)}
+    config = CheckpointConfig(commit_timeout_s=20, remote=RemoteConfig(url=str(tmp_path / "remote")))
+
+    def train(rank: int) -> str:
+        with Checkpointer(tmp_path / "disk", config=config, rank=rank, world_size=2, run_id="run") as ck:
+            if rank == 1:
+                ck.arm(1, weights)
+                ck.preempt()
+                wait_until(lambda: ck.preempted is not None)
+            handle = ck.save(1, weights, tiers=("local", "remote"))
+            handle.result(20)
+            return handle.at("remote").result(20).tier
+
+    assert ranks(2, train) == ["remote", "remote"]
+    assert loaded(Checkpointer(tmp_path / "remote")) == (1, 1.0)
