@@ -29,7 +29,7 @@ SLOT_BYTES = CHUNK_BYTES + ALIGN_BYTES
 class Slot:
     """Room for one parcel, page-aligned."""
 
-    __slots__ = ("_is_pinned", "address", "index", "memory")
+    __slots__ = ("_is_pinned", "_tensor", "address", "index", "memory")
 
     def __init__(self, index: int, address: int, memory: memoryview) -> None:
         self.index = index
@@ -37,6 +37,14 @@ class Slot:
         self.memory = memory
         """All SLOT_BYTES of it."""
         self._is_pinned = False
+        self._tensor: torch.Tensor | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The memory as bytes."""
+        if self._tensor is None:
+            self._tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        return self._tensor
 
     @property
     def offset(self) -> int:
@@ -64,8 +72,9 @@ class Slot:
             )
         self._is_pinned = True
 
-    def unpin(self) -> None:
-        """Undo `pin`."""
+    def let_go(self) -> None:
+        """Undo `pin`, and hold no view of the memory but `memory`."""
+        self._tensor = None
         if self._is_pinned:
             self._is_pinned = False
             cudart: Any = torch.cuda.cudart
@@ -162,7 +171,7 @@ class Arena:
             return
         self._closed = True
         for slot in self._slots:
-            slot.unpin()
+            slot.let_go()
             slot.memory.release()
         self._view.release()
         if self.descriptor >= 0:

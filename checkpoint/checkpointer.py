@@ -482,7 +482,7 @@ def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_i
     problems += [f"config.{name}: {s}; allowed are seconds above 0" for name, s in times.items() if s <= 0]
     if config.staging_bytes != "auto" and config.staging_bytes < SLOT_BYTES:
         problems.append(f"config.staging_bytes: {config.staging_bytes}; allowed are 'auto' and bytes from {SLOT_BYTES}")
-    for name, choices in (("on_pressure", ("block", "skip")), ("writer", ("thread", "process"))):
+    for name, choices in (("on_pressure", ("block", "skip")), ("writer", ("auto", "thread", "process"))):
         if getattr(config, name) not in choices:
             problems.append(f"config.{name}: {getattr(config, name)!r}; allowed are {' and '.join(map(repr, choices))}")
     if config.on_error not in ("raise", "warn"):

@@ -65,8 +65,11 @@ class CheckpointConfig:
     for them."""
     on_pressure: Literal["block", "skip"] = "block"
     """What `save` does while the two saves before it are still under way: wait for the older one, or save nothing."""
-    writer: Literal["thread", "process"] = "thread"
-    """Who hashes and writes: threads of this process, or one process of its own, replaced when it dies."""
+    writer: Literal["auto", "thread", "process"] = "auto"
+    """Who hashes and writes: threads of this process, or one process of its own, replaced when it dies.
+
+    `auto` takes a process for a state on a GPU, whose training loop needs the interpreter to keep the GPU busy, if the
+    tiers can be opened from there (`memory://` cannot); threads for any other."""
     writer_threads: int = 2
     """Threads that hash and write; at least 1."""
     direct_io: bool = True

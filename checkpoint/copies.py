@@ -72,6 +72,7 @@ class Copies:
         self._streams = streams
         self._bases = [draft.tensors[base] for base in blueprint.bases]
         self._addresses = [base.data_ptr() for base in self._bases]
+        self._flats: dict[int, Tensor | None] = {}
         self._is_plain = [
             base.device.type == "cpu" and piece.tensor.is_contiguous()
             for base, piece in zip(self._bases, blueprint.pieces, strict=True)
@@ -122,12 +123,19 @@ class Copies:
         """Return where consecutive cuts from a GPU go, and their bytes: small ones are put together there first."""
         slot.pin()
         start = parcel.page_offset + cuts[0].start
-        target = torch.frombuffer(slot.memory, dtype=torch.uint8, offset=start, count=sum(c.nbytes for c in cuts))
-        with contextlib.ExitStack() as stack:
-            if len(cuts) > 1 or not self._draft.piece(cuts[0].source).tensor.is_contiguous():
-                stack.enter_context(self._streams.on(device))
-            runs = [run for cut in cuts for run in self._runs(cut)]
-            return target, runs[0] if len(runs) == 1 else torch.cat(runs)
+        target = slot.tensor[start : start + sum(cut.nbytes for cut in cuts)]
+        if len(cuts) == 1 and (flat := self._flat(cuts[0].source)) is not None:
+            return target, flat[cuts[0].source_start : cuts[0].source_start + cuts[0].nbytes]
+        with self._streams.on(device):
+            return target, torch.cat([run for cut in cuts for run in self._runs(cut)])
+
+    def _flat(self, source: int) -> Tensor | None:
+        """Return the bytes of a piece without copying it; None where its elements do not lie side by side."""
+        self._address(source)
+        if source not in self._flats:
+            tensor = self._draft.piece(source).tensor
+            self._flats[source] = tensor.view(-1).view(torch.uint8) if tensor.is_contiguous() else None
+        return self._flats[source]
 
     def _runs(self, cut: Cut) -> Iterator[Tensor]:
         source, boxes = self._view(cut)

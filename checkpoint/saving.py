@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoint import catalog
+from checkpoint import catalog, process
 from checkpoint.arena import SLOT_BYTES, Arena, free_memory_bytes
 from checkpoint.commit import Attempt, AttemptName
 from checkpoint.comparison import Delta
@@ -208,21 +209,26 @@ class Saver:
         needed = max(1, len(draft.blueprint.shard.parcels))
         if self._arena is None or self._copier is None:
             nbytes = self._config.staging_bytes
-            is_file = self._config.writer == "process"
+            is_file = self._has_writer_process(draft)
             if nbytes == "auto":
-                self._arena = Arena(max(2, free_memory_bytes() // 4 // SLOT_BYTES), 2, is_file=is_file)
+                share = free_memory_bytes() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+                self._arena = Arena(max(2, share // SLOT_BYTES), 2, is_file=is_file)
             else:
                 self._arena = Arena(nbytes // SLOT_BYTES, is_file=is_file)
             self._copier = Copier(self._arena)
-            self._drain = self._new_drain()
+            self._drain = self._new_drain(in_process=is_file)
         self._arena.allow(needed)
         return self._arena, self._copier
 
-    def _new_drain(self) -> Drain:
-        if self._config.writer == "process":
-            from checkpoint.process import ProcessDrain
+    def _has_writer_process(self, draft: Draft) -> bool:
+        if self._config.writer != "auto":
+            return self._config.writer == "process"
+        places = [tier.storage for tier in self._tiers.tiers if tier.name != "remote"]
+        return bool(draft.blueprint.devices) and process.can_reach(places)
 
-            return ProcessDrain(self._config.writer_threads)
+    def _new_drain(self, *, in_process: bool) -> Drain:
+        if in_process:
+            return process.ProcessDrain(self._config.writer_threads)
         return ThreadDrain(self._config.writer_threads)
 
     def _attempt(self, name: AttemptName, storage: Storage, deadline_s: float | None) -> Attempt:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from checkpoint.digest import DIGEST_BYTES
 from checkpoint.format import ALIGN_BYTES, CHUNK_BYTES, DTYPES, Entry, chunk_count, encode_header
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
 from checkpoint.region import Region
@@ -202,13 +203,20 @@ def _parcels(ordered: Sequence[_Draft], file_start: int) -> list[Parcel]:
 
     for draft in ordered:
         first = draft.part.first_chunk * CHUNK_BYTES
-        for start in range(0, draft.nbytes, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, draft.nbytes - start)
-            if draft.group != group or nbytes + size > CHUNK_BYTES:
+        start = 0
+        while start < draft.nbytes:
+            if draft.group != group:
                 close()
             group = draft.group
+            # No digest is divided between parcels; so at most DIGEST_BYTES of a slot stay empty.
+            left, room = draft.nbytes - start, CHUNK_BYTES - nbytes
+            size = left if left <= room else room // DIGEST_BYTES * DIGEST_BYTES
+            if not size:
+                close()
+                continue
             cuts.append(Cut(nbytes, size, draft.part.source, first + start))
             nbytes += size
+            start += size
     close()
     return parcels
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.digest import DIGEST_BYTES
 from checkpoint.format import ALIGN_BYTES, CHUNK_BYTES, chunk_count
 from checkpoint.shard import Part, ShardPlan, plan_shard, whole_parts
 from checkpoint.state import Piece, RankLocal, pieces_of
@@ -28,15 +29,24 @@ def planned(state: list[tuple[torch.dtype, int, int]]) -> tuple[list[Piece], Sha
 
 @FEW
 @given(STATES)
-def test_every_byte_of_every_piece_is_in_one_cut(state: list[tuple[torch.dtype, int, int]]):
+def test_every_byte_of_every_piece_is_in_one_cut_and_no_digest_in_two(state: list[tuple[torch.dtype, int, int]]):
     pieces, plan = planned(state)
-    found = sorted((c.source, c.source_start, c.nbytes) for p in plan.parcels for c in p.cuts)
-    expected = [
-        (i, start, min(CHUNK_BYTES, piece.nbytes - start))
-        for i, piece in enumerate(pieces)
-        for start in range(0, piece.nbytes, CHUNK_BYTES)
-    ]
-    assert found == expected
+    ends = [0] * len(pieces)
+    for parcel in plan.parcels:
+        for cut in parcel.cuts:
+            assert cut.source_start == ends[cut.source]
+            assert cut.source_start % DIGEST_BYTES == 0
+            ends[cut.source] += cut.nbytes
+    assert ends == [piece.nbytes for piece in pieces]
+
+
+@FEW
+@given(STATES)
+def test_slots_are_full_but_for_a_digest_and_the_last_of_a_group(state: list[tuple[torch.dtype, int, int]]):
+    _, plan = planned(state)
+    for parcel, following in pairwise(plan.parcels):
+        if parcel.group == following.group:
+            assert parcel.nbytes > CHUNK_BYTES - DIGEST_BYTES
 
 
 @FEW
