@@ -205,8 +205,11 @@ def terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
     with os.fdopen(theirs, "w") as file:
 
         def read() -> str:
-            file.flush()
-            return os.read(ours, 1 << 16).decode()
+            print("<end>", file=file, flush=True)
+            found = b""
+            while b"<end>" not in found:  # a terminal hands over what it has, in pieces
+                found += os.read(ours, 1 << 16)
+            return found.decode().partition("<end>")[0]
 
         yield file, read
     os.close(ours)

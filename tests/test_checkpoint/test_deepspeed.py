@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from checkpoint import CheckpointConfig, Checkpointer, CheckpointError, CorruptCheckpoint, UnsupportedFormat
+from checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    CorruptCheckpoint,
+    InvalidState,
+    UnsupportedFormat,
+)
 from checkpoint.deepspeed_engine import checkpoint_engine
 from tests.ranks import RankFailed, run_ranks
 from tests.test_checkpoint import engines
@@ -200,8 +207,10 @@ def test_a_corrupted_byte_is_detected(loaded: list[dict[str, Any]]):
 
 def test_files_of_another_engine_are_told_from_ours(saved: Path, loaded: list[dict[str, Any]]):
     assert all(isinstance(found["foreign"], UnsupportedFormat) for found in loaded)
-    with pytest.raises(UnsupportedFormat, match="it is part of a checkpoint of this package"):
+    with pytest.raises(InvalidState, match="is of this package already"):
         checkpoint.import_from(saved / str(STAGES[0]), saved / "imported")
+    with pytest.raises(UnsupportedFormat, match="it is part of a checkpoint of this package"):
+        checkpoint.import_from(saved / str(STAGES[0]) / "first", saved / "imported")
 
 
 def test_what_only_pickle_keeps_is_refused_on_all_ranks(saved: Path):
