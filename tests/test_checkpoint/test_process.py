@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from checkpoint import CheckpointConfig, Checkpointer, StorageError
@@ -392,3 +393,24 @@ def _be_killed(pipe: Connection, root: str) -> None:
     wait_until(lambda: drain.pid is not None)
     pipe.send(drain.pid)
     flow.wait("local")
+
+
+def test_a_worker_that_is_forked_while_the_process_starts_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    start, forked = subprocess.Popen, list[int]()
+
+    def fork_and_start(*arguments: object, **options: object) -> object:
+        forked.append(os.fork())
+        if not forked[-1]:  # it has all descriptors, as a data loader's worker would
+            signal.alarm(60)
+            signal.pause()
+        return start(*arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "Popen", fork_and_start)
+    with Checkpointer(tmp_path, config=CheckpointConfig(writer="process")) as ck:
+        assert ck.save(1, {"w": torch.zeros(10)}).result(20).step == 1
+    (worker,) = forked
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0)  # it has not ended
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
