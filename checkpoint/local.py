@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import secrets
 import shutil
 import stat
 import threading
@@ -158,12 +159,13 @@ class LocalStorage:
             os.close(descriptor)
 
     def write(self, path: str, data: bytes) -> None:
-        with self.create(path) as sink:
-            sink.write(data)
+        full = self._root / path
+        with self._temporary(full, infix=_own_infix()) as (descriptor, _):
+            _LocalFile(descriptor, full).write(data)
 
     def write_new(self, path: str, data: bytes) -> None:
         full = self._root / path
-        with self._temporary(full, _link) as (descriptor, _):
+        with self._temporary(full, _link, _own_infix()) as (descriptor, _):
             _LocalFile(descriptor, full).write(data)
 
     @contextlib.contextmanager
@@ -199,9 +201,15 @@ class LocalStorage:
                 _sync_folder(full.parent)
 
     @contextlib.contextmanager
-    def _temporary(self, full: Path, publish: Callable[[Path, Path], None] | None = None) -> Iterator[tuple[int, Path]]:
-        """Yield descriptor and name of a new file that becomes `full`, durably, when the block ends."""
-        temporary = full.with_name(f".{full.name}.tmp")
+    def _temporary(
+        self, full: Path, publish: Callable[[Path, Path], None] | None = None, infix: str = ""
+    ) -> Iterator[tuple[int, Path]]:
+        """Yield descriptor and name of a new file that becomes `full`, durably, when the block ends.
+
+        What a killed process leaves of a large file is written over by the next one to write it; small ones, which
+        several processes may write at once, have an `infix` in their temporary names.
+        """
+        temporary = full.with_name(f".{full.name}{infix}.tmp")
         with named(full, "create"):
             self._make_folder(full.parent)
             # A link that somebody put there could lead anywhere, and a pipe could keep us waiting.
@@ -245,6 +253,11 @@ class LocalStorage:
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
             _sync_folder(path.parent)
+
+
+def _own_infix() -> str:
+    """Return a part of a name that no other writer has."""
+    return f".{secrets.token_hex(4)}"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import inspect
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
@@ -194,7 +195,7 @@ class FsspecStorage:
             self._fs.pipe_file(full, data)
             return
         folder, _, name = full.rpartition("/")
-        temporary = f"{folder}/.{name}.tmp"
+        temporary = f"{folder}/.{name}.{secrets.token_hex(4)}.tmp"  # several processes may write it at once
         self._fs.pipe_file(temporary, data)
         self._fs.mv(temporary, full)
 

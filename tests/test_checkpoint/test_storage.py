@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,7 +178,8 @@ class TestLocalStorage(StorageContract):
         fsync, rename = os.fsync, os.rename
 
         def spy_fsync(descriptor: int) -> None:
-            calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+            name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+            calls.append(f"fsync {re.sub('[.][0-9a-f]{8}[.]', '.NEW.', name)}")
             fsync(descriptor)
 
         def spy_rename(source: Path, target: Path) -> None:
@@ -187,7 +189,7 @@ class TestLocalStorage(StorageContract):
         monkeypatch.setattr(os, "fsync", spy_fsync)
         monkeypatch.setattr(os, "rename", spy_rename)
         LocalStorage(tmp_path).write("new/file", b"x")
-        assert calls == [f"fsync {tmp_path.name}", "fsync .file.tmp", "rename file", "fsync new"]
+        assert calls == [f"fsync {tmp_path.name}", "fsync .file.NEW.tmp", "rename file", "fsync new"]
 
     def test_a_file_of_blocks_is_absent_until_it_is_whole(self, storage: Storage):
         with storage.create_at("folder/file", 10) as sink:
@@ -374,8 +376,8 @@ def test_what_lies_under_a_temporary_name_is_not_written_through(tmp_path: Path,
         (tmp_path / ".file.tmp").symlink_to(tmp_path / "precious")
     else:
         os.mkfifo(tmp_path / ".file.tmp")
-    with pytest.raises(StorageError, match="file: cannot create"):
-        LocalStorage(tmp_path).write("file", b"other")
+    with pytest.raises(StorageError, match="file: cannot create"), LocalStorage(tmp_path).create("file") as sink:
+        sink.write(b"other")
     assert (tmp_path / "precious").read_bytes() == b"precious"
 
 
@@ -388,3 +390,19 @@ def test_links_are_refused_unless_they_are_to_be_followed(tmp_path: Path):
     followed = LocalStorage(tmp_path / "root", follow_links=True)
     assert followed.read("link") == b"content"
     assert sizes(followed, "") == {"link": 7}
+
+
+@pytest.mark.parametrize("fs", ["local", "renaming"])
+def test_a_file_that_many_write_at_once_is_one_of_theirs(tmp_path: Path, fs: str):
+    remote = FsspecStorage(DirFileSystem(tmp_path, LocalFileSystem()), "root")
+    storage = LocalStorage(tmp_path / "root") if fs == "local" else remote
+    texts = [bytes([i]) * (1 + 3000 * i) for i in range(4)]
+
+    def write(text: bytes) -> None:
+        for _ in range(15):
+            storage.write("a/file", text)
+            assert storage.read("a/file") in texts
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, texts))
+    assert [entry.name for entry in storage.entries("a")] == ["file"]
