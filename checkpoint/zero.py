@@ -191,7 +191,8 @@ class _Partitions:
 
     def __init__(self, ranks: Sequence[Mapping[str, Any]], model: _Model) -> None:
         self._first = ranks[0]
-        self.stage = int(self._first["zero_stage"])
+        self.stage = int(self._first.get("zero_stage", 1))  # stage 1 with bf16 and fp32 gradients does not say
+        self._has_padding = "zero_stage" not in self._first  # and saves its vectors with the padding at their end
         if self._first.get("ds_zero_partition_groups"):
             raise UnsupportedFormat("expert parallelism under ZeRO 3 cannot be imported; DeepSpeed can convert it")
         counts = self._first["partition_count"]
@@ -218,7 +219,7 @@ class _Partitions:
     ) -> tuple[Sequence[Sequence[int]], Sequence[int]]:
         """Return the padding after each parameter, and how many elements a rank holds, of each group."""
         sizes = {
-            tuple(m.numel() + p for m, p in zip(masters, rank["group_paddings"], strict=True))
+            tuple(m.numel() + p * (not self._has_padding) for m, p in zip(masters, rank["group_paddings"], strict=True))
             for masters, rank in zip(self.masters, ranks, strict=True)
         }
         if len(sizes) != 1:

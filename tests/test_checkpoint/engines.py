@@ -29,8 +29,15 @@ class Net(torch.nn.Module):
         return self.second(hidden).sum() + self.tied(hidden).square().mean() + self.frozen(hidden).sum()
 
 
-def engine_of(stage: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, *, offload: bool = False) -> Any:
-    """Return an engine; the default group is there."""
+def engine_of(
+    stage: int,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    *,
+    offload: bool = False,
+    fp32_gradients: bool = False,
+) -> Any:
+    """Return an engine; the default group is there. Stage 1 with bf16 and fp32 gradients is another optimizer."""
     deepspeed = _import_deepspeed("cpu")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     torch.manual_seed(seed)
@@ -57,6 +64,7 @@ def engine_of(stage: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, *,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "bf16": {"enabled": dtype is torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32" if fp32_gradients else None},
     }
     with _local_rank(0):
         engine, *_ = deepspeed.initialize(

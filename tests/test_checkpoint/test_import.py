@@ -344,6 +344,24 @@ def save_zero(rank: int, world_size: int, out: str) -> None:
         engine.destroy()
 
 
+def save_fp32_gradients(rank: int, world_size: int, out: str) -> None:
+    """As save_zero, of the optimizer that keeps gradients in fp32; the truth is what DeepSpeed gathers."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine = engines.engine_of(1, fp32_gradients=True)
+    engines.train(engine, 3)
+    engine.save_checkpoint(f"{out}/deepspeed")
+    truth = {}
+    for name, weight in engine.module.named_parameters():
+        if weight.requires_grad:
+            truth[f"optimizer.master.{name}"] = safe_get_full_fp32_param(weight).clone()
+            for key in ("exp_avg", "exp_avg_sq"):
+                truth[f"optimizer.{key}.{name}"] = safe_get_full_optimizer_state(weight, key).clone()
+    with Checkpointer(f"{out}/truth", rank=rank, world_size=world_size, run_id="run") as ck:
+        ck.save(3, truth)
+    engine.destroy()
+
+
 @pytest.fixture(scope="module")
 def zero_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks saved under every stage."""
@@ -375,6 +393,13 @@ def test_a_deepspeed_folder_becomes_a_checkpoint(zero_folders: Path, tmp_path: P
     with pytest.raises(UnsupportedFormat, match="of no kind that is imported"):
         import_from(tag, tmp_path / "missing")
     assert nothing_in(tmp_path / "missing")
+
+
+def test_a_deepspeed_folder_with_gradients_in_fp32_becomes_a_checkpoint(tmp_path: Path):
+    run_ranks(save_fp32_gradients, 2, str(tmp_path), timeout_s=180)
+    assert list(tmp_path.glob("deepspeed/*/bf16_zero_pp_rank_1_*"))
+    found = checkpoint.read(import_from(tmp_path / "deepspeed", tmp_path / "root"), "optimizer.*")
+    assert same(dict(sorted(found.items())), dict(sorted(checkpoint.read(tmp_path / "truth").items())))
 
 
 def test_a_deepspeed_file_that_runs_code_is_not_run(tmp_path: Path):
