@@ -8,18 +8,16 @@ saves that it was writing fail, and the next one starts another.
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import json
 import os
 import queue
-import select
 import signal
 import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import checkpoint
@@ -41,7 +39,6 @@ from checkpoint.child import main
 main(settings)
 """
 """Runs `checkpoint.child` without the `__init__` of the package, which imports torch."""
-_READ_BYTES = 1 << 16
 
 
 class ProcessDrain:
@@ -66,7 +63,7 @@ class ProcessDrain:
         with self._lock:
             if self._closed:
                 raise ValueError("begin: this drain is closed")
-            if self._child is None or self._child.arena is not arena or self._child.death is not None:
+            if self._child is None or self._child.arena is not arena or self._child.is_gone:
                 if self._child is not None:
                     self._child.retire()
                     self._retired = [child for child in self._retired if child.death is None] + [self._child]
@@ -88,7 +85,7 @@ class _Child:
 
     def __init__(self, arena: Arena, num_threads: int) -> None:
         self.arena = arena
-        self.pid: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self.death: SaveFailed | None = None
         """Why nothing more comes from it."""
         self._flows: dict[int, _ProcessFlow] = {}
@@ -111,6 +108,15 @@ class _Child:
         }
         self._thread = threading.Thread(target=self._follow, name="checkpoint-process", daemon=True)
         self._thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended, even if nobody has told it yet."""
+        return self.death is not None or (self._process is not None and self._process.poll() is not None)
 
     def begin(
         self, plan: ShardPlan, targets: Sequence[tuple[str, Mapping[str, Any], str]], trace: Trace
@@ -178,17 +184,18 @@ class _Child:
         their_commands, our_commands = os.pipe()
         our_reports, their_reports = os.pipe()
         diagnostics = os.memfd_create("checkpoint-writer-stderr", os.MFD_CLOEXEC)
-        with open(our_reports, "rb", buffering=0) as reports, open(diagnostics, "r+b", buffering=0) as said:
+        with open(our_reports, encoding="utf-8") as reports, open(diagnostics, "r+b", buffering=0) as said:
             threading.Thread(target=self._send_all, args=(our_commands,), daemon=True).start()
             try:
-                process = self._start(their_commands, their_reports, diagnostics)
+                process = self._process = self._start(their_commands, their_reports, diagnostics)
             finally:
                 os.close(their_commands)
                 os.close(their_reports)
             try:
-                for line in _lines(reports.fileno(), process):
-                    name, *values = json.loads(line)
-                    self._hear(name, values)
+                for line in reports:
+                    if line.endswith("\n"):  # else it was killed in the middle of a word
+                        name, *values = json.loads(line)
+                        self._hear(name, values)
             except BaseException:
                 process.kill()  # whose slots are given back reads none of them
                 raise
@@ -199,7 +206,7 @@ class _Child:
 
     def _start(self, commands: int, reports: int, diagnostics: int) -> subprocess.Popen[bytes]:
         settings = {**self._settings, "commands": commands, "reports": reports, "arena": self._arena_descriptor}
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", _START, json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -207,8 +214,6 @@ class _Child:
             pass_fds=(commands, reports, self._arena_descriptor),
             start_new_session=True,
         )
-        self.pid = process.pid
-        return process
 
     def _send_all(self, commands: int) -> None:
         with open(commands, "wb", buffering=0) as file:
@@ -311,42 +316,6 @@ def _unreachable(storage: Storage) -> str | None:
     except TypeError as error:
         return f"its options are not JSON ({error})"
     return None
-
-
-def _lines(reports: int, process: subprocess.Popen[bytes]) -> Iterator[bytes]:
-    """Yield the whole lines that a process writes to a pipe, until it is gone.
-
-    The end of the pipe does not tell: a worker that training forked while the process was started holds it open too.
-    """
-    gone, going = os.pipe()
-
-    def watch() -> None:
-        process.wait()
-        os.write(going, b".")
-
-    watcher = threading.Thread(target=watch, name="checkpoint-process-end", daemon=True)
-    watcher.start()
-    os.set_blocking(reports, False)
-    poll = select.poll()
-    poll.register(reports, select.POLLIN)
-    poll.register(gone, select.POLLIN)
-    rest = b""  # of one killed in the middle of a word
-    try:
-        is_over = False
-        while not is_over:
-            is_over = any(descriptor == gone for descriptor, _ in poll.poll())
-            with contextlib.suppress(BlockingIOError):
-                while data := os.read(reports, _READ_BYTES):
-                    *lines, rest = (rest + data).split(b"\n")
-                    yield from lines
-                is_over = True
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        watcher.join()
-        os.close(gone)
-        os.close(going)
 
 
 def _error(kind: str, text: str) -> BaseException:

@@ -42,7 +42,7 @@ from tests.test_checkpoint.disk import (
     save_on,
     weights,
 )
-from tests.test_checkpoint.worlds import ranks
+from tests.test_checkpoint.worlds import ranks, wait_until
 
 LEAST = {
     "errors": 110,
@@ -292,6 +292,7 @@ def test_a_writer_process_killed_at_any_time_fails_its_save_alone():
                 assert error is None or (isinstance(error, SaveFailed) and "killed by SIGKILL" in str(error))
                 committed += error is None
                 assert assert_whole(root) == step if error is None else assert_whole(root) < step
+            wait_until(lambda: not writers())
             ck.save(step + 1, weights(step + 1), shared={"step": step + 1}).result(20)
             assert_whole(root, {step + 1})
         assert len(list(root.iterdir())) == 1  # what the killed ones left is collected
