@@ -8,8 +8,9 @@ which are processes with a gloo group. The two take turns, after a first turn th
 from a dropped page cache (posix_fadvise), as far as the kernel does so on request, and into fresh tensors.
 
 - `load`: seconds from a barrier to the barrier after it, all ranks loading; `save` likewise.
-- `read`: bytes that all ranks together asked the system for meanwhile, over the bytes they needed. `counted`: the
-  same for this package by its own count, without slice tables and records.
+- `read`: bytes that all ranks together asked the system for meanwhile, over the bytes they needed. This package reads
+  local files twice, the second time out of the kernel's cache, when all is verified. `counted`: what it reads from the
+  disk by its own count, that is the first time, without slice tables and records.
 - bound: the files of the checkpoint, read by one rank in 8 MiB pieces, by two threads.
 
 The gates compare with the bound within a turn and take the median of the ratios.
