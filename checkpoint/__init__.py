@@ -1,13 +1,13 @@
 """Verified, reshardable checkpoints of training state that is spread over ranks; README.md shows how.
 
-`Checkpointer` saves and loads, `read`, `verify` and `export` need nothing but a path, and every error is a
-`CheckpointError`.
+`Checkpointer` saves and loads; `read`, `open_checkpoint`, `verify`, `export` and `import_from` need nothing but a path;
+every error is a `CheckpointError`.
 """
 
 from checkpoint.access import VerifyReport, read, verify
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.checkpointer import Checkpointer, Loaded
-from checkpoint.config import CheckpointConfig
+from checkpoint.config import CheckpointConfig, MemoryConfig, RemoteConfig
 from checkpoint.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -19,13 +19,14 @@ from checkpoint.errors import (
     SaveFailed,
     StateMismatch,
     StorageError,
+    TornSnapshot,
     UnsupportedFormat,
-    UntrustedPickle,
 )
 from checkpoint.exporting import HuggingFace, export
 from checkpoint.handle import SaveHandle, SaveStats
 from checkpoint.importing import import_from
-from checkpoint.state import BoxSlice, FlatSlice, RankLocal
+from checkpoint.lazy import open_checkpoint
+from checkpoint.state import BoxSlice, FlatSlice, LayoutSlice, RankLocal, Replica
 
 __all__ = [
     "BoxSlice",
@@ -40,19 +41,24 @@ __all__ = [
     "FlatSlice",
     "HuggingFace",
     "InvalidState",
+    "LayoutSlice",
     "Loaded",
+    "MemoryConfig",
     "RankLocal",
+    "RemoteConfig",
+    "Replica",
     "SaveAborted",
     "SaveFailed",
     "SaveHandle",
     "SaveStats",
     "StateMismatch",
     "StorageError",
+    "TornSnapshot",
     "UnsupportedFormat",
-    "UntrustedPickle",
     "VerifyReport",
     "export",
     "import_from",
+    "open_checkpoint",
     "read",
     "verify",
 ]

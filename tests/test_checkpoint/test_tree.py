@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint import CorruptCheckpoint, InvalidState, UntrustedPickle, objects
+from checkpoint import CorruptCheckpoint, InvalidState, objects
+from checkpoint.errors import UntrustedPickle
 from checkpoint.tree import Packer, Unpacker
 
 
