@@ -116,12 +116,15 @@ class Reader:
         return f"{self.folder}: rank {who} found it damaged: {reason}; remove {MARK} there to use it again"
 
     def condemn(self, rank: int, error: CorruptCheckpoint) -> None:
-        """Mark this checkpoint as damaged, so that no rank takes it for the latest again.
+        """Mark this checkpoint as damaged, so that no rank takes it for the latest again; not one that was removed.
 
         Where that fails, because another rank is at it or nothing can be written, `error` gets a note that says so.
         """
         text = objects.canonical({"rank": rank, "reason": str(error)})
         try:
+            if self._storage.size(self._path(COMMIT)) is None:
+                error.add_note("it was removed since it was opened (by retention?): load another checkpoint")
+                return
             self._storage.write(self._path(MARK), text)
         except StorageError as second:
             error.add_note(f"it could not be marked as damaged: {second}")

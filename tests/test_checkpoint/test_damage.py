@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -302,3 +303,13 @@ def test_a_forged_record_is_refused_even_with_a_good_fingerprint(
     rewrite(info, change, sign=True)
     with pytest.raises(CorruptCheckpoint, match=message):
         Checkpointer(root).load(info, blank(0, 1))
+
+
+def test_what_was_removed_meanwhile_is_not_marked_and_leaves_nothing_behind(root: Path):
+    reader = open_reader(newest(root))
+    shutil.rmtree(newest(root).path)
+    with pytest.raises(CorruptCheckpoint, match="is missing") as failed:
+        reader.objects(0)
+    reader.condemn(0, failed.value)
+    assert "removed since it was opened" in failed.value.__notes__[0]
+    assert not (root / reader.folder).exists()
