@@ -18,7 +18,7 @@ class MemoryConfig:
     every: int = 0
     """Steps between two saves into memory; 0 has no such tier."""
     keep_last: int = 1
-    """Newest sound checkpoints that stay in memory; at least 1. Memory for one more is needed while saving."""
+    """Newest sound checkpoints that stay in memory; at least 1. Memory for two more is needed while saving."""
     limit_bytes: int = 0
     """Memory that this host's agent may use, for all ranks of it and for its peers; 0 takes half of the host's."""
     peers: int = 1
@@ -75,7 +75,9 @@ class CheckpointConfig:
     direct_io: bool = True
     """Whether local files are written past the kernel's cache, where the file system can."""
     delta: bool = False
-    """Whether chunks that are as they were in the checkpoint before are referred to instead of written again."""
+    """Whether runs of 8 MiB that are as they were in the checkpoint before are referred to instead of written again.
+
+    At least two checkpoints stay then, whatever `keep_last` says."""
     urgent_deadline_s: float = 25.0
     """Seconds within which an urgent save (preemption) must be committed, or it fails; above 0."""
     commit_timeout_s: float = 600.0
@@ -83,7 +85,9 @@ class CheckpointConfig:
 
     The others wait twice as long for rank 0, so that it is the one who tells what is missing."""
     load_buffer_bytes: int = 4 << 30
-    """Host memory in which a load keeps bytes until all are verified; the rest is read twice."""
+    """Host memory in which a load from a storage that is no local disk keeps bytes until all are verified.
+
+    The rest is read twice. From a local disk everything is: its second reading comes from the kernel's cache."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The tier before the local one."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
