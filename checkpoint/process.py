@@ -8,16 +8,18 @@ saves that it was writing fail, and the next one starts another.
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import checkpoint
@@ -39,6 +41,8 @@ from checkpoint.child import main
 main(settings)
 """
 """Runs `checkpoint.child` without the `__init__` of the package, which imports torch."""
+
+_READ_BYTES = 1 << 16
 
 
 class ProcessDrain:
@@ -184,7 +188,7 @@ class _Child:
         their_commands, our_commands = os.pipe()
         our_reports, their_reports = os.pipe()
         diagnostics = os.memfd_create("checkpoint-writer-stderr", os.MFD_CLOEXEC)
-        with open(our_reports, encoding="utf-8") as reports, open(diagnostics, "r+b", buffering=0) as said:
+        with open(our_reports, "rb", buffering=0) as reports, open(diagnostics, "r+b", buffering=0) as said:
             threading.Thread(target=self._send_all, args=(our_commands,), daemon=True).start()
             try:
                 process = self._process = self._start(their_commands, their_reports, diagnostics)
@@ -192,10 +196,9 @@ class _Child:
                 os.close(their_commands)
                 os.close(their_reports)
             try:
-                for line in reports:
-                    if line.endswith("\n"):  # else it was killed in the middle of a word
-                        name, *values = json.loads(line)
-                        self._hear(name, values)
+                for line in _lines(reports.fileno(), process.pid):
+                    name, *values = json.loads(line)
+                    self._hear(name, values)
             except BaseException:
                 process.kill()  # whose slots are given back reads none of them
                 raise
@@ -316,6 +319,44 @@ def _unreachable(storage: Storage) -> str | None:
     except TypeError as error:
         return f"its options are not JSON ({error})"
     return None
+
+
+def _lines(reports: int, process: int) -> Iterator[bytes]:
+    """Yield the whole lines that a process writes to a pipe, until it is gone.
+
+    The end of the pipe does not tell: a worker that training forked while the process was started holds it open too.
+    """
+    gone, going = os.pipe()
+
+    def watch() -> None:
+        with contextlib.suppress(ChildProcessError):  # it has been waited for already
+            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        os.write(going, b".")
+
+    watcher = threading.Thread(target=watch, name="checkpoint-process-end", daemon=True)
+    watcher.start()
+    os.set_blocking(reports, False)
+    poll = select.poll()
+    poll.register(reports, select.POLLIN)
+    poll.register(gone, select.POLLIN)
+    rest = b""  # of one killed in the middle of a word
+    try:
+        is_over = False
+        while not is_over:
+            is_over = any(descriptor == gone for descriptor, _ in poll.poll())
+            with contextlib.suppress(BlockingIOError):
+                while data := os.read(reports, _READ_BYTES):
+                    *lines, rest = (rest + data).split(b"\n")
+                    yield from lines
+                is_over = True
+    except BaseException:  # of who takes the lines: nothing ends before the process does
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        watcher.join()
+        os.close(gone)
+        os.close(going)
 
 
 def _error(kind: str, text: str) -> BaseException:
