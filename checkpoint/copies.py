@@ -55,6 +55,11 @@ class Streams:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             yield stream
 
+    def wait(self) -> None:
+        """Return when nothing that was ordered is under way any more."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
     def mark(self, device: torch.device) -> Any:
         """Return an event after all that was ordered on the device's stream; waiting for it leaves the core free."""
         with self.on(device) as stream:

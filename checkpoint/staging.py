@@ -398,9 +398,10 @@ class Copier:
         try:
             events = snapshot.fill(batch)
         except BaseException as error:  # noqa: BLE001  carried to the save
+            snapshot.fail(error)
+            self._streams.wait()  # copies of the batch that were ordered still write to its slots
             for _, taken in batch:
                 self._arena.give_back(taken)
-            snapshot.fail(error)
             return False
 
         def land() -> None:
