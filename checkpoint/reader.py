@@ -358,6 +358,11 @@ def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:
         return f"was saved as {saved}, the destination is {found}"
     if piece.global_shape != shape:
         return f"was saved with shape {list(shape)}, the destination has {list(piece.global_shape)}"
+    tensor = piece.tensor
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return (
+            "cannot be filled: elements of the destination are one place in memory; pass an expanded tensor's clone()"
+        )
     return None
 
 

@@ -25,6 +25,7 @@ from checkpoint import (
     Checkpointer,
     CorruptCheckpoint,
     FlatSlice,
+    StateMismatch,
     transfer,
     verify,
 )
@@ -339,3 +340,12 @@ def test_larger_digests_are_read_in_their_own_chunks(tmp_path: Path):
         (found,) = reader.read([Want("w", region=Region.box((LARGEST_DIGEST_BYTES // 4 - 1,), (2,)))], used)
         assert used.read_bytes == 2 * LARGEST_DIGEST_BYTES
     assert torch.equal(found, tensor[LARGEST_DIGEST_BYTES // 4 - 1 :][:2])
+
+
+def test_a_destination_whose_elements_are_one_is_refused_before_any_is_filled(tmp_path: Path):
+    with Checkpointer(tmp_path) as ck:
+        info = ck.save(1, {"a": torch.ones(2), "b": torch.arange(4.0)}).result(20)
+    first = torch.zeros(2)
+    with Checkpointer(tmp_path) as ck, pytest.raises(StateMismatch, match=r"'b' cannot be filled: .*clone\(\)"):
+        ck.load(info, {"a": first, "b": torch.zeros(1).expand(4)})
+    assert torch.equal(first, torch.zeros(2))
