@@ -9,7 +9,7 @@ only the attributes below are read; where they are absent, everything is fenced.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -63,7 +63,20 @@ def fence_on(target: Any, fences: Fences) -> Hook:
         else:
             fences.fence_storages(lambda: {storage_address(t) for t in _updated(optimizer, weights_of)})
 
-    return inner.register_step_pre_hook(before_step)
+    # ZeRO 3 that keeps a part of the optimizer on the GPU has a second one for it.
+    stepped = [inner, getattr(wrapper, "backup_optimizer", None)]
+    return _Hooks([o.register_step_pre_hook(before_step) for o in stepped if isinstance(o, Optimizer)])
+
+
+class _Hooks:
+    """Hooks that are taken out together."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 WeightsOf = Callable[[Tensor], Iterable[Tensor]]

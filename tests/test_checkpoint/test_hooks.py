@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,6 +92,28 @@ def test_a_step_without_its_hook_fails_the_save_and_not_the_training(tmp_path: P
         second = ck.save(2, {"w": parameter})
         optimizer.step()
         assert second.result(20).step == 2
+
+
+def test_a_second_optimizer_of_an_engine_is_fenced_as_well(tmp_path: Path):
+    class Halves:
+        def __init__(self) -> None:
+            self.parameters = [torch.nn.Parameter(torch.ones(50)) for _ in range(2)]
+            self.optimizer, self.backup_optimizer = (torch.optim.SGD([p], lr=0.1) for p in self.parameters)
+
+    halves = Halves()
+    saved = dict(zip("ab", halves.parameters, strict=True))
+    with Checkpointer(tmp_path) as ck:
+        ck.prepare(saved)  # type: ignore[arg-type]
+        with stalled(ck) as release:
+            watched = Watched(ck, release)
+            hook = fence_on(SimpleNamespace(optimizer=halves), watched)
+            handle = ck.save(1, saved)
+            halves.parameters[1].grad = torch.ones(50)
+            halves.backup_optimizer.step()
+            handle.result(20)
+        hook.remove()
+        halves.backup_optimizer.step()
+    assert len(watched.calls) == 1
 
 
 def test_what_has_no_optimizer_is_refused(tmp_path: Path):
