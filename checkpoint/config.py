@@ -77,7 +77,7 @@ class CheckpointConfig:
     delta: bool = False
     """Whether runs of 8 MiB that are as they were in the checkpoint before are referred to instead of written again.
 
-    At least two checkpoints stay then, whatever `keep_last` says."""
+    At least three checkpoints stay then, whatever `keep_last` says."""
     urgent_deadline_s: float = 25.0
     """Seconds within which an urgent save (preemption) must be committed, or it fails; above 0."""
     commit_timeout_s: float = 600.0

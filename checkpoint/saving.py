@@ -36,6 +36,9 @@ from checkpoint.writer import Drain, Flow, Target, ThreadDrain
 _MAX_UNDER_WAY = 2
 """Saves: one being written while the next is copied."""
 
+_LOOK_S = 0.2
+"""Between two looks at whether a save that waits for the one before has been given up."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -108,6 +111,7 @@ class Saver:
         self._copier: Copier | None = None
         self._drain: Drain | None = None
         self._under_way: list[tuple[_Save, threading.Thread]] = []
+        self._telling: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def name(self, step: int) -> AttemptName:
@@ -150,7 +154,9 @@ class Saver:
             f"step {request.step} is not saved: rank {self._rank} still writes {len(self._running())} saves before it"
         )
         handle.fail(error)
-        threading.Thread(target=self.abandon, args=(name, request.tiers, error), daemon=True).start()
+        self._telling = [thread for thread in self._telling if thread.is_alive()]
+        self._telling.append(threading.Thread(target=self.abandon, args=(name, request.tiers, error), daemon=True))
+        self._telling[-1].start()
         return handle
 
     def cancel(self, handle: SaveHandle, error: BaseException) -> None:
@@ -196,6 +202,8 @@ class Saver:
 
     def close(self) -> None:
         """Release threads and memory; no save may be under way. Idempotent."""
+        for thread in self._telling:
+            thread.join()
         if self._copier is not None:
             self._copier.close()
         if self._drain is not None:
@@ -337,6 +345,8 @@ class Saver:
                 self._end_badly(save, target.tier, error)
             return None
         save.handle.follow(flow, sum(parcel.nbytes for parcel in plan.parcels))
+        if save.handle.done():  # its deadline passed meanwhile
+            flow.cancel(SaveFailed(f"step {save.request.step}: given up before it was written"))
         save.snapshot.attach(flow)
         return flow
 
@@ -369,9 +379,10 @@ class Saver:
         path, size = f"{rank_name(self._rank)}.objects.json", len(request.objects)
         rows = plan.rows(digests) + list(known.rows if known else ())
         files = [shard, FileRecord(path, size, size, fingerprint(request.objects)), *(known.files if known else ())]
-        if tier in save.after:  # so that the newest commit is the newest state
-            save.after[tier].wait()
-        if save.handle.at(tier).done():  # by its deadline
+        # So that the newest commit is the newest state; unless its deadline ends this save first.
+        while tier in save.after and not save.handle.at(tier).done() and not save.after[tier].wait(_LOOK_S):
+            pass
+        if save.handle.at(tier).done():
             raise SaveFailed(f"{attempt.folder}: not committed in time")
         with save.trace.span("commit"):
             attempt.vote(Written(tuple(rows), tuple(files)), request.draft.blueprint.replicated)
@@ -458,7 +469,7 @@ class Saver:
                 return catalog.is_idle_since(storage, name, first_write_s)
 
             # A save under way may refer to what the checkpoint before the newest one has.
-            keep_last = max(2, config.keep_last) if self._config.delta else config.keep_last
+            keep_last = max(3, config.keep_last) if self._config.delta else config.keep_last
             removals = catalog.removable(storage, keep_last=keep_last, keep_every=keep_every, abandoned=abandoned)
             for removal in removals:
                 catalog.remove(storage, removal)

@@ -399,7 +399,11 @@ class Copier:
             events = snapshot.fill(batch)
         except BaseException as error:  # noqa: BLE001  carried to the save
             snapshot.fail(error)
-            self._streams.wait()  # copies of the batch that were ordered still write to its slots
+            try:
+                self._streams.wait()  # copies of the batch that were ordered still write to its slots
+            except BaseException as second:  # noqa: BLE001  carried by the first; the slots are lost with the GPU
+                error.add_note(f"the GPU does not end its copies: {second!r}")
+                return False
             for _, taken in batch:
                 self._arena.give_back(taken)
             return False
