@@ -26,7 +26,8 @@ class Delta:
     """What the saves of one rank need not write again, as the newest checkpoint of a root has it.
 
     A save may be compared while the one before it is still being written: it then refers to what the one before
-    that has. So of a root that is written with this class three checkpoints stay at least: an urgent save may be the third under way.
+    that has; an urgent save may be the third under way. So of a root that is written with this class three checkpoints
+    stay at least.
     """
 
     def __init__(self, storage: Storage, rank: int) -> None:
