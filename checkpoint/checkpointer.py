@@ -324,19 +324,21 @@ class Checkpointer:
 
         A copy found damaged gives way to that of the next tier, then to the checkpoint before; `skipped` tells. Every
         rank calls it, with a `gather` that hands a JSON value of each to all (`all_gather_object`, say), so that all
-        ranks load the same.
+        ranks load the same. If strict, what the destinations hold counts for nothing, as with `load(…, fresh=True)`.
 
         Raises:
             StateMismatch: on any rank, as `load`. CorruptCheckpoint, StorageError: as `latest`.
         """
 
         def load(found: Found) -> Loaded:
-            return self._load(found.reader, tensors, strict, found.tier.name)
+            return self._load(found.reader, tensors, strict, found.tier.name, fresh=strict)
 
         taken = recover(self._tiers, load, verify=verify, gather=gather)
         return replace(taken.value, skipped=taken.skipped) if taken else None
 
-    def load(self, info: CheckpointInfo, tensors: Mapping[str, TensorLike], *, strict: bool = True) -> Loaded:
+    def load(
+        self, info: CheckpointInfo, tensors: Mapping[str, TensorLike], *, strict: bool = True, fresh: bool = False
+    ) -> Loaded:
         """Fill the destinations in place with this rank's part, from whatever slices were saved.
 
         Nothing is overwritten before every byte that is needed has been verified. A checkpoint found damaged
@@ -346,20 +348,23 @@ class Checkpointer:
             info: from `latest` or `list`, of this root or another.
             tensors: the destinations, described as for `save`; any device, any strides.
             strict: whether names on one side only are an error.
+            fresh: whether the destinations hold nothing worth keeping: each chunk is then copied as soon as it is
+                verified itself, in one reading instead of two; after an error they are partly overwritten.
 
         Raises:
             StateMismatch: names, shapes or dtypes differ.
             CorruptCheckpoint: bytes are not what was committed; no destination was touched, unless the files changed
                 or went away between their verification and the copy that follows it.
         """
-        return self._load(self._reader(info), tensors, strict, info.tier)
+        return self._load(self._reader(info), tensors, strict, info.tier, fresh)
 
-    def _load(self, reader: Reader, tensors: Mapping[str, TensorLike], strict: bool, tier: str) -> Loaded:
+    def _load(self, reader: Reader, tensors: Mapping[str, TensorLike], strict: bool, tier: str, fresh: bool) -> Loaded:
         pieces = pieces_of(tensors)
         try:
             own = reader.objects(self._rank)
             shared = reader.shared
-            report = reader.load(pieces, self._rank, strict=strict, buffer_bytes=self._config.load_buffer_bytes)
+            size = self._config.load_buffer_bytes
+            report = reader.load(pieces, self._rank, strict=strict, buffer_bytes=size, fresh=fresh)
         except CorruptCheckpoint as error:
             reader.condemn(self._rank, error)
             raise

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from checkpoint.arena import Slot
 from checkpoint.errors import TornSnapshot
+from checkpoint.format import SAME_SIZE
 from checkpoint.planning import Draft
 from checkpoint.region import Region, Shape
 from checkpoint.shard import Cut, Parcel
 
 _BRIEF_BYTES = 64 << 10
 """Copies up to this keep the interpreter's lock: they are over (10 us) sooner than a lock given up is had again."""
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""By bytes of an element, a type that NumPy has too and copies bit for bit."""
 _copy_releasing = ctypes.CDLL(None).memmove
 _copy_holding = ctypes.PyDLL(None).memmove
 for _copy in (_copy_releasing, _copy_holding):
@@ -116,7 +115,7 @@ class Copies:
         for cut in cuts:
             start = parcel.page_offset + cut.start
             source, boxes = self._view(cut)
-            elements = source.view(_SAME_SIZE[source.element_size()]).numpy()
+            elements = source.view(SAME_SIZE[source.element_size()]).numpy()
             found = numpy.frombuffer(slot.memory[start : start + cut.nbytes], elements.dtype)
             position = 0
             for place, shape in boxes:

@@ -60,6 +60,14 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 """Element types that can be saved, and their codes, which are those of safetensors where it has one."""
+SAME_SIZE: Mapping[int, torch.dtype] = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
+"""By bytes of an element, a type that NumPy has too and copies bit for bit."""
 CODES: Mapping[str, torch.dtype] = {code: dtype for dtype, code in DTYPES.items()}
 
 if sys.byteorder != "little":

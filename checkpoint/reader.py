@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 
 from checkpoint import objects
 from checkpoint.commit import COMMIT, TABLE, brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
-from checkpoint.format import CHUNK_BYTES, CODES, fingerprint
+from checkpoint.format import CHUNK_BYTES, CODES, SAME_SIZE, fingerprint
 from checkpoint.manifest import MAX_RECORD_BYTES, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region, Shape
 from checkpoint.reshard import Read, plan, view
@@ -170,8 +171,12 @@ class Reader:
         with self.transfer() as transfer:
             yield from map(str, transfer.stream(windows(reads, CHUNK_BYTES), tell))
 
-    def load(self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int) -> LoadReport:
+    def load(
+        self, wanted: Sequence[Piece], rank: int, *, strict: bool, buffer_bytes: int, fresh: bool = False
+    ) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
+
+        With `fresh`, host memory is filled with each chunk as soon as that one is verified: once, in one reading.
 
         A local file is read, and verified, a second time for that: the kernel has it in its cache by then, and to
         touch fresh memory costs more than a second copy out of the cache. Of other storages up to `buffer_bytes` of
@@ -184,18 +189,28 @@ class Reader:
             _scatter(read, data, piece.tensor, piece.region)
 
         with self.transfer() as transfer:
-            if self._storage.rereads_cheaply:
+            if fresh:
+                # What is one rank's own another checkpoint may not have for it: that must not keep a part of this one.
+                here = {i for i, p in enumerate(wanted) if p.tensor.device.type == "cpu" and p.kind != "local"}
+                found = transfer.stream(
+                    windows(reads, CHUNK_BYTES), lambda read, data: copy(read, data) if read.target in here else None
+                )
+                _raise_first(found, overwriting=True)
+                read_bytes = transfer.read_bytes
+                others = [read for read in reads if read.target not in here]
+                _copy_again(transfer, [(read, wanted[read.target].tensor.device) for read in others], copy)
+            elif self._storage.rereads_cheaply:
                 _raise_first(transfer.stream(windows(reads, CHUNK_BYTES), None))
                 read_bytes = transfer.read_bytes
                 _copy_again(transfer, [(read, wanted[read.target].tensor.device) for read in reads], copy)
             else:
-                *others, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
-                _raise_first(transfer.stream((w for o in others for w in windows(o.reads, CHUNK_BYTES)), None))
-                memory = allocate(max(window.nbytes for window in (last, *others)))
+                *earlier, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
+                _raise_first(transfer.stream((w for e in earlier for w in windows(e.reads, CHUNK_BYTES)), None))
+                memory = allocate(max(window.nbytes for window in (last, *earlier)))
                 _raise_first(transfer.fetch(last, memory))
                 read_bytes = transfer.read_bytes
                 last.each(memory, copy)
-                for window in others:
+                for window in earlier:
                     _raise_first(transfer.fetch(window, memory), overwriting=True)
                     window.each(memory, copy)
         needed_bytes = sum(read.needed_bytes for read in reads)
@@ -369,7 +384,7 @@ def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:
 def _raise_first(faults: Iterator[CorruptCheckpoint], *, overwriting: bool = False) -> None:
     for fault in faults:
         if overwriting:
-            fault.add_note("it was whole when it was verified; destinations hold a part of it: load another into them")
+            fault.add_note("destinations hold a part of it: load another checkpoint into them")
         raise fault
 
 
@@ -393,4 +408,9 @@ def _scatter(read: Read, data: Bytes, tensor: torch.Tensor, region: Region) -> N
     """Copy what `region` wants of some chunks into the tensor that holds it."""
     source = torch.from_numpy(data).view(CODES[read.row.dtype])
     for offset, shape in read.boxes:
-        view(tensor, region, offset, shape).copy_(view(source, read.region, offset, shape))
+        found, target = view(source, read.region, offset, shape), view(tensor, region, offset, shape)
+        if target.device.type == "cpu":  # torch would have every reading thread start threads of its own
+            bits = SAME_SIZE[target.element_size()]
+            numpy.copyto(target.view(bits).numpy(), found.view(bits).numpy())
+        else:
+            target.copy_(found)

@@ -12,6 +12,8 @@ one before when the time has been taken, so that all of them find the page cache
   is kept from the caller.
 - `load`: seconds to fill existing tensors. The files' pages are dropped from the cache before (posix_fadvise), as
   far as the kernel does so on request: the bounds tell.
+  This package's are of fresh tensors, as a run that resumes has them; `in place` stands for destinations that must
+  not be touched before all is verified, for which everything is read twice, the second time from the cache.
 - bounds, from the same turns: one file of as many bytes, written in 8 MiB pieces and synced once, read back in
   16 MiB pieces (`raw`); the same past the page cache, by as many threads as this package has (`raw direct`).
 
@@ -101,8 +103,9 @@ def run(mib: int, repeats: int, options: argparse.Namespace) -> tuple[Report, in
             WithTorch(folder),
             WithSafetensors(folder),
             WithDcp(folder),
-            WithCheckpoint(folder, "thread"),
-            WithCheckpoint(folder, "process"),
+            WithCheckpoint(folder, "checkpoint"),
+            WithCheckpoint(folder, "checkpoint process", writer="process"),
+            WithCheckpoint(folder, "checkpoint in place", fresh=False),
         ]
         for saver in savers:
             stack.callback(saver.close)
@@ -301,8 +304,11 @@ class WithDcp(_InFolder):
 class WithCheckpoint:
     """This package; its retention removes the checkpoint before."""
 
-    def __init__(self, folder: str, writer: Literal["thread", "process"]) -> None:
-        self.name = "checkpoint" if writer == "thread" else "checkpoint process"
+    def __init__(
+        self, folder: str, name: str, *, writer: Literal["thread", "process"] = "thread", fresh: bool = True
+    ) -> None:
+        self.name = name
+        self._fresh = fresh
         self.folder = Path(folder, self.name)
         self._checkpointer = Checkpointer(self.folder, config=CheckpointConfig(keep_last=1, writer=writer))
 
@@ -314,7 +320,7 @@ class WithCheckpoint:
     def load(self, found: State, turn: int) -> None:
         info = self._checkpointer.latest()
         assert info is not None
-        self._checkpointer.load(info, found)
+        self._checkpointer.load(info, found, fresh=self._fresh)
 
     def tidy(self, turn: int) -> None:
         while len(list(self.folder.iterdir())) > 1:
@@ -342,7 +348,7 @@ def judge(report: Report, nbytes: int, wrong: int) -> None:
     for (case, metric), how in hows.items():
         rate = nbytes / statistics.median(samples[case, metric]) / 1e9
         report.bounds.append(Bound(metric, rate, "GB/s", how))
-    for case in ("checkpoint", "checkpoint process"):
+    for case in ("checkpoint", "checkpoint process", "checkpoint in place"):
         for metric, limit in (("save", 1.15), ("load", 1.25)):
             turns = zip(samples[case, metric], samples["raw", metric], samples["raw direct", metric], strict=True)
             ratio = statistics.median(ours / min(bounds) for ours, *bounds in turns)

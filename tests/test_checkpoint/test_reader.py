@@ -25,6 +25,7 @@ from checkpoint import (
     Checkpointer,
     CorruptCheckpoint,
     FlatSlice,
+    RankLocal,
     StateMismatch,
     transfer,
     verify,
@@ -255,6 +256,54 @@ def test_nothing_is_overwritten_if_any_chunk_is_damaged(large: Path, tmp_path: P
     with pytest.raises(CorruptCheckpoint, match=f"tensor '{name}', bytes .* the digest does not match"):
         ck.load(ck.latest(), found)
     assert all((t == -1).all() for t in found.values())
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+def test_fresh_destinations_are_filled_in_one_reading(large: Path, place: str):
+    url = str(large)
+    if place == "memory":
+        url = f"memory://{uuid.uuid4()}"
+        fsspec.filesystem("memory").put(str(large), url, recursive=True)
+    found = {name: torch.zeros_like(t) for name, t in large_state().items()}
+    ck = Checkpointer(url, config=CheckpointConfig(load_buffer_bytes=0))
+    loaded = ck.load(ck.latest(), found, fresh=True)
+    assert all(torch.equal(found[name], t) for name, t in large_state().items())
+    total = sum(t.nbytes for t in found.values())
+    assert (loaded.needed_bytes, loaded.read_bytes, loaded.reread_bytes) == (total, total, 0)
+
+
+def test_of_a_damaged_chunk_no_byte_reaches_a_fresh_destination(large: Path, tmp_path: Path):
+    root = tmp_path / "copy"
+    shutil.copytree(large, root)
+    row = open_reader(root).table.rows("b")[0]
+    (shard,) = root.glob(f"*/{row.file}")
+    at = row.nbytes // 2 // DIGEST_BYTES * DIGEST_BYTES
+    with shard.open("r+b") as file:
+        file.seek(row.byte_start + at)
+        file.write(bytes(DIGEST_BYTES))
+    ck = Checkpointer(root)
+    found = {key: torch.full_like(t, -1) for key, t in large_state().items()}
+    with pytest.raises(CorruptCheckpoint, match=r"tensor 'b', bytes .* the digest does not match") as caught:
+        ck.load(ck.latest(), found, fresh=True)
+    assert caught.value.__notes__ == ["destinations hold a part of it: load another checkpoint into them"]
+    for name, expected in large_state().items():
+        assert torch.all((found[name] == -1) | (found[name] == expected)), "only what was verified was copied"
+    assert torch.all(found["b"][at // 4 : (at + DIGEST_BYTES) // 4] == -1)
+
+
+def test_what_is_a_rank_s_own_is_never_filled_from_a_checkpoint_that_fails(tmp_path: Path):
+    state = {"w": torch.arange(100_000.0), "generator": RankLocal(torch.arange(10))}
+    with Checkpointer(tmp_path) as ck:
+        info = ck.save(1, state).result(20)
+    (shard,) = Path(info.path).glob("*.safetensors")
+    row = open_reader(info).table.rows("w")[0]
+    with shard.open("r+b") as file:
+        file.seek(row.byte_start)
+        file.write(b"damage")
+    own = torch.full((10,), -1)
+    with pytest.raises(CorruptCheckpoint):
+        Checkpointer(tmp_path).load(info, {"w": torch.zeros(100_000), "generator": RankLocal(own)}, fresh=True)
+    assert torch.all(own == -1)
 
 
 class Vanishing(LocalStorage):
