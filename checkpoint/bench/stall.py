@@ -19,7 +19,8 @@ saver. A turn begins with nothing pending and gives:
 `raw` is the bound, and takes turns as a saver: as many bytes, by a thread, past the page cache where the file system
 lets one, and one fsync.
 
-On the CPU training is in fp32, 12 bytes a parameter; forward and backward last 1.5 times the raw write, so that the
+Training computes with one thread, as ranks do where a host has several; `--threads` says otherwise. On the CPU it is
+in fp32, 12 bytes a parameter; forward and backward last 1.5 times the raw write, so that the
 disk can follow a save in every step. On a GPU parameters are bf16, masters and moments fp32, 14 bytes a parameter. No
 disk follows that in every 0.2 s step: a GPU's turns with a save in every step show what is left when saves wait for
 each other. There each saver has one round, of two sparse turns and one of those, as far as `--budget-s` goes.
@@ -88,6 +89,7 @@ class Turn:
 def main() -> int:
     """Run the benchmark; return 1 if a checkpoint is not the state at its call."""
     plan, options = _arguments()
+    torch.set_num_threads(options.threads)
     report = Report("checkpoint.stall", {"device": plan.device, "threads": torch.get_num_threads()})
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="stall-") as folder:
         wrong = Run(plan, report, Path(folder)).measure()
@@ -299,6 +301,7 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where training runs")
     parser.add_argument("--params", type=int, help="parameters (default: 125 million, on a GPU 1 billion)")
     parser.add_argument("--step-s", type=float, help="length of forward and backward (default: see above; GPU 0.2)")
+    parser.add_argument("--threads", type=int, default=1, help="that training computes with (default: %(default)s)")
     parser.add_argument("--savers", help=f"by commas, of {','.join(SAVERS)}")
     parser.add_argument("--every", type=int, default=20, help="steps of a GPU's sparse turn (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured (default: the temporary folder)")
