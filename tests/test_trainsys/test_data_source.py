@@ -244,7 +244,19 @@ def test_a_path_that_means_no_text_says_why(tmp_path: Path, path: str, message: 
 
 
 def test_a_protocol_that_is_not_installed_says_what_to_install(tmp_path: Path) -> None:
-    with pytest.raises(NoSourceError, match=r"s3://bucket/a.txt: reading s3:// .* pip install s3fs"):
+    with pytest.raises(NoSourceError, match=r"gs://bucket/a.txt: reading gs:// .* pip install gcsfs"):
+        prepare(DataConfig(path="gs://bucket/a.txt"), tmp_path / "out")
+
+
+def test_a_store_s_own_error_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(
+        UnreadableSourceError, match=r"s3://bucket/a.txt: cannot be listed: Unable to locate credentials"
+    ):
         prepare(DataConfig(path="s3://bucket/a.txt"), tmp_path / "out")
 
 

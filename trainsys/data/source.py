@@ -17,9 +17,10 @@ from typing import IO, Any, Literal
 
 import fsspec
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from trainsys.data.errors import NoSourceError, UnreadableSourceError
+from trainsys.data.errors import DataError, NoSourceError, UnreadableSourceError
 from trainsys.data.shard import META, PREPARED_KIND
 
 Kind = Literal["text", "jsonl", "parquet"]
@@ -103,6 +104,11 @@ def find_files(path: str) -> list[SourceFile]:
         what = f"{error.filename} leads nowhere" if inside else "nothing there"
         raise NoSourceError(f"{path}: {what}") from error
     except OSError as error:
+        raise UnreadableSourceError(f"{path}: cannot be listed: {_one_line(error)}") from error
+    except Exception as error:
+        # A client of a remote store has errors of its own, that are no OSError (credentials, connections).
+        if isinstance(error, DataError) or isinstance(filesystem, LocalFileSystem):
+            raise
         raise UnreadableSourceError(f"{path}: cannot be listed: {_one_line(error)}") from error
 
 
