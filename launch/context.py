@@ -27,6 +27,7 @@ class RankContext:
         self.heartbeat = heartbeat
         self._stop = stop
         self._joined = False
+        self._num_joined = 0
 
     @classmethod
     @contextlib.contextmanager
@@ -65,12 +66,14 @@ class RankContext:
         store = _connect_store(self.env, timeout_s)
         dist.init_process_group(
             backend,
-            store=PrefixStore(f"attempt{self.env.attempt}", store),
+            # New keys for every joining: of a group that was left, the store still has the addresses.
+            store=PrefixStore(f"attempt{self.env.attempt}/{self._num_joined}", store),
             rank=self.env.rank,
             world_size=self.env.world_size,
             timeout=timedelta(seconds=timeout_s),
         )
         self._joined = True
+        self._num_joined += 1
 
     def close(self) -> None:
         """Leave the process group that `init_process_group` joined. Idempotent."""

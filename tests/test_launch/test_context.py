@@ -116,7 +116,7 @@ def test_half_of_the_variables_is_an_error() -> None:
 def test_ranks_of_torchrun_find_each_other_twice(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(REDUCES)
-    subprocess.run(
+    done = subprocess.run(
         [
             sys.executable,
             *("-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"),
@@ -124,8 +124,9 @@ def test_ranks_of_torchrun_find_each_other_twice(tmp_path: Path) -> None:
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
         timeout=120,
         capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["3.0", "3.0"]
