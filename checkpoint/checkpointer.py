@@ -95,13 +95,13 @@ class Checkpointer:
         run_id: str = "",
         storage_options: Mapping[str, Any] | None = None,
         memory: Storage | None = None,
-        remote_options: Mapping[str, Any] | None = None,
         on_error: OnError | None = None,
     ) -> None:
         """Open a root: a path, or any fsspec URL with its `storage_options`. It is the local tier.
 
-        `memory` is the storage of the memory tier (`checkpoint.hosts.join`); `remote_options` are for the URL of the
-        configured remote one. Copies to that which an earlier launch left unfinished are taken up.
+        `memory` is the storage of the memory tier (`checkpoint.hosts.join`). Copies to the configured remote tier that
+        an earlier launch left unfinished are taken up; what its file system needs beside the URL is taken from that
+        one's own environment (`AWS_ENDPOINT_URL`, `FSSPEC_S3_…`).
 
         `run_id` is equal on all ranks and new for every launch; a single rank may leave it out. It keeps
         apart what this launch writes and what a killed one left behind. `on_error` takes the place of the configured
@@ -118,7 +118,7 @@ class Checkpointer:
         self._on_error: OnError = on_error if on_error is not None else self._config.on_error
         self._planner = Planner(rank, world_size)
         url, direct_io = self._config.remote.url, self._config.direct_io
-        remote = open_storage(url, remote_options, direct_io=direct_io) if url else None
+        remote = open_storage(url, direct_io=direct_io) if url else None
         places: list[tuple[TierName, Storage | None]] = [
             ("memory", memory),
             ("local", self._storage),

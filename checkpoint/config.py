@@ -32,7 +32,9 @@ class RemoteConfig:
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
 
     url: str = ""
-    """Any fsspec URL (`s3://bucket/run`); empty has no such tier."""
+    """Any fsspec URL (`s3://bucket/run`); empty has no such tier.
+
+    What the file system needs beside it comes from its own environment (`AWS_ENDPOINT_URL`, `FSSPEC_S3_…`)."""
     every: int = 1000
     """Steps between two copies, a multiple of the local cadence; at least 1."""
     keep_last: int = 2

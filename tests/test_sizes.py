@@ -13,8 +13,7 @@ from tests.sources import PACKAGES, ROOT, python_files
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
 MAX_PARAMETERS = 8
-"""Without self and cls. Keyword-only parameters of a constructor do not count: they are fields with names at
-the call; the options of a command line (functions under a `@….command` decorator) do not count either."""
+"""Without self and cls. The options of a command line (functions under a `@….command` decorator) do not count."""
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -107,8 +106,7 @@ def _num_parameters(function: _Function) -> int:
     decorators = [d.func if isinstance(d, ast.Call) else d for d in function.decorator_list]
     if any(isinstance(d, ast.Attribute) and d.attr == "command" for d in decorators):
         return 0
-    num_uncounted = len(function.args.kwonlyargs) if function.name == "__init__" else 0
-    return len(_all_parameters(function)) - num_uncounted
+    return len(_all_parameters(function))
 
 
 def test_nothing_is_larger_than_the_limits() -> None:
@@ -141,7 +139,7 @@ def test_what_is_too_large_is_found(tmp_path: Path, text: str, message: str) -> 
 @pytest.mark.parametrize(
     "text",
     [
-        "class A:\n    def __init__(self, *, a, b, c, d, e, f, g, h, i): ...\n",
+        "class A:\n    def __init__(self, *, a, b, c, d, e, f, g, h): ...\n",
         "@app.command()\ndef train(a, b, c, d, e, f, g, h, i): ...\n",
         "class A:\n    def f(self, a, b, c, d, e, f, g, h): ...\n",
     ],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterator
 
 from checkpoint import CheckpointError
+from trainsys.background import repeated
 
 _POLL_S = 0.05
 
@@ -21,21 +21,15 @@ def watched(stop_requested: Callable[[], bool], act: Callable[[], None]) -> Iter
     The loop itself looks at the wish between two steps only, and a step may be longer than the notice a preempted
     machine gets. A CheckpointError of `act` is logged: the loop still stops, and saves, at its next step.
     """
-    over = threading.Event()
 
-    def watch() -> None:
-        while not over.wait(_POLL_S):
-            if stop_requested():
-                try:
-                    act()
-                except CheckpointError:
-                    _log.warning("asked to stop: the save in the middle of the step did not start", exc_info=True)
-                return
+    def look() -> bool:
+        if not stop_requested():
+            return True
+        try:
+            act()
+        except CheckpointError:
+            _log.warning("asked to stop: the save in the middle of the step did not start", exc_info=True)
+        return False
 
-    thread = threading.Thread(target=watch, name="preemption")
-    thread.start()
-    try:
+    with repeated(look, _POLL_S, name="preemption"):
         yield
-    finally:
-        over.set()
-        thread.join()

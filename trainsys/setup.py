@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import distributed as dist
 from launch import RankContext
 from parallel import Mesh
 from trainsys import data
+from trainsys.background import repeated
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError, TrainsysError
 from trainsys.folder import RunFolder
@@ -136,19 +136,13 @@ def _waiting(context: RankContext) -> Iterator[None]:
     if context.env.local_rank == 0:
         yield
         return
-    over = threading.Event()
 
-    def beat() -> None:
-        while not over.wait(_BEAT_S):
-            context.heartbeat.beat(step=0, phase="prepare")
+    def beat() -> bool:
+        context.heartbeat.beat(step=0, phase="prepare")
+        return True
 
-    beating = threading.Thread(target=beat, name="waiting")
-    beating.start()
-    try:
+    with repeated(beat, _BEAT_S, name="waiting"):
         yield
-    finally:
-        over.set()
-        beating.join()
 
 
 def all_or_none(action: Callable[[], T], control: dist.ProcessGroup) -> T:

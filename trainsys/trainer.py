@@ -274,7 +274,6 @@ class Trainer:
             micro_sequences=config.batch.micro_sequences,
             data_rank=shared.mesh.data_rank(shared.rank),
             data_ranks=data_ranks(config.parallel),
-            sequence_length=config.data.sequence_length,
             document_mask=config.data.document_mask,
         )
 

@@ -60,7 +60,6 @@ def loader(dataset: TokenDataset, order: Order, **settings: Any) -> BatchLoader:
         "micro_sequences": 1,
         "data_rank": 0,
         "data_ranks": 1,
-        "sequence_length": dataset.sequence_length,
         "document_mask": True,
     }
     return BatchLoader(dataset, order, **(defaults | settings))
@@ -408,7 +407,6 @@ def test_closing_wakes_a_step_that_waits(folder: Path) -> None:
         ({"data_ranks": 5}, r"x data ranks \(5\) is wanted"),
         ({"global_sequences": 0}, "batch.global_sequences: 0"),
         ({"data_ranks": 2, "data_rank": 2}, "data_rank: 2; 0 to 1"),
-        ({"sequence_length": 7}, "sequence_length: 7, but the dataset's is 24"),
         ({"prefetch": 0}, "prefetch: 0"),
     ],
 )

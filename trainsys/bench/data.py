@@ -166,7 +166,6 @@ class Bench:
             micro_sequences=SEQUENCES,
             data_rank=0,
             data_ranks=1,
-            sequence_length=length,
             document_mask=True,
         )
 

@@ -36,7 +36,6 @@ class BatchLoader:
         micro_sequences: int,
         data_rank: int,
         data_ranks: int,
-        sequence_length: int,
         document_mask: bool,
         prefetch: int = 2,
     ) -> None:
@@ -45,8 +44,6 @@ class BatchLoader:
         TooFewTokensError: fewer windows than one step takes.
         """
         _check(dataset, order, global_sequences, micro_sequences, data_rank, data_ranks)
-        if sequence_length != dataset.sequence_length:
-            raise ValueError(f"sequence_length: {sequence_length}, but the dataset's is {dataset.sequence_length}")
         if prefetch < 1:
             raise ValueError(f"prefetch: {prefetch}; at least 1 step")
         self.wait_s = 0.0
