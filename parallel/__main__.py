@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import get_args
@@ -35,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     mesh = commands.add_parser("mesh", help="print the ranks of a mesh", description="Print the ranks of a mesh.")
     mesh.add_argument("--world", type=int, required=True, metavar="N", help="number of ranks")
-    for axis in dataclasses.fields(ParallelConfig):
-        mesh.add_argument(f"--{axis.name}", type=int, default=1, metavar="N", help=f"degree of {axis.name}; default 1")
+    for axis in get_args(Axis):
+        mesh.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"degree of {axis}; default 1")
     mesh.add_argument("--groups", action="store_true", help="also print the groups of each axis")
     return parser
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
 from parallel.config import ParallelConfig
+from parallel.mesh import Axis
 from trainsys import schedule
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
@@ -76,7 +77,8 @@ _AT_LEAST_ONE = (
     "checkpoint.remote.keep_last",
     "metrics.every",
     "profile.num_steps",
-    *(f"parallel.{axis.name}" for axis in dataclasses.fields(ParallelConfig)),
+    *(f"parallel.{axis}" for axis in get_args(Axis)),
+    "parallel.stages.per_rank",
 )
 _AT_LEAST_ZERO = (
     "model.num_kv_heads",

@@ -1,0 +1,104 @@
+"""Collectives under autograd: forward and gradients against the same arithmetic in one process, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import collectives
+from tests.ranks import run_ranks
+
+
+def _inputs(world_size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, 2 * world_size, 3, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(world_size)
+    ]
+
+
+def _weights(world_size: int, like: Tensor, equal: bool) -> list[Tensor]:
+    """What each rank multiplies its output with; equal where every rank goes on alike."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(like.shape, generator=generator, dtype=torch.float64) for _ in range(world_size)]
+    return [weights[0]] * world_size if equal else weights
+
+
+def _reference(kind: str, inputs: list[Tensor]) -> list[Tensor]:
+    n = len(inputs)
+    match kind:
+        case "replicate":
+            return [inputs[0]] * n
+        case "sum_ranks":
+            return [sum(inputs)] * n  # type: ignore[list-item]
+        case "split":
+            return list(inputs[0].chunk(n, 1))
+        case "gather" | "gather_sum":
+            return [torch.cat(inputs, 1)] * n
+        case "sum_split":
+            return list(sum(inputs).chunk(n, 1))  # type: ignore[union-attr]
+    raise AssertionError(kind)
+
+
+_EQUAL_INPUT = ("replicate", "split")
+_ALIKE_AFTER = ("sum_ranks", "gather")
+
+
+def _one_rank(rank: int, world_size: int, kind: str) -> tuple[Tensor, Tensor]:
+    assert dist.group.WORLD is not None
+    inputs = _inputs(world_size)
+    x = inputs[0 if kind in _EQUAL_INPUT else rank]
+    function = getattr(collectives, kind)
+    y = function(x, dist.group.WORLD) if kind in ("replicate", "sum_ranks") else function(x, 1, dist.group.WORLD)
+    (y * _weights(world_size, y, kind in _ALIKE_AFTER)[rank]).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("kind", ["replicate", "sum_ranks", "split", "gather", "gather_sum", "sum_split"])
+def test_a_collective_and_its_gradient_equal_one_process(kind: str) -> None:
+    world_size = 3
+    inputs = _inputs(world_size)
+    outputs = _reference(kind, inputs)
+    weights = _weights(world_size, outputs[0], kind in _ALIKE_AFTER)
+    terms = [(y * w).sum() for y, w in zip(outputs, weights, strict=True)]
+    # Where every rank goes on alike, all compute the same loss: it counts once.
+    loss = terms[0] if kind in _ALIKE_AFTER else torch.stack(terms).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    for rank, (y, grad) in enumerate(run_ranks(_one_rank, world_size, kind)):
+        assert torch.allclose(y, outputs[rank], rtol=1e-12, atol=1e-14)
+        expected = inputs[0 if kind in _EQUAL_INPUT else rank].grad
+        assert expected is not None
+        assert torch.allclose(grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def _exchange(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    assert dist.group.WORLD is not None
+    send = [(rank + to) % 3 for to in range(world_size)]
+    receive = [(origin + rank) % 3 for origin in range(world_size)]
+    rows = [torch.full((n, 2), 10.0 * rank + to, dtype=torch.float64) for to, n in enumerate(send)]
+    x = torch.cat(rows).requires_grad_()
+    y = collectives.exchange(x, dist.group.WORLD, send, receive)
+    (y * (rank + 1)).sum().backward()
+    assert x.grad is not None
+    expected = torch.cat([torch.full((n, 2), to + 1.0, dtype=torch.float64) for to, n in enumerate(send)])
+    assert torch.equal(x.grad, expected)
+    return y.detach(), x.grad
+
+
+def test_an_exchange_of_uneven_rows_brings_rows_and_gradients_to_their_owners() -> None:
+    for rank, (y, _) in enumerate(run_ranks(_exchange, 3)):
+        expected = [torch.full(((origin + rank) % 3, 2), 10.0 * origin + rank) for origin in range(3)]
+        assert torch.equal(y, torch.cat(expected).double())
+
+
+def _odd(rank: int, world_size: int) -> None:
+    assert dist.group.WORLD is not None
+    with pytest.raises(ValueError, match=r"2 ranks cannot share a dimension of 3 evenly"):
+        collectives.split(torch.zeros(3), 0, dist.group.WORLD)
+
+
+def test_a_dimension_that_does_not_divide_is_refused_before_anything_is_sent() -> None:
+    run_ranks(_odd, 2)
