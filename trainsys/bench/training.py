@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from trainsys import metrics
+from trainsys import metrics, recipe
 
 _DEFAULT = ("tiny", "--launch.kind=local", "--parallel.replicate=1")
 _SMOKE = (
@@ -59,13 +59,30 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true", help="six steps of a minute model: does it run?")
     chosen, given = parser.parse_known_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
-        settings = [*_SMOKE, f"--data.path={_text(Path(folder))}"] if chosen.smoke else given or list(_DEFAULT)
-        runs = [_train(settings, Path(folder, f"run{index}")) for index in range(1 if chosen.smoke else chosen.repeats)]
-        document = describe(settings, runs)
-    if chosen.json:
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    _print(document)
+        chosen_settings = settings(given, Path(folder), smoke=chosen.smoke)
+        num_runs = 1 if chosen.smoke else chosen.repeats
+        runs = [train(chosen_settings, Path(folder, f"run{index}")) for index in range(num_runs)]
+        document = describe(chosen_settings, runs)
+    finish(document, chosen.json)
     return 0 if all(gate["ok"] for gate in document["gates"]) else 1
+
+
+def settings(given: list[str], folder: Path, *, smoke: bool) -> list[str]:
+    """Return what to launch: `given`, the default, or a minute run on text that is written to `folder`."""
+    return [*_SMOKE, f"--data.path={_text(folder)}"] if smoke else given or list(_DEFAULT)
+
+
+def num_steps(launched: list[str]) -> int:
+    """Return the steps of what is launched."""
+    overrides = [setting for setting in launched if setting.startswith("--")]
+    return recipe.load([setting for setting in launched if setting not in overrides], overrides).config.steps
+
+
+def finish(document: dict[str, Any], path: Path | None) -> None:
+    """Write a document where it was asked for, and print it."""
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    _print(document)
 
 
 def _text(folder: Path) -> Path:
@@ -78,22 +95,22 @@ def _text(folder: Path) -> Path:
     return corpus
 
 
-def _train(settings: list[str], run_dir: Path) -> Path:
+def train(settings: list[str], run_dir: Path) -> Path:
     """Make one run in `run_dir`, its output on ours."""
     command = [sys.executable, "-m", "trainsys", "launch", *settings, f"--run_dir={run_dir}"]
     subprocess.run(command, check=True)
     return run_dir
 
 
-def describe(settings: list[str], runs: list[Path]) -> dict[str, Any]:
-    """Everything the runs recorded, in the schema that all benchmarks share."""
+def describe(settings: list[str], runs: list[Path], *, skip_last: int = 0) -> dict[str, Any]:
+    """Everything the runs recorded, in the schema that all benchmarks share; without each run's last steps."""
     start = json.loads((runs[0] / "config.json").read_text(encoding="utf-8"))
     config = start["config"]
     samples: dict[tuple[str, str], list[float]] = {}
     gates, peaks = [], []
     for run in runs:
         records = metrics.read(run / "metrics.jsonl")
-        for metric, unit, value in _samples(records):
+        for metric, unit, value in _samples(records, skip_last):
             samples.setdefault((metric, unit), []).append(value)
         losses = [record["train/loss"] for record in records if "train/loss" in record]
         gates.append({"name": "last loss below the first", "value": losses[-1], "limit": losses[0]})
@@ -125,17 +142,17 @@ def describe(settings: list[str], runs: list[Path]) -> dict[str, Any]:
     }
 
 
-def _samples(records: list[dict[str, Any]]) -> Iterator[tuple[str, str, float]]:
+def _samples(records: list[dict[str, Any]], skip_last: int) -> Iterator[tuple[str, str, float]]:
     """Yield (metric, unit, value) of every counted step and of every save."""
     steps = [record for record in records if "train/loss" in record]
-    first = steps[max(2, len(steps) // 10)]["step"]
+    counted = [step["step"] for step in steps[max(2, len(steps) // 10) : len(steps) - skip_last]]
     tokens_before = {after["step"]: before["train/tokens"] for before, after in pairwise(steps)}
     peak_rate = next(r["speed/tokens_per_s"] / r["speed/mfu"] for r in reversed(steps) if r["speed/mfu"])
     for record in records:
         for metric, unit in _STEP_METRICS.items():
-            if metric in record and (record["step"] >= first or metric.startswith("checkpoint")):
+            if metric in record and (record["step"] in counted or metric.startswith("checkpoint")):
                 yield metric, unit, record[metric]
-        if "train/loss" in record and record["step"] >= first:
+        if "train/loss" in record and record["step"] in counted:
             rate = (record["train/tokens"] - tokens_before[record["step"]]) / record["time/step_s"]
             yield "tokens/s", "tokens/s", rate
             yield "MFU", "1", rate / peak_rate
