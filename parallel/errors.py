@@ -1,7 +1,9 @@
 """Errors that a user of `parallel` can cause, as a tree.
 
 ParallelError
-└── MeshError          degrees that do not fit the ranks or each other; an axis that does not exist
+├── GroupError         ranks of a group did not make it together
+├── MeshError          degrees that do not fit the ranks or each other; an axis that does not exist
+└── PipelineError      a schedule that does not exist for these numbers, or does not add up
 """
 
 from __future__ import annotations
@@ -11,5 +13,13 @@ class ParallelError(Exception):
     """Base of every error of this package."""
 
 
+class GroupError(ParallelError, RuntimeError):
+    """Ranks of a group did not make it together; names who is missing and what they did instead."""
+
+
 class MeshError(ParallelError, ValueError):
     """Degrees do not fit the ranks or each other, or an axis does not exist; one line a problem."""
+
+
+class PipelineError(ParallelError, ValueError):
+    """A pipeline schedule does not exist for these numbers, or its actions do not add up; one line a problem."""
