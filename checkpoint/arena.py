@@ -8,6 +8,7 @@ memory is used than was ever needed at once.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -26,6 +27,11 @@ SLOT_BYTES = CHUNK_BYTES + ALIGN_BYTES
 """A parcel of CHUNK_BYTES, and room for it to start where it will start in its page of the file."""
 
 
+def slot_bytes(parcel_bytes: int) -> int:
+    """Return the size of the slots for parcels of up to `parcel_bytes`."""
+    return parcel_bytes + ALIGN_BYTES
+
+
 class Slot:
     """Room for one parcel, page-aligned."""
 
@@ -35,7 +41,7 @@ class Slot:
         self.index = index
         self.address = address
         self.memory = memory
-        """All SLOT_BYTES of it."""
+        """All of it."""
         self._is_pinned = False
         self._tensor: torch.Tensor | None = None
 
@@ -49,11 +55,11 @@ class Slot:
     @property
     def offset(self) -> int:
         """Where the slot starts in the memory file."""
-        return self.index * SLOT_BYTES
+        return self.index * len(self.memory)
 
     def touch(self) -> None:
         """Let the pages exist. Overwrites them."""
-        ctypes.memset(self.address, 0, SLOT_BYTES)
+        ctypes.memset(self.address, 0, len(self.memory))
 
     def pin(self) -> None:
         """Lock the pages for copies from GPUs; only the first time takes any (0.8 s per GiB).
@@ -64,7 +70,7 @@ class Slot:
             return
         portable = 1  # to all GPUs of the process
         cudart: Any = torch.cuda.cudart  # untyped
-        code = int(cudart().cudaHostRegister(self.address, SLOT_BYTES, portable))
+        code = int(cudart().cudaHostRegister(self.address, len(self.memory), portable))
         if code:
             raise SaveFailed(
                 f"staging memory cannot be pinned for GPUs (CUDA error {code}); "
@@ -84,28 +90,36 @@ class Slot:
 class Arena:
     """A block of shared memory in slots. Threads take and give back at once."""
 
-    def __init__(self, num_slots: int, num_allowed: int | None = None, *, is_file: bool = False) -> None:
+    def __init__(
+        self, num_slots: int, num_allowed: int | None = None, *, is_file: bool = False, slot_bytes: int = SLOT_BYTES
+    ) -> None:
         """Reserve addresses for `num_slots`; hand out no more than `num_allowed` (default: all) until `allow`.
 
         `is_file` makes it a memory file, that other processes can map. Raises SaveFailed if the system refuses.
         """
         if num_slots < 1:
-            raise ValueError(f"an arena has at least one slot of {SLOT_BYTES} bytes, not {num_slots}")
+            raise ValueError(f"an arena has at least one slot of {slot_bytes} bytes, not {num_slots}")
         self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        """Of every slot; a multiple of the page."""
         self.descriptor = -1
-        """The memory file: `num_slots` times SLOT_BYTES; -1 without one."""
+        """The memory file: `num_slots` times `slot_bytes`; -1 without one."""
+        nbytes = num_slots * slot_bytes
         try:
             if is_file:
                 self.descriptor = os.memfd_create("checkpoint-arena", os.MFD_CLOEXEC)
-                os.ftruncate(self.descriptor, num_slots * SLOT_BYTES)
-            self._map = mmap.mmap(self.descriptor, num_slots * SLOT_BYTES)
+                os.ftruncate(self.descriptor, nbytes)
+            self._map = mmap.mmap(self.descriptor, nbytes)
         except OSError as error:
             if self.descriptor >= 0:
                 os.close(self.descriptor)
             raise SaveFailed(
-                f"{num_slots * SLOT_BYTES} bytes of staging memory cannot be had: {error.strerror}; "
+                f"{nbytes} bytes of staging memory cannot be had: {error.strerror}; "
                 "set staging_bytes to less, or raise the process's limits"
             ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them: the first touch takes longer
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._num_allowed = num_slots if num_allowed is None else num_allowed
@@ -131,7 +145,7 @@ class Arena:
     @property
     def touched_bytes(self) -> int:
         """Memory of the slots that were ever used, which is what the arena costs."""
-        return len(self._slots) * SLOT_BYTES
+        return len(self._slots) * self.slot_bytes
 
     def allow(self, num_slots: int) -> None:
         """Hand out up to `num_slots`, or as many as there are, from now on; never fewer than before."""
@@ -185,8 +199,8 @@ class Arena:
             return self._free.pop()
         if len(self._slots) >= self._num_allowed:
             return None
-        start = len(self._slots) * SLOT_BYTES
-        slot = Slot(len(self._slots), self._address + start, self._view[start : start + SLOT_BYTES])
+        start = len(self._slots) * self.slot_bytes
+        slot = Slot(len(self._slots), self._address + start, self._view[start : start + self.slot_bytes])
         self._slots.append(slot)
         return slot
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from checkpoint import catalog, hooks
 from checkpoint import objects as plain
 from checkpoint.access import open_reader
-from checkpoint.arena import SLOT_BYTES
+from checkpoint.arena import SLOT_BYTES, slot_bytes
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
@@ -28,6 +28,7 @@ from checkpoint.errors import (
     SaveSkipped,
     StorageError,
 )
+from checkpoint.format import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from checkpoint.handle import SaveHandle
 from checkpoint.hooks import Hook
 from checkpoint.planning import Planner, UpdateOrder
@@ -39,6 +40,9 @@ from checkpoint.state import TensorLike, pieces_of
 from checkpoint.storage import Storage, open_storage
 from checkpoint.tiers import Found, Gather, Tier, TierName, Tiers, alone, due, recover
 from checkpoint.tiers import problems as tier_problems
+
+_LEAST_SLOTS = 8
+"""Staging memory that has no more large slots than this is better used in small ones."""
 
 _GRACE_S = 10.0
 """Time a pending save gets to end when an error leaves the `with` block."""
@@ -116,7 +120,7 @@ class Checkpointer:
         self._run_id = run_id or secrets.token_hex(8)
         self._storage = open_storage(root, storage_options, direct_io=self._config.direct_io)
         self._on_error: OnError = on_error if on_error is not None else self._config.on_error
-        self._planner = Planner(rank, world_size)
+        self._planner = Planner(rank, world_size, _device_parcel_bytes(self._config))
         url, direct_io = self._config.remote.url, self._config.direct_io
         remote = open_storage(url, direct_io=direct_io) if url else None
         places: list[tuple[TierName, Storage | None]] = [
@@ -470,6 +474,12 @@ class Checkpointer:
 
     def _aimed(self, request: Request, chosen: set[TierName]) -> Request:
         return replace(request, tiers=self._targets(chosen), promoted="remote" in chosen)
+
+
+def _device_parcel_bytes(config: CheckpointConfig) -> int:
+    """Return how much of a state on a GPU is copied at once: little where all of the staging memory is."""
+    has_room = config.staging_bytes == "auto" or config.staging_bytes >= _LEAST_SLOTS * slot_bytes(DEVICE_CHUNK_BYTES)
+    return DEVICE_CHUNK_BYTES if has_room else CHUNK_BYTES
 
 
 def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.arena import Slot
+from checkpoint.digest import SMALL_BYTES
 from checkpoint.errors import TornSnapshot
 from checkpoint.format import SAME_SIZE
 from checkpoint.planning import Draft
@@ -94,14 +95,16 @@ class Copies:
                     if device.type == "cpu":
                         self._copy_strided(parcel, alike, slot)
                     else:
+                        slot.pin()
                         targets, sources = orders.setdefault(device, ([], []))
-                        target, source = self._order(device, parcel, list(alike), slot)
-                        targets.append(target)
-                        sources.append(source)
+                        for target, source in self._order(device, parcel, alike, slot):
+                            targets.append(target)
+                            sources.append(source)
         for device, (targets, sources) in orders.items():
-            with self._streams.on(device):
-                # One call for all: between two, a busy training loop has the interpreter for up to 5 ms.
-                torch._foreach_copy_(targets, sources, non_blocking=True)
+            if targets:
+                with self._streams.on(device):
+                    # One call for all: between two, a busy training loop has the interpreter for up to 5 ms.
+                    torch._foreach_copy_(targets, sources, non_blocking=True)
         return {device: self._streams.mark(device) for device in orders}
 
     def _copy_plain(self, parcel: Parcel, cuts: Iterable[Cut], slot: Slot) -> None:
@@ -123,15 +126,31 @@ class Copies:
                 numpy.copyto(found[position : position + size].reshape(shape), elements[place])
                 position += size
 
-    def _order(self, device: torch.device, parcel: Parcel, cuts: Sequence[Cut], slot: Slot) -> tuple[Tensor, Tensor]:
-        """Return where consecutive cuts from a GPU go, and their bytes: small ones are put together there first."""
-        slot.pin()
-        start = parcel.page_offset + cuts[0].start
-        target = slot.tensor[start : start + sum(cut.nbytes for cut in cuts)]
-        if len(cuts) == 1 and (flat := self._flat(cuts[0].source)) is not None:
-            return target, flat[cuts[0].source_start : cuts[0].source_start + cuts[0].nbytes]
-        with self._streams.on(device):
-            return target, torch.cat([run for cut in cuts for run in self._runs(cut)])
+    def _order(
+        self, device: torch.device, parcel: Parcel, cuts: Iterable[Cut], slot: Slot
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield where large cuts from a GPU go, and their bytes; order the copies of all others.
+
+        Those are put together on the GPU first, in memory that the next parcel's take over.
+        """
+        for is_direct, found in itertools.groupby(cuts, self._is_direct):
+            run = list(found)
+            if is_direct:
+                for cut in run:
+                    flat = self._flat(cut.source)
+                    assert flat is not None
+                    start = parcel.page_offset + cut.start
+                    source = flat[cut.source_start : cut.source_start + cut.nbytes]
+                    yield slot.tensor[start : start + cut.nbytes], source
+                continue
+            start = parcel.page_offset + run[0].start
+            target = slot.tensor[start : start + sum(cut.nbytes for cut in run)]
+            with self._streams.on(device):
+                target.copy_(torch.cat([bits for cut in run for bits in self._runs(cut)]), non_blocking=True)
+
+    def _is_direct(self, cut: Cut) -> bool:
+        """Whether a cut from a GPU is worth a copy of its own, and lies there as in the file."""
+        return cut.nbytes > SMALL_BYTES and self._flat(cut.source) is not None
 
     def _flat(self, source: int) -> Tensor | None:
         """Return the bytes of a piece without copying it; None where its elements do not lie side by side."""
@@ -142,6 +161,10 @@ class Copies:
         return self._flats[source]
 
     def _runs(self, cut: Cut) -> Iterator[Tensor]:
+        flat = self._flat(cut.source)
+        if flat is not None:
+            yield flat[cut.source_start : cut.source_start + cut.nbytes]
+            return
         source, boxes = self._view(cut)
         for place, _ in boxes:
             yield source[place].contiguous().view(-1).view(torch.uint8)

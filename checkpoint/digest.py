@@ -8,6 +8,12 @@ import xxhash
 
 CHUNK_BYTES = 8 << 20
 """What is copied, written and read at once; a multiple of `DIGEST_BYTES`."""
+DEVICE_CHUNK_BYTES = 64 << 20
+"""What is copied and written at once of a state on a GPU.
+
+A stream takes about a thousand orders before it keeps the host: 14 GB in pieces of `CHUNK_BYTES` are more."""
+SMALL_BYTES = 1 << 20
+"""Tensors up to this lie together in a file, and are copied together from a GPU."""
 DIGEST_BYTES = 64 << 10
 """Bytes of a slice under one digest; a multiple of every element size.
 

@@ -22,6 +22,7 @@ import torch
 # Part of the format, but in a module that a process without torch can import.
 from checkpoint.digest import ALIGN_BYTES as ALIGN_BYTES
 from checkpoint.digest import CHUNK_BYTES as CHUNK_BYTES
+from checkpoint.digest import DEVICE_CHUNK_BYTES as DEVICE_CHUNK_BYTES
 from checkpoint.digest import DIGEST_BYTES as DIGEST_BYTES
 from checkpoint.digest import LARGEST_DIGEST_BYTES as LARGEST_DIGEST_BYTES
 from checkpoint.digest import chunk_count as chunk_count

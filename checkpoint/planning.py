@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoint import objects as plain
 from checkpoint.errors import InvalidState
-from checkpoint.format import DTYPES, fingerprint
+from checkpoint.format import CHUNK_BYTES, DTYPES, fingerprint
 from checkpoint.shard import ShardPlan, plan_shard, whole_parts
 from checkpoint.state import (
     BoxSlice,
@@ -79,9 +79,12 @@ class Draft:
 class Planner:
     """Plans states, quickly where one has the structure of the one before."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, device_parcel_bytes: int = CHUNK_BYTES) -> None:
+        """Plan for one rank; in parcels of `device_parcel_bytes` if the first state has something on a GPU."""
         self._rank = rank
         self._world_size = world_size
+        self._device_parcel_bytes = device_parcel_bytes
+        self._parcel_bytes: int | None = None
         self._key: object = None
         self._blueprint: Blueprint | None = None
 
@@ -109,7 +112,9 @@ class Planner:
         ]
         shapes = [replace(p, tensor=_without_memory(p.tensor)) for p in pieces]
         devices = {p.tensor.device for p in pieces if p.tensor.device.type != "cpu" and p.nbytes}
-        shard = plan_shard(shapes, whole_parts(shapes), turns, self._rank)
+        if self._parcel_bytes is None:  # once: there is one arena for all states, and its slots have one size
+            self._parcel_bytes = self._device_parcel_bytes if devices else CHUNK_BYTES
+        shard = plan_shard(shapes, whole_parts(shapes), turns, self._rank, self._parcel_bytes)
         watched: list[dict[int, None]] = [{} for _ in range(shard.num_groups)]
         for base, turn in zip(bases, turns, strict=True):
             watched[turn][base] = None

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import checkpoint
-from checkpoint.arena import SLOT_BYTES, Arena, Slot
+from checkpoint.arena import Arena, Slot
 from checkpoint.errors import SaveFailed, StorageError
 from checkpoint.shard import Parcel, ShardPlan
 from checkpoint.spans import Span, Trace
@@ -107,7 +107,7 @@ class _Child:
             "path": sys.path,
             "package": list(checkpoint.__path__),
             "num_slots": arena.num_slots,
-            "slot_bytes": SLOT_BYTES,
+            "slot_bytes": arena.slot_bytes,
             "num_threads": num_threads,
         }
         self._thread = threading.Thread(target=self._follow, name="checkpoint-process", daemon=True)

@@ -9,12 +9,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint import catalog, process
-from checkpoint.arena import SLOT_BYTES, Arena, free_memory_bytes
+from checkpoint.arena import Arena, Slot, free_memory_bytes, slot_bytes
 from checkpoint.commit import Attempt, AttemptName
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
@@ -35,6 +35,9 @@ from checkpoint.writer import Drain, Flow, Target, ThreadDrain
 
 _MAX_UNDER_WAY = 2
 """Saves: one being written while the next is copied."""
+
+_TOUCHING = 8
+"""Threads that let the pages of staging memory exist."""
 
 _LOOK_S = 0.2
 """Between two looks at whether a save that waits for the one before has been given up."""
@@ -172,10 +175,11 @@ class Saver:
         try:
             while (slot := arena.try_take()) is not None:
                 slots.append(slot)
-                if draft.blueprint.devices:
+            with ThreadPoolExecutor(min(_TOUCHING, os.cpu_count() or 1)) as pool:
+                list(pool.map(Slot.touch, slots))  # what is there already is locked in a fraction of the time
+            if draft.blueprint.devices:
+                for slot in slots:
                     slot.pin()
-                else:
-                    slot.touch()
         finally:
             for slot in slots:
                 arena.give_back(slot)
@@ -218,11 +222,12 @@ class Saver:
         if self._arena is None or self._copier is None:
             nbytes = self._config.staging_bytes
             is_file = self._has_writer_process(draft)
+            size = slot_bytes(draft.blueprint.shard.parcel_bytes)
             if nbytes == "auto":
                 share = free_memory_bytes() // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-                self._arena = Arena(max(2, share // SLOT_BYTES), 2, is_file=is_file)
+                self._arena = Arena(max(2, share // size), 2, is_file=is_file, slot_bytes=size)
             else:
-                self._arena = Arena(nbytes // SLOT_BYTES, is_file=is_file)
+                self._arena = Arena(nbytes // size, is_file=is_file, slot_bytes=size)
             self._copier = Copier(self._arena)
             self._drain = self._new_drain(in_process=is_file)
         self._arena.allow(needed)
@@ -267,7 +272,7 @@ class Saver:
                 pieces = [request.draft.piece(i) for i in range(len(blueprint.pieces))]
                 with save.trace.span("compare", sum(piece.nbytes for piece in pieces)):
                     known = request.delta.narrow(pieces, request.moments)
-                plan = plan_shard(blueprint.pieces, known.parts, blueprint.groups, self._rank)
+                plan = plan_shard(blueprint.pieces, known.parts, blueprint.groups, self._rank, plan.parcel_bytes)
         except BaseException as error:
             save.plan.set_exception(error)
             raise

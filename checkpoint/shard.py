@@ -2,9 +2,9 @@
 
 One order rules all: the order in which tensors are updated is the order in which they are copied, so that a
 fence for the first of them returns first, and the order in which they lie in the file, so that parcels can be
-written as they come. Within a group tensors go by falling element size, and every group but the last ends on a
-multiple of the largest one: so each tensor is aligned to its own. The few whose sizes stand against that come before
-all others, by rising element size; the header is padded so that they end on a page.
+written as they come. Within a group tensors go by falling element size, of one size small ones last, and every group
+but the last ends on a multiple of the largest size: so each tensor is aligned to its own. The few whose sizes stand
+against that come before all others, by rising element size; the header is padded so that they end on a page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from checkpoint.digest import DIGEST_BYTES
+from checkpoint.digest import DIGEST_BYTES, SMALL_BYTES
 from checkpoint.format import ALIGN_BYTES, CHUNK_BYTES, DTYPES, Entry, chunk_count, encode_header
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
 from checkpoint.region import Region
@@ -53,7 +53,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """Consecutive bytes of the file that are copied, hashed and written together; at most CHUNK_BYTES."""
+    """Consecutive bytes of the file that are copied, hashed and written together; at most a plan's parcel_bytes."""
 
     index: int
     """Place in the file."""
@@ -84,6 +84,8 @@ class ShardPlan:
     """Name of the file in the attempt's folder."""
     slices: tuple[tuple[SavedSlice, ...], ...]
     """For each part, in file order, the rows of all names of its memory; their digests are still missing."""
+    parcel_bytes: int = CHUNK_BYTES
+    """No parcel has more."""
 
     def rows(self, digests: Sequence[int]) -> list[SavedSlice]:
         """Return the slice table's rows, given the digests of all cuts in file order."""
@@ -105,8 +107,17 @@ def whole_parts(pieces: Sequence[Piece]) -> list[Part]:
     return [Part(i, 0, chunk_count(piece.nbytes, CHUNK_BYTES)) for i, piece in enumerate(pieces)]
 
 
-def plan_shard(pieces: Sequence[Piece], parts: Iterable[Part], groups: Sequence[int], rank: int) -> ShardPlan:
-    """Lay out a shard of these parts; `groups[i]` says in which turn piece i is updated, from 0."""
+def plan_shard(
+    pieces: Sequence[Piece],
+    parts: Iterable[Part],
+    groups: Sequence[int],
+    rank: int,
+    parcel_bytes: int = CHUNK_BYTES,
+) -> ShardPlan:
+    """Lay out a shard of these parts in parcels of up to `parcel_bytes`, a multiple of CHUNK_BYTES.
+
+    `groups[i]` says in which turn piece i is updated, from 0.
+    """
     drafts = [_draft(pieces[part.source], part, groups[part.source]) for part in parts]
     first, aligned = _in_file_order(drafts)
     ordered = [*first, *aligned]
@@ -122,8 +133,8 @@ def plan_shard(pieces: Sequence[Piece], parts: Iterable[Part], groups: Sequence[
         row = SavedSlice(piece.name, owner, draft.dtype, piece.global_shape, draft.region, path, position, digests=())
         slices.append((row, *(replace(row, name=alias) for alias in piece.aliases)))
         position += draft.nbytes
-    parcels = _parcels(ordered, len(header))
-    return ShardPlan(header, position, tuple(parcels), max(groups, default=0) + 1, path, tuple(slices))
+    parcels = _parcels(ordered, len(header), parcel_bytes)
+    return ShardPlan(header, position, tuple(parcels), max(groups, default=0) + 1, path, tuple(slices), parcel_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +173,7 @@ def _in_file_order(drafts: Sequence[_Draft]) -> tuple[list[_Draft], list[_Draft]
         fit, rest = by_group[group], list[_Draft]()
         if group < max(by_group):
             fit, rest = _fitting(fit, unit)
-        aligned += sorted(fit, key=lambda d: -d.itemsize)
+        aligned += sorted(fit, key=lambda d: (-d.itemsize, d.nbytes <= SMALL_BYTES))
         first += rest
     return sorted(first, key=lambda d: d.itemsize), aligned
 
@@ -188,7 +199,7 @@ def _fitting(drafts: Sequence[_Draft], unit: int) -> tuple[list[_Draft], list[_D
     return fit, open_parts
 
 
-def _parcels(ordered: Sequence[_Draft], file_start: int) -> list[Parcel]:
+def _parcels(ordered: Sequence[_Draft], file_start: int, parcel_bytes: int) -> list[Parcel]:
     parcels: list[Parcel] = []
     cuts: list[Cut] = []
     group, nbytes = 0, 0
@@ -209,7 +220,7 @@ def _parcels(ordered: Sequence[_Draft], file_start: int) -> list[Parcel]:
                 close()
             group = draft.group
             # No digest is divided between parcels; so at most DIGEST_BYTES of a slot stay empty.
-            left, room = draft.nbytes - start, CHUNK_BYTES - nbytes
+            left, room = draft.nbytes - start, parcel_bytes - nbytes
             size = left if left <= room else room // DIGEST_BYTES * DIGEST_BYTES
             if not size:
                 close()

@@ -26,8 +26,8 @@ from checkpoint.shard import Parcel, ShardPlan
 from checkpoint.spans import Trace
 from checkpoint.writer import Flow
 
-_BATCH = 32
-"""Parcels whose copies from a GPU are ordered, and waited for, at once."""
+_BATCH_BYTES = 512 << 20
+"""Bytes whose copies from a GPU are ordered, and waited for, at once."""
 
 
 class Snapshot:
@@ -428,7 +428,7 @@ class Copier:
                 self._arena.give_back(taken)
                 break
             batch.append((parcel, taken))
-            is_full = len(batch) == (_BATCH if snapshot.has_device else 1)
+            is_full = not snapshot.has_device or sum(p.nbytes for p, _ in batch) >= _BATCH_BYTES
             taken = None if is_full else self._arena.try_take()
         return batch
 

@@ -8,7 +8,8 @@ thread and by process, and on a GPU with pinned shared memory that is staged asy
 model that really trains (forward, backward, AdamW), in one process, by turns; next to each turn stands one without a
 saver. A turn begins with nothing pending and gives:
 
-- `blocked`: seconds that one save keeps the loop: in the call, and in the fence before the next update.
+- `blocked`: seconds that one save keeps the loop: in the call, and in the fence before the next update; `in the call`
+  is the first part of it.
 - `slowdown`: steps with a save before each, or before every Nth, over the same steps without.
 - `held on GPU`: by how long a fence delays the stream, from events around it; the host does not wait for it.
 - `durable`: from the call until the bytes are synced: `in loop`, while training goes on, and `idle`, while it does not.
@@ -23,7 +24,8 @@ Training computes with one thread, as ranks do where a host has several; `--thre
 in fp32, 12 bytes a parameter; forward and backward last 1.5 times the raw write, so that the
 disk can follow a save in every step. On a GPU parameters are bf16, masters and moments fp32, 14 bytes a parameter. No
 disk follows that in every 0.2 s step: a GPU's turns with a save in every step show what is left when saves wait for
-each other. There each saver has one round, of two sparse turns and one of those, as far as `--budget-s` goes.
+each other. There each saver has one round, of two sparse turns and one of those, as far as `--budget-s` goes, and
+leaves its memory and its disk space to the next one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import shutil
 import statistics
 import sys
 import tempfile
@@ -78,6 +81,8 @@ class Turn:
     seconds: float
     blocked_s: float
     """All of its saves together."""
+    in_calls_s: float
+    """The part of it that is not the fence's."""
     first_call_s: float
     held_s: float
     """On the GPU."""
@@ -119,6 +124,7 @@ class Run:
         first_raw_s = self._idle(self._saver(_RAW))
         if self._training.is_on_gpu:  # where time is scarce the first one counts
             self._report.add(_RAW, "durable, idle", "s", first_raw_s)
+            self._end(_RAW)
         step_s = self._training.last(1.5 * first_raw_s if plan.step_s is None else plan.step_s)
         _say(f"{nbytes / 1e9:.3g} GB in {len(self._state)} tensors; forward and backward {step_s:.3g} s")
         self._report.parameters |= {
@@ -136,6 +142,8 @@ class Run:
                     if name not in failed and not (name == _RAW and self._training.is_on_gpu):
                         try:
                             self._measure_saver(name, repeat)
+                            if self._training.is_on_gpu:
+                                self._end(name)
                         except Exception as error:  # of a rival: told in the results
                             if name in (_OURS, _RAW):
                                 raise
@@ -163,6 +171,7 @@ class Run:
         report.add(name, f"slowdown, {what}", "", turn.seconds / alone.seconds)
         num_saves = len(turn.called_s)
         report.add(name, f"blocked, {what}", "s", turn.blocked_s / num_saves)
+        report.add(name, f"blocked in the call, {what}", "s", turn.in_calls_s / num_saves)
         if self._plan.device == "cuda":
             report.add(name, f"held on GPU, {what}", "s", turn.held_s / num_saves)
         times = [durable() for durable in turn.durable]
@@ -191,6 +200,7 @@ class Run:
             for durable in turn.durable:
                 durable()
         self._report.add(name, "first save", "s", turn.first_call_s)
+        self._report.add(name, "first save and its fence", "s", turn.blocked_s)
         extra_gb = max(0, memory.extra_bytes - alone.extra_bytes) / 1e9
         self._report.add(name, "extra memory", "GB", extra_gb)
         _say(f"{name}: {extra_gb:.3g} GB more memory; the first call took {turn.first_call_s:.3g} s")
@@ -201,7 +211,7 @@ class Run:
     def _turn(self, saver: Saver | None, num_steps: int, every: int) -> Turn:
         """Train for some steps, with a save before every `every`-th."""
         training, events, called_s, durable = self._training, [], [], []
-        blocked_s = first_call_s = 0.0
+        in_calls_s = in_fences_s = first_call_s = 0.0
         training.synchronize()
         begun_s = time.perf_counter()
         for i in range(num_steps):
@@ -209,21 +219,22 @@ class Run:
                 called_s.append(time.perf_counter())
                 durable.append(saver.save(self._state))
                 took_s = time.perf_counter() - called_s[-1]
-                blocked_s += took_s
+                in_calls_s += took_s
                 first_call_s = first_call_s or took_s
             training.forward_backward()
             if saver:
                 events.append(_event(training))
                 fenced_s = time.perf_counter()
                 saver.fence()
-                blocked_s += time.perf_counter() - fenced_s
+                in_fences_s += time.perf_counter() - fenced_s
                 events.append(_event(training))
             training.update()
         training.synchronize()
         seconds = time.perf_counter() - begun_s
         pairs = zip(events[::2], events[1::2], strict=True)
         held_s = sum(a.elapsed_time(b) / 1e3 for a, b in pairs if a is not None and b is not None)
-        return Turn(seconds, blocked_s, first_call_s, held_s, called_s, durable)
+        blocked_s = in_calls_s + in_fences_s
+        return Turn(seconds, blocked_s, in_calls_s, first_call_s, held_s, called_s, durable)
 
     def _idle(self, saver: Saver) -> float:
         """Return how long a save takes to be durable while nothing else runs."""
@@ -240,6 +251,13 @@ class Run:
             folder.mkdir()
             self._savers[name] = SAVERS[name](folder)
         return self._savers[name]
+
+    def _end(self, name: str) -> None:
+        """Give back the memory and the disk space of a saver that has had its turns."""
+        if name in self._savers:
+            self._savers.pop(name).close()
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+        gc.collect()
 
     def _close(self) -> None:
         for saver in self._savers.values():

@@ -10,6 +10,7 @@ import torch
 
 from checkpoint import CheckpointConfig, Checkpointer
 from checkpoint.arena import SLOT_BYTES
+from checkpoint.digest import DEVICE_CHUNK_BYTES, SMALL_BYTES
 from checkpoint.errors import TornSnapshot
 from tests.gpu.devices import needs_gpus
 from tests.test_checkpoint.stalls import stalled
@@ -80,6 +81,60 @@ def test_the_load_gives_the_values_at_the_call(ck: Checkpointer):
     overwrite(state)
     ck.load(handle.result(60), found)
     assert same(found, expected)
+
+
+def test_a_large_state_is_copied_in_few_large_orders(ck: Checkpointer):
+    generator = torch.Generator("cuda").manual_seed(1)
+    sizes = [40_000_000, 3, 25_000_001, 1024, 300_000, 17_000_000]
+    state = {
+        f"{kind}{i}": torch.randn(n, device="cuda", generator=generator).to(dtype)
+        for i, n in enumerate(sizes)
+        for kind, dtype in (("master", torch.float32), ("half", torch.bfloat16))
+    }
+    state["strided"] = torch.randn(5000, 6000, device="cuda", generator=generator).T
+    expected, found = copies(state), blanks(state)
+    ck.prepare(state)
+    handle = ck.save(1, state)
+    ck.fence()
+    overwrite(state)
+    ck.load(handle.result(60), found)
+    assert same(found, expected)
+    draft = ck._planner.draft(state, ())
+    nbytes = sum(t.nbytes for t in state.values())
+    assert len(draft.blueprint.shard.parcels) <= -(-nbytes // DEVICE_CHUNK_BYTES) + 1
+    large = [c for p in draft.blueprint.shard.parcels for c in p.cuts if c.nbytes > SMALL_BYTES]
+    assert len(large) < 20
+
+
+def test_the_fence_does_not_wait_for_the_copies(ck: Checkpointer):
+    state = state_of()
+    del state["host"]  # this one's copies the fence waits for
+    expected, found = copies(state), blanks(state)
+    ck.prepare(state)
+    ck.save(0, state).result(60)
+    for _ in range(20):
+        busy()
+    handle = ck.save(1, state)
+    ck.fence()
+    assert not handle.staged()
+    overwrite(state)
+    ck.load(handle.result(60), found)
+    assert same(found, expected)
+
+
+def test_a_fence_that_comes_at_once_still_lets_the_stream_wait_for_every_copy(ck: Checkpointer):
+    state = {f"w{i}": torch.zeros(20_000_000, device="cuda") for i in range(12)}
+    ck.prepare(state)
+    for step in range(5):
+        for tensor in state.values():
+            tensor.fill_(step)
+        handle = ck.save(step, state)
+        ck.fence()
+        for tensor in state.values():
+            tensor.fill_(-1)
+        found = blanks(state)
+        ck.load(handle.result(60), found)
+        assert all((t == step).all() for t in found.values())
 
 
 def test_the_copy_waits_for_what_was_ordered_before_the_save(ck: Checkpointer):
