@@ -1,8 +1,8 @@
 """Parallelism: where each rank stands, and with whom it shares what."""
 
 from parallel.config import ParallelConfig
-from parallel.errors import MeshError, ParallelError
+from parallel.errors import GroupError, MeshError, ParallelError
 from parallel.groups import MeshGroups
 from parallel.mesh import Coordinates, Mesh
 
-__all__ = ["Coordinates", "Mesh", "MeshError", "MeshGroups", "ParallelConfig", "ParallelError"]
+__all__ = ["Coordinates", "GroupError", "Mesh", "MeshError", "MeshGroups", "ParallelConfig", "ParallelError"]

@@ -3,7 +3,8 @@
 ParallelError
 ├── GroupError         ranks of a group did not make it together
 ├── MeshError          degrees that do not fit the ranks or each other; an axis that does not exist
-└── PipelineError      a schedule that does not exist for these numbers, or does not add up
+├── PipelineError      a schedule that does not exist for these numbers, or does not add up
+└── PlanError          layers that the tensor ranks cannot share
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ class MeshError(ParallelError, ValueError):
 
 class PipelineError(ParallelError, ValueError):
     """A pipeline schedule does not exist for these numbers, or its actions do not add up; one line a problem."""
+
+
+class PlanError(ParallelError, ValueError):
+    """Layers that the tensor ranks cannot share, or that no plan knows; one line a problem."""

@@ -11,7 +11,8 @@ This is the only file that knows the order of the axes. From the outside in:
 
 The rank number counts the innermost axis first, so the ranks that talk most have neighbouring numbers, as
 ranks of one host do. `expert` adds no ranks: its groups are runs of neighbours in replicate x shard, where
-each rank has tokens of its own to send to experts.
+each rank has tokens of its own to send to experts. The ranks of replicate x shard that hold the same experts,
+one of every run, are the groups of `expert_data`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from parallel.errors import MeshError
 
 Axis = Literal["pipeline", "replicate", "shard", "context", "tensor", "expert"]
 """Name of an axis; `expert` is carved out of replicate x shard."""
+
+Along = Literal["pipeline", "replicate", "shard", "context", "tensor", "expert", "expert_data"]
+"""What a group may be formed along: an axis, or `expert_data`, which with `expert` makes up replicate x shard."""
 
 
 class Coordinates(NamedTuple):
@@ -60,10 +64,13 @@ class Mesh:
     def _sizes(self) -> Coordinates:
         return Coordinates(*(_degree(self.degrees, axis) for axis in Coordinates._fields))
 
-    def size(self, *axes: Axis) -> int:
+    def size(self, *axes: Along) -> int:
         """Return the number of ranks in a group over the axes."""
         _check_axes(axes)
-        return math.prod(_degree(self.degrees, axis) for axis in set(axes))
+        return math.prod(
+            self.data_size // self.degrees.expert if axis == "expert_data" else _degree(self.degrees, axis)
+            for axis in set(axes)
+        )
 
     @property
     def data_size(self) -> int:
@@ -94,7 +101,7 @@ class Mesh:
             rank = rank * size + index
         return rank
 
-    def groups(self, *axes: Axis) -> list[list[int]]:
+    def groups(self, *axes: Along) -> list[list[int]]:
         """Return the groups over the axes: ranks of a group differ in their position only there.
 
         Ranks of a group ascend, groups ascend by their first rank: the same list on every rank.
@@ -107,7 +114,7 @@ class Mesh:
                 seen.update(groups[-1])
         return groups
 
-    def group(self, rank: int, *axes: Axis) -> list[int]:
+    def group(self, rank: int, *axes: Along) -> list[int]:
         """Return the group of the rank over the axes."""
         _check_axes(axes)
         at, sizes = self.coordinates(rank), self._sizes
@@ -116,9 +123,12 @@ class Mesh:
         ]
         pipeline, replicate, shard, context, tensor = along
         data = list(itertools.product(replicate, shard))
-        if "expert" in axes:
-            first = self.data_rank(rank) // self.degrees.expert * self.degrees.expert
-            data = [divmod(data_rank, sizes.shard) for data_rank in range(first, first + self.degrees.expert)]
+        if "expert" in axes or "expert_data" in axes:
+            size = self.degrees.expert
+            run, expert = divmod(self.data_rank(rank), size)
+            runs = range(self.data_size // size) if "expert_data" in axes else (run,)
+            experts = range(size) if "expert" in axes else (expert,)
+            data = [divmod(run * size + expert, sizes.shard) for run in runs for expert in experts]
         places = itertools.product(pipeline, data, context, tensor)
         return [self.rank_of(Coordinates(p, r, s, c, t)) for p, (r, s), c, t in places]
 
@@ -175,9 +185,9 @@ def _problems(degrees: ParallelConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def _check_axes(axes: tuple[Axis, ...]) -> None:
-    unknown = sorted(set(axes) - set(get_args(Axis)))
+def _check_axes(axes: tuple[Along, ...]) -> None:
+    unknown = sorted(set(axes) - set(get_args(Along)))
     if unknown:
-        raise MeshError(f"parallel: there is no axis {', '.join(unknown)}; axes are {', '.join(get_args(Axis))}")
-    if "expert" in axes and ("replicate" in axes or "shard" in axes):
+        raise MeshError(f"parallel: there is no axis {', '.join(unknown)}; axes are {', '.join(get_args(Along))}")
+    if {"expert", "expert_data"} & set(axes) and {"replicate", "shard"} & set(axes):
         raise MeshError("parallel: expert is a part of replicate x shard; group over either, not both")

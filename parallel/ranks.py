@@ -35,9 +35,9 @@ def spawn(
     """Return `[fn(rank, world_size, *args) for every rank]`, run at once, each with the default group made.
 
     Where the variables of torchrun are set, this process is one rank of that job: `fn` runs here, `num_ranks` must be
-    the job's, only rank 0 gets the list (the others get None) and the default group stays. Else `num_ranks` processes are started on this
-    machine and ended before the call returns. `fn` is defined at the top of a module; `args` and results are pickled.
-    With `nccl`, rank i of a host computes on its GPU i. CPU threads are shared evenly.
+    the job's, only rank 0 gets the list (the others get None), and the default group stays. Else `num_ranks` processes
+    are started on this machine and ended before the call returns. `fn` is defined at the top of a module; `args` and
+    results are pickled. With `nccl`, rank i of a host computes on its GPU i. CPU threads are shared evenly.
 
     Raises:
         RankError: a rank raised, died, or was not done after `timeout_s`.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel import Coordinates, Mesh, MeshError, ParallelConfig
-from parallel.mesh import Axis
+from parallel.mesh import Along, Axis
 
 _AXES: tuple[Axis, ...] = get_args(Axis)
 
@@ -26,7 +26,9 @@ def _meshes(draw: st.DrawFn) -> Mesh:
     return Mesh(ParallelConfig(**sizes, expert=expert), math.prod(sizes.values()))
 
 
-_axes = st.lists(st.sampled_from(Coordinates._fields), unique=True).map(tuple) | st.just(("expert",))
+_axes = st.lists(st.sampled_from(Coordinates._fields), unique=True).map(tuple) | st.lists(
+    st.sampled_from(["pipeline", "context", "tensor", "expert", "expert_data"]), unique=True
+).map(tuple)
 
 
 @given(_meshes())
@@ -37,7 +39,7 @@ def test_every_rank_has_coordinates_that_invert(mesh: Mesh) -> None:
 
 
 @given(_meshes(), _axes)
-def test_groups_partition_the_ranks(mesh: Mesh, axes: tuple[Axis, ...]) -> None:
+def test_groups_partition_the_ranks(mesh: Mesh, axes: tuple[Along, ...]) -> None:
     groups = mesh.groups(*axes)
     assert sorted(rank for group in groups for rank in group) == list(range(mesh.world_size))
     assert {len(group) for group in groups} == {mesh.size(*axes)}
@@ -46,8 +48,8 @@ def test_groups_partition_the_ranks(mesh: Mesh, axes: tuple[Axis, ...]) -> None:
 
 
 @given(_meshes(), _axes)
-def test_ranks_of_a_group_differ_only_along_its_axes(mesh: Mesh, axes: tuple[Axis, ...]) -> None:
-    free = {"replicate", "shard"} if axes == ("expert",) else set(axes)
+def test_ranks_of_a_group_differ_only_along_its_axes(mesh: Mesh, axes: tuple[Along, ...]) -> None:
+    free = set(axes) | ({"replicate", "shard"} if {"expert", "expert_data"} & set(axes) else set())
     for group in mesh.groups(*axes):
         places = [mesh.coordinates(rank)._asdict() for rank in group]
         for axis in set(Coordinates._fields) - free:
@@ -60,6 +62,14 @@ def test_an_expert_group_is_a_run_of_neighbours_in_the_data_ranks(mesh: Mesh) ->
         data_ranks = [mesh.data_rank(rank) for rank in group]
         assert data_ranks == list(range(data_ranks[0], data_ranks[0] + mesh.degrees.expert))
         assert data_ranks[0] % mesh.degrees.expert == 0
+
+
+@given(_meshes())
+def test_expert_and_expert_data_make_up_the_data_ranks(mesh: Mesh) -> None:
+    assert mesh.groups("expert", "expert_data") == mesh.groups("replicate", "shard")
+    for group in mesh.groups("expert_data"):
+        assert len({mesh.data_rank(rank) % mesh.degrees.expert for rank in group}) == 1
+        assert len({mesh.data_rank(rank) // mesh.degrees.expert for rank in group}) == len(group)
 
 
 @given(_meshes())
