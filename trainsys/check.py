@@ -8,6 +8,7 @@ from typing import get_args
 
 from parallel.config import ParallelConfig
 from parallel.mesh import Axis
+from parallel.moe_config import size_problems
 from trainsys import schedule
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
@@ -65,6 +66,8 @@ _AT_LEAST_ONE = (
     "model.num_layers",
     "model.dim",
     "model.num_heads",
+    "model.moe.num_groups",
+    "model.moe.top_groups",
     "model.moe.top_k",
     "data.sequence_length",
     "batch.global_sequences",
@@ -88,6 +91,9 @@ _AT_LEAST_ZERO = (
     "model.moe.num_experts",
     "model.moe.num_shared_experts",
     "model.moe.balance_weight",
+    "model.moe.bias_rate",
+    "model.moe.capacity_factor",
+    "model.moe.z_weight",
     "model.moe.first_dense_layers",
     "optim.lr",
     "optim.muon_lr",
@@ -110,6 +116,7 @@ _AT_LEAST_ZERO = (
     "seed",
 )
 _ABOVE_ZERO = (
+    "model.moe.routed_scaling",
     "model.rope_theta",
     "model.norm_eps",
     "optim.eps",
@@ -183,8 +190,9 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         yield "model.num_kv_heads", f"{model.num_kv_heads} does not divide num_heads ({model.num_heads})"
     moe = model.moe
-    if moe.num_experts and not 1 <= moe.top_k <= moe.num_experts:
-        yield "model.moe.top_k", f"{moe.top_k} is out of range; allowed: 1 to num_experts ({moe.num_experts})"
+    if moe.num_experts and moe.top_k >= 1 and min(moe.num_groups, moe.top_groups) >= 1:
+        fields = (moe.num_experts, moe.top_k, moe.num_groups, moe.top_groups)
+        yield from ((f"model.moe.{key}", problem) for key, problem in size_problems(*fields))
     if moe.num_experts and moe.first_dense_layers >= model.num_layers:
         yield "model.moe.first_dense_layers", f"{moe.first_dense_layers} leaves no layer with experts"
 

@@ -32,8 +32,24 @@ class MoEConfig:
     """Experts every token visits."""
     ffn_dim: int = 0
     """Hidden width of one expert; 0 takes model.ffn_dim."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """`softmax` over all experts, or a `sigmoid` each (DeepSeek-V3, arXiv 2412.19437); the chosen are normalised."""
+    routed_scaling: float = 1.0
+    """What the weights of a token's routed experts sum to."""
+    num_groups: int = 1
+    """Groups of consecutive experts, those of one node; divides num_experts."""
+    top_groups: int = 1
+    """Groups that a token's experts may lie in (node-limited routing); 1 to num_groups."""
+    capacity_factor: float = 0.0
+    """An expert takes at most this many times its even share of a micro-batch; 0 drops no token."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """`loss` adds the load-balancing loss; `bias` moves a bias that counts in the choice alone (arXiv 2408.15664)."""
     balance_weight: float = 0.01
-    """Weight of the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4); 0 turns it off."""
+    """balance=loss: weight of that loss (Switch Transformer, arXiv 2101.03961, eq. 4); 0 turns it off."""
+    bias_rate: float = 0.001
+    """balance=bias: by how much a step moves a bias."""
+    z_weight: float = 0.0
+    """Weight of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5); 0 turns it off."""
     first_dense_layers: int = 0
     """Leading layers that stay dense."""
 
@@ -154,12 +170,16 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """What DeepSpeed does with the model."""
+    """What trains the model: forward, backward and update, and what each rank keeps of it."""
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
 
+    backend: Literal["auto", "deepspeed", "torch"] = "auto"
+    """`deepspeed`, or `torch`: FSDP2 and torch alone; `auto` takes DeepSpeed where it runs the layout, else torch
+    (`python -m parallel table` prints which runs what)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """0 replicates; 1 shards optimizer state over the data ranks, 2 also gradients, 3 also parameters."""
+    """0 replicates; 1 shards optimizer state over the data ranks, 2 also gradients, 3 also parameters. Data ranks are
+    shard x context, or with parallel.shard = 1 replicate x context."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """dtype of weights and activations; bf16 and fp16 keep fp32 master weights and need zero_stage >= 1."""
     gradient_clip_norm: float = 1.0

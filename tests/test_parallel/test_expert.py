@@ -1,0 +1,218 @@
+"""Experts spread over ranks against one process with all tokens, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.config import ParallelConfig
+from parallel.dispatch import DispatchStats
+from parallel.expert import (
+    ExpertGroups,
+    MoE,
+    after_step,
+    dispatch_stats,
+    expert_parameters,
+    parallelize,
+)
+from parallel.groups import MeshGroups
+from parallel.mesh import Mesh
+from parallel.moe_config import Routing
+from parallel.shards import gather_state, shards_of
+from tests.ranks import run_ranks
+from trainsys.models.layers import SwiGLU
+
+DIM, FFN, STEPS = 6, 5, 10
+PLAIN = Routing(num_experts=8, top_k=3, balance_weight=0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is compared."""
+
+    degrees: dict[str, int]
+    routing: Routing = PLAIN
+    rows: tuple[int, ...] = (2, 2)
+    """Sequences of each data rank."""
+    length: int = 6
+    shared: bool = True
+    sequence: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
+    """Whether some tokens are padding."""
+
+    @property
+    def mesh(self) -> Mesh:
+        config = ParallelConfig(**self.degrees)
+        return Mesh(config, config.replicate * config.shard * config.context * config.tensor)
+
+
+def _layer(case: Case) -> MoE:
+    layer = MoE(DIM, FFN, case.routing, SwiGLU(DIM, FFN) if case.shared else None).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return layer
+
+
+def _tokens(case: Case, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs, what outputs are multiplied with for the loss, and which tokens are valid, of all data ranks."""
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (sum(case.rows), case.length, DIM)
+    x, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    # A common direction, so that loads are uneven.
+    x = x + torch.linspace(-1, 1, DIM, dtype=torch.float64)
+    valid = torch.rand(shape[:2], generator=generator) < 0.7 if case.masked else None
+    return x, weight, valid
+
+
+@dataclass
+class Outcome:
+    """What a run leaves, of one rank or of all."""
+
+    outputs: list[Tensor]
+    input_grads: list[Tensor]
+    losses: list[float]
+    grads: dict[str, Tensor]
+    """Of the first step."""
+    state: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    stats: DispatchStats
+    shards: dict[str, Any] = field(default_factory=dict)
+
+
+def _train(layer: MoE, case: Case, groups: MeshGroups | None) -> Outcome:
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+    outcome = Outcome([], [], [], {}, {}, {}, DispatchStats(), dict(shards_of(layer)))
+    for step in range(STEPS):
+        x, weight, valid = (None if t is None else _own(t, case, groups) for t in _tokens(case, step))
+        assert x is not None
+        assert weight is not None
+        x = x.clone().requires_grad_()
+        y, auxiliary = layer(x, valid)
+        own = (y * weight).sum()
+        # Without `sequence` all tensor ranks compute the loss alike.
+        (own + auxiliary / (case.mesh.data_size if groups else 1)).backward()
+        assert x.grad is not None
+        losses = torch.stack((own.detach(), auxiliary.detach()))
+        if groups is not None:
+            losses[1] /= groups.mesh.data_size
+            if case.sequence:
+                dist.all_reduce(losses[:1], group=groups.get("tensor"))
+            dist.all_reduce(losses, group=groups.get("replicate", "shard", "context"))
+            _sum_gradients(layer, groups)
+        if step == 0:
+            outcome.grads = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+        outcome.outputs.append(y.detach())
+        outcome.input_grads.append(x.grad)
+        outcome.losses.append(float(losses.sum()))
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(layer)
+    outcome.state = {n: p.detach() for n, p in layer.named_parameters()}
+    outcome.buffers = dict(layer.named_buffers())
+    outcome.stats = dispatch_stats(layer)
+    return outcome
+
+
+def _own(tensor: Tensor, case: Case, groups: MeshGroups | None) -> Tensor:
+    if groups is None:
+        return tensor
+    at = groups.mesh.coordinates(groups.rank)
+    own = tensor.split(list(case.rows))[groups.mesh.data_rank(groups.rank)]
+    own = own.chunk(groups.mesh.size("context"), 1)[at.context]
+    return own.chunk(groups.mesh.size("tensor"), 1)[at.tensor] if case.sequence else own
+
+
+def _sum_gradients(layer: MoE, groups: MeshGroups) -> None:
+    """What the engine does."""
+    experts = expert_parameters(layer)
+    for name, parameter in layer.named_parameters():
+        axes = ("expert_data", "context") if name in experts else ("replicate", "shard", "context")
+        assert parameter.grad is not None, name
+        dist.all_reduce(parameter.grad, group=groups.get(*axes))
+
+
+def _one_rank(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Outcome]:
+    outcomes = {}
+    for name, case in cases.items():
+        with MeshGroups(case.mesh) as groups:
+            layer = _layer(case)
+            parallelize(layer, ExpertGroups.of(groups), sequence=case.sequence, **case.options)
+            outcomes[name] = _train(layer, case, groups)
+    return outcomes
+
+
+def _assemble(ranks: list[Outcome], case: Case, what: str, step: int) -> Tensor:
+    """All ranks' tokens in the order of one process."""
+    mesh, parts = case.mesh, []
+    for data in range(mesh.data_size):
+        members = [r for r in range(mesh.world_size) if mesh.data_rank(r) == data]
+        if not case.sequence:
+            members = [r for r in members if mesh.coordinates(r).tensor == 0]
+        parts.append(torch.cat([getattr(ranks[r], what)[step] for r in members], 1))
+    return torch.cat(parts)
+
+
+def _close(ours: Tensor, theirs: Tensor, what: str) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=lambda message: f"{what}: {message}")
+
+
+def _compare(ranks: list[Outcome], expected: Outcome, case: Case) -> None:
+    for step in range(STEPS):
+        _close(_assemble(ranks, case, "outputs", step), expected.outputs[step], f"outputs of step {step}")
+        _close(_assemble(ranks, case, "input_grads", step), expected.input_grads[step], f"input gradients, {step}")
+    for outcome in ranks:
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-12, abs=1e-12)
+    for what in ("grads", "state"):
+        found = gather_state([(outcome.shards, getattr(outcome, what)) for outcome in ranks])
+        assert found.keys() == getattr(expected, what).keys()
+        for name, tensor in getattr(expected, what).items():
+            _close(found[name], tensor, f"{what} of {name}")
+        # Whatever several ranks hold is equal on them.
+        for name, shard in expected.shards.items():
+            assert shard.axes == ()
+            for outcome in ranks:
+                mine = outcome.shards[name].take(found[name])
+                _close(getattr(outcome, what)[name], mine, f"{what} of {name} on a rank")
+    for outcome in ranks:
+        for name, tensor in expected.buffers.items():
+            assert torch.equal(outcome.buffers[name], tensor), name
+
+
+def _check(world_size: int, cases: dict[str, Case]) -> dict[str, list[Outcome]]:
+    per_rank = run_ranks(_one_rank, world_size, cases, timeout_s=120)
+    ranks = {name: [outcomes[name] for outcomes in per_rank] for name in cases}
+    for name, case in cases.items():
+        expected = _train(_layer(case), case, None)
+        try:
+            _compare(ranks[name], expected, case)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    return ranks
+
+
+def test_two_ranks_with_experts_equal_one_process() -> None:
+    two = {"replicate": 2, "expert": 2}
+    bias = Routing(num_experts=8, top_k=3, score="sigmoid", scaling=2.5, balance="bias", bias_rate=0.05)
+    _check(
+        2,
+        {
+            "dropless": Case(degrees=two),
+            "z-loss": Case(degrees=two, routing=replace(PLAIN, z_weight=0.1)),
+            "capacity": Case(degrees=two, routing=replace(PLAIN, capacity_factor=0.8), rows=(1, 3)),
+            "bias": Case(degrees=two, routing=bias),
+            "no token on a rank": Case(degrees=two, rows=(0, 3)),
+            "capacity, no token on a rank": Case(
+                degrees=two, routing=replace(PLAIN, capacity_factor=0.5), rows=(3, 0), shared=False
+            ),
+            "padding": Case(degrees=two, masked=True, routing=replace(PLAIN, z_weight=0.1, capacity_factor=1.0)),
+            "overlap": Case(degrees=two, options={"overlap": True}),
+            "experts on every rank": Case(degrees={"replicate": 2}, routing=replace(bias, balance="loss")),
+        },
+    )
