@@ -5,11 +5,56 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parallel import kernels
 from trainsys.models.layers import Linear
+
+
+class Core(Protocol):
+    """What attention layers hand their heads to; one serves all layers of a model.
+
+    `parallel.context` has cores for ranks that share sequences.
+    """
+
+    def prepare(self, document_ids_BT: Tensor | None, positions_BT: Tensor | None, like: Tensor) -> Any:
+        """What all layers of one forward share, found once; `like` has the device and dtype of activations."""
+
+    def __call__(self, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, plan: Any) -> Tensor:
+        """The mixed values [B, T, H, E]: causal, inside documents; `plan` is what `prepare` returned."""
+
+
+class PlainCore:
+    """Attention of whole sequences on one device.
+
+    Packed documents are an additive mask; on CUDA in bf16 or fp16 with head widths that flash attention takes
+    (`parallel.kernels.choose`) they are the bounds that its kernel for packed sequences reads, since a mask
+    excludes flash attention and takes T x T elements a row.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+
+    def prepare(
+        self, document_ids_BT: Tensor | None, positions_BT: Tensor | None, like: Tensor
+    ) -> Tensor | kernels.Documents | None:
+        """Documents or a mask; None where causal says it all. The host waits for an accelerator once."""
+        if kernels.choose(like.new_empty(0, self.head_dim)) == "flash":
+            return kernels.documents(document_ids_BT, like)
+        return document_mask(document_ids_BT, like.dtype)
+
+    def __call__(
+        self, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, plan: Tensor | kernels.Documents | None
+    ) -> Tensor:
+        """The mixed values [B, T, H, E]; a mask may also be one of fewer queries than keys."""
+        if isinstance(plan, kernels.Documents):
+            return kernels.packed_attention(query_BTHE, key_BTKE, value_BTKE, plan)
+        query_BHTE, key_BKTE, value_BKTE = (x.transpose(1, 2) for x in (query_BTHE, key_BTKE, value_BTKE))
+        return attend(query_BHTE, key_BKTE, value_BKTE, plan).transpose(1, 2)
 
 
 class KVCache:
@@ -111,11 +156,17 @@ def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; queries, keys and values come from one product."""
+    """Grouped-query attention with rotary positions; queries, keys and values come from one product.
+
+    `num_heads` and `num_kv_heads` are those that are here, which tensor parallelism makes fewer. `core` may be
+    replaced (`set_core`).
+    """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.plain = PlainCore(head_dim)
+        self.core: Core = self.plain
         self.qkv = Linear(dim, num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         self.output = Linear(num_heads * head_dim, dim)
 
@@ -124,17 +175,33 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        plan: Any = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Mixes tokens; `mask` is additive over [T, S], None means causal."""
-        batch, num_tokens, _ = x_BTD.shape
+        """Mixes tokens; `plan` is what the core prepared, with a cache an additive mask [T, S] (None: causal).
+
+        With a cache every rank has whole sequences, which the plain core mixes.
+        """
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_BTD).view(batch, num_tokens, heads + 2 * kv_heads, self.head_dim)
+        qkv = self.qkv(x_BTD)
+        qkv = qkv.view(*qkv.shape[:2], heads + 2 * kv_heads, self.head_dim)
         query_key, value_BSKE = torch.split(qkv, [heads + kv_heads, kv_heads], dim=2)
         query_BTHE, key_BSKE = torch.split(rotate(query_key, cos, sin), [heads, kv_heads], dim=2)
-        if cache is not None:
-            key_BSKE, value_BSKE = cache.append(layer, key_BSKE, value_BSKE)
-        mixed_BHTE = attend(query_BTHE.transpose(1, 2), key_BSKE.transpose(1, 2), value_BSKE.transpose(1, 2), mask)
-        return self.output(mixed_BHTE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        if cache is None:
+            mixed_BTHE = self.core(query_BTHE, key_BSKE, value_BSKE, plan)
+        else:
+            mixed_BTHE = self.plain(query_BTHE, *cache.append(layer, key_BSKE, value_BSKE), plan)
+        return self.output(mixed_BTHE.flatten(2))  # type: ignore[no-any-return]
+
+
+def set_core(model: nn.Module, core: Core) -> None:
+    """Lets all attention layers of a model (or of a pipeline stage) use `core`.
+
+    Raises: TypeError if it has none, as Hugging Face models do (`trainsys.models.context`).
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if not layers:
+        raise TypeError(f"{type(model).__name__} has no attention layer of this package")
+    for layer in layers:
+        layer.core = core
