@@ -69,6 +69,7 @@ class MeshGroups:
         self.rank = dist.get_rank()
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._others: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
         # Each MeshGroups of one default group has a name of its own: what an earlier one left in the store stays.
         self._name = f"parallel/{_store().add(f'parallel/count/{self.rank}', 1)}"
 
@@ -97,8 +98,15 @@ class MeshGroups:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
         if members not in self._groups:
-            self._groups[members] = self._make(members, axes)
+            self._groups[members] = self._make(members, "x".join(sorted(set(axes))) or "alone")
         return self._groups[members]
+
+    def of(self, ranks: Sequence[int], purpose: str) -> dist.ProcessGroup:
+        """Return a group of these ranks, of which this is one, that serves `purpose` alone; like `get` in all else."""
+        key = purpose, tuple(sorted(ranks))
+        if key not in self._others:
+            self._others[key] = self._make(key[1], purpose, apart=True)
+        return self._others[key]
 
     def device_mesh(self, device_type: str, dims: Mapping[str, Sequence[Along]] | None = None) -> DeviceMesh:
         """Return torch's DeviceMesh over the same groups: name of a dimension -> the axes it runs over.
@@ -129,8 +137,9 @@ class MeshGroups:
         """Destroy the groups that were made; the default group stays, and a second call does nothing."""
         import torch.distributed as dist
 
-        groups: Iterable[dist.ProcessGroup] = list(self._groups.values())
+        groups: Iterable[dist.ProcessGroup] = [*self._groups.values(), *self._others.values()]
         self._groups.clear()
+        self._others.clear()
         if dist.is_initialized():  # else they went with the default group
             for group in groups:
                 dist.destroy_process_group(group)
@@ -153,17 +162,19 @@ class MeshGroups:
         assert len(ranks) == math.prod(self.mesh.size(*axes) for axes in dims)
         return ranks
 
-    def _make(self, members: tuple[int, ...], axes: Sequence[Along]) -> dist.ProcessGroup:
-        """Meet the members, then connect to them."""
+    def _make(self, members: tuple[int, ...], over: str, *, apart: bool = False) -> dist.ProcessGroup:
+        """Meet the members, then connect to them; `apart` from another group of the same members."""
         from torch.distributed import distributed_c10d as c10d
 
         world = c10d._get_default_group()
-        over = "x".join(sorted(set(axes))) or "alone"
-        name = f"{self._name}/{hashlib.sha256(repr(members).encode()).hexdigest()[:16]}"
+        identity = repr((over, members) if apart else members)
+        name = f"{self._name}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         if world.bound_device_id is None:
             self._meet(name, members, over)
         else:
-            self._meet(f"{self._name}/{len(self._groups)}", tuple(range(self.mesh.world_size)), over)
+            self._meet(
+                f"{self._name}/{len(self._groups) + len(self._others)}", tuple(range(self.mesh.world_size)), over
+            )
         backend, store = c10d._world.pg_map[world]
         # What new_group does, with a name that we choose. torch offers no public way to.
         group: dist.ProcessGroup = c10d._new_process_group_helper(
