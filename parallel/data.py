@@ -13,7 +13,7 @@ What an optimizer updates are the `masters`: flat tensors, in a wider dtype than
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parallel.groups import MeshGroups
-from parallel.mesh import Mesh
+from parallel.mesh import Along, Mesh
 from parallel.shards import Shard, shard_of
 
 
@@ -32,8 +32,6 @@ class Master:
 
     name: str
     """Of the parameter, in the model that one process would have."""
-    parameter: nn.Parameter
-    """What the optimizer was given for it, as it was before anything was shared out."""
     shard: Shard
     """Where the local tensor lies in the whole one."""
     tensor: nn.Parameter
@@ -42,6 +40,8 @@ class Master:
     """First element, in the flattened local tensor."""
     weight: Tensor
     """The same elements in the dtype that forward reads; `tensor`'s own memory where that is the same."""
+    parts: tuple[Along, ...]
+    """Axes along which ranks hold the other elements of the local tensor."""
     copy: int
     """Which of the equal copies of these elements this is."""
     num_copies: int
@@ -51,19 +51,22 @@ class Master:
 class DataParallel(Protocol):
     """Gradients summed over the data ranks; every rank calls every method.
 
-    begin(n); for each micro-batch micro_batch(is_last), forward, backward; finish(); update the `masters`; refresh().
-    Under a pipeline the schedule runs between begin and finish.
+    begin(); for each micro-batch micro_batch(is_last), forward, backward; finish(); update the `masters`; refresh().
+    Under a pipeline the schedule runs between begin and finish, and calls stage_finished instead of micro_batch.
     """
 
     @property
     def masters(self) -> Sequence[Master]:
         """In the order of the model's parameters; the same objects for as long as this lives."""
 
-    def begin(self, num_micro_batches: int) -> None:
-        """Start a step in which each parameter receives this number of gradients."""
+    def begin(self) -> None:
+        """Start a step."""
 
     def micro_batch(self, is_last: bool) -> None:
-        """Say before each forward whether it is the last of the step; a pipeline does not."""
+        """Say before each forward whether it is the last of the step."""
+
+    def stage_finished(self, index: int) -> None:
+        """Say that this rank's stage `index` (counted from 0) receives no more gradients in this step."""
 
     def finish(self) -> None:
         """Leave the summed gradient in `grad` of every master."""
@@ -72,82 +75,19 @@ class DataParallel(Protocol):
         """Drop the gradients, and let forward see what was written to the masters."""
 
     def close(self) -> None:
-        """Take out hooks and groups; the model stays."""
+        """Take out hooks; the model stays, and so do the groups."""
 
 
-def data_grid(mesh: Mesh, rank: int, *, is_expert: bool) -> list[list[int]]:
-    """Return the ranks that sum a gradient with `rank`: a row for each replica, a column for each of its shards.
-
-    A replica is shard x context ranks; where `shard` is 1 there is one replica of all of them, so that a recipe that
-    only counts data ranks shards over these. An expert's are the ranks at its own place in the expert groups.
-    """
-    members, degrees = mesh.group(rank, "replicate", "shard", "context"), mesh.degrees
-    width = degrees.shard * degrees.context if degrees.shard > 1 else len(members)
-    if is_expert:
-        place = mesh.data_rank(rank) % degrees.expert
-        members = [member for member in members if mesh.data_rank(member) % degrees.expert == place]
-        width = len(members) if degrees.shard % degrees.expert else width // degrees.expert
-    return [members[start : start + width] for start in range(0, len(members), width)]
+def holders(shard: Shard) -> tuple[Along, ...]:
+    """Return the axes along which ranks add up the gradient of a parameter: those that hold the same part of it."""
+    return ("expert_data", "context") if "expert" in shard.axes else ("replicate", "shard", "context")
 
 
-class DataGroups:
-    """Process groups over data ranks, those of experts included; the latter are destroyed by `close`."""
-
-    def __init__(self, groups: MeshGroups) -> None:
-        self.mesh = groups.mesh
-        self._groups = groups
-        self._own: dict[tuple[int, ...], ProcessGroup] = {}
-        self._rank = dist.get_rank()
-
-    def grid(self, shard: Shard) -> list[list[int]]:
-        """Return the ranks that sum the gradient of a parameter, see `data_grid`."""
-        return data_grid(self.mesh, self._rank, is_expert=self.is_expert(shard))
-
-    def is_expert(self, shard: Shard) -> bool:
-        """Return whether data ranks hold different experts of a parameter."""
-        return "expert" in shard.axes and self.mesh.degrees.expert > 1
-
-    def all(self, shard: Shard) -> ProcessGroup:
-        """Return the group over which the gradient of a parameter is summed."""
-        if not self.is_expert(shard):
-            return self._groups.get("replicate", "shard", "context")
-        return self.of([rank for row in self.grid(shard) for rank in row])
-
-    def of(self, ranks: Sequence[int]) -> ProcessGroup:
-        """Return the group of these ranks, one of which is this; its members must ask for it in the same order."""
-        for axes in (("replicate",), ("shard",), ("shard", "context"), ("replicate", "shard", "context")):
-            if list(ranks) == self.mesh.group(self._rank, *axes):
-                return self._groups.get(*axes)
-        key = tuple(ranks)
-        if key not in self._own:
-            self._own[key] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc="data")
-        return self._own[key]
-
-    def copies(self, shard: Shard, data_ranks: Sequence[int]) -> tuple[int, int]:
-        """Return (which copy, of how many) this rank holds of what these data ranks have in common."""
-        tensor = 1 if "tensor" in shard.axes else self.mesh.degrees.tensor
-        place = self.mesh.coordinates(self._rank).tensor if tensor > 1 else 0
-        return data_ranks.index(self._rank) * tensor + place, len(data_ranks) * tensor
-
-    def close(self) -> None:
-        """Destroy the groups made here."""
-        groups = list(self._own.values())
-        self._own.clear()
-        if dist.is_initialized():
-            for group in groups:
-                dist.destroy_process_group(group)
-
-
-@dataclass(slots=True, eq=False)
-class _Bucket:
-    """Gradients that are summed in one collective."""
-
-    group: ProcessGroup
-    flat: Tensor
-    places: list[_Place] = field(default_factory=list)
-    num_missing: int = 0
-    """Parameters whose gradient is not complete."""
-    work: dist.Work | None = None
+def copies(mesh: Mesh, rank: int, shard: Shard, axes: Sequence[Along]) -> tuple[int, int]:
+    """Return (which copy, of how many) a rank holds of a part that is the same along data axes and what else it may."""
+    also: tuple[Along, ...] = () if "tensor" in shard.axes else ("tensor",)
+    members = mesh.group(rank, *axes, *also)
+    return members.index(rank), len(members)
 
 
 @dataclass(slots=True, eq=False)
@@ -156,89 +96,107 @@ class _Place:
 
     name: str
     gradient: Tensor
-    num_arrived: int = 0
+    stages: frozenset[int]
+    """Of this rank, which use the parameter."""
+    has_arrived: bool = False
+    is_complete: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """Gradients that are summed in one collective."""
+
+    group: ProcessGroup
+    flat: Tensor
+    places: list[_Place]
+    work: dist.Work | None = None
+    is_sent: bool = False
 
 
 class Replicated:
     """All weights on every rank; gradients are summed bucket by bucket, each when backward has filled it.
 
-    A bucket is filled when every parameter in it has received a gradient from each micro-batch, so nothing is sent
-    before the last one, in whatever order a pipeline's schedule runs them. Buckets are sent in the same order on all
-    ranks: the reverse of the parameters'.
+    A bucket is full when none of its parameters receives another gradient in this step, so nothing is sent before the
+    last micro-batch. Without stages buckets are sent in one order, the reverse of the parameters'; those of a stage
+    when it has finished, which is the same moment of the schedule on all ranks that share the bucket.
     """
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        model: nn.Module,
         groups: MeshGroups,
         *,
+        stages: Sequence[nn.Module] = (),
         master_dtype: torch.dtype | None = None,
         bucket_numel: int = 50_000_000,
         overlap: bool = True,
     ) -> None:
-        """Take over `modules`, whose parameters have different names and are on their device.
+        """Take over `model`, which is on its device; `stages` are its parts that a pipeline runs.
 
         With a `master_dtype` other than the parameters' the masters are copies of them, else they share their memory.
         Gradients are kept and summed in the masters' dtype. A bucket holds about `bucket_numel` elements. Without
         `overlap` all are sent after backward; the sums are the same bits.
         """
-        self._groups = DataGroups(groups)
+        self._groups = groups
         self._overlap = overlap
-        self._num_micro_batches = 1
+        self._is_last = False
         self._is_open = False
-        named = list(unique_parameters(modules))
-        self.masters: list[Master] = [self._master(name, parameter, master_dtype) for name, parameter in named]
-        self._buckets = list(self._fill(named, bucket_numel))
+        self._finished: set[int] = set()
+        named = dict(model.named_parameters())
+        self.masters: list[Master] = [self._master(name, parameter, master_dtype) for name, parameter in named.items()]
+        self._buckets = list(self._fill(named, _users(named, stages), bucket_numel))
         self._gradients = {place.name: place.gradient for bucket in self._buckets for place in bucket.places}
-        self._next = 0
-        by_name = {place.name: (bucket, place) for bucket in self._buckets for place in bucket.places}
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(_Arrival(self, *by_name[name]))  # type: ignore[no-untyped-call]
-            for name, parameter in named
-            if name in by_name
+            named[place.name].register_post_accumulate_grad_hook(_Arrival(self, place, bucket))  # type: ignore[no-untyped-call]
+            for bucket in self._buckets
+            for place in bucket.places
         ]
 
-    def begin(self, num_micro_batches: int) -> None:
-        """Start a step in which each parameter receives this number of gradients."""
-        self._num_micro_batches = num_micro_batches
-        self._next = 0
-        self._is_open = True
+    def begin(self) -> None:
+        """Start a step."""
+        self._is_last, self._is_open = False, True
+        self._finished.clear()
         for bucket in self._buckets:
-            bucket.num_missing, bucket.work = len(bucket.places), None
+            bucket.work, bucket.is_sent = None, False
             for place in bucket.places:
-                place.num_arrived = 0
+                place.has_arrived = place.is_complete = False
 
     def micro_batch(self, is_last: bool) -> None:
-        """Nothing: each gradient is counted when it arrives."""
+        """Say before each forward whether it is the last of the step."""
+        self._is_last = is_last
 
-    def arrived(self, bucket: _Bucket, place: _Place, parameter: Tensor) -> None:
-        """Take in what one backward gave a parameter; send the bucket when it is full."""
-        if not self._is_open or place.num_arrived == self._num_micro_batches:
+    def arrived(self, place: _Place, bucket: _Bucket, parameter: Tensor) -> None:
+        """Take in what one backward gave a parameter; send its bucket when it is full."""
+        if not self._is_open or bucket.is_sent:
             raise RuntimeError(
-                f"parallel: {place.name} received a gradient after its {self._num_micro_batches} of this step; "
-                "call begin() with the number of backward passes"
+                f"parallel: {place.name} received a gradient after its last one of this step; call begin() before a "
+                "step, and micro_batch(True) before no other forward than the last"
             )
         assert parameter.grad is not None
-        if place.num_arrived:
+        if place.has_arrived:
             place.gradient.add_(parameter.grad)
         else:
             place.gradient.copy_(parameter.grad)
         parameter.grad = None
-        place.num_arrived += 1
-        if place.num_arrived == self._num_micro_batches:
-            bucket.num_missing -= 1
-        if self._overlap:
-            while self._next < len(self._buckets) and not self._buckets[self._next].num_missing:
-                self._reduce(self._buckets[self._next])
-                self._next += 1
+        place.has_arrived = True
+        if self._is_last:
+            place.is_complete = True
+            self._send_full()
+
+    def stage_finished(self, index: int) -> None:
+        """Say that this rank's stage `index` receives no more gradients in this step."""
+        self._finished.add(index)
+        if not self._overlap:
+            return
+        for bucket in self._buckets:
+            if not bucket.is_sent and all(place.stages <= self._finished for place in bucket.places):
+                self._send(bucket)
 
     def finish(self) -> None:
         """Leave the summed gradient in `grad` of every master."""
-        for bucket in self._buckets[self._next :]:
-            for place in bucket.places:
-                if not place.num_arrived:  # unused in this step, on this rank
-                    place.gradient.zero_()
-            self._reduce(bucket)
+        for bucket in self._buckets:
+            if not bucket.is_sent:
+                self._send(bucket)
         self._is_open = False
         for bucket in self._buckets:
             if bucket.work is not None:
@@ -258,53 +216,66 @@ class Replicated:
             torch._foreach_copy_([master.weight for master in apart], [master.tensor.detach() for master in apart])
 
     def close(self) -> None:
-        """Take out hooks and groups; the model stays."""
+        """Take out hooks; the model stays, and so do the groups."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._groups.close()
 
     @torch.no_grad()
     def _master(self, name: str, parameter: nn.Parameter, dtype: torch.dtype | None) -> Master:
         shard = shard_of(parameter)
         weight = parameter.detach().view(-1)
-        copy, num_copies = self._groups.copies(shard, [rank for row in self._groups.grid(shard) for rank in row])
+        copy, num_copies = copies(self._groups.mesh, self._groups.rank, shard, holders(shard))
         return Master(
             name=name,
-            parameter=parameter,
             shard=shard,
             tensor=nn.Parameter(weight if dtype in (None, weight.dtype) else weight.to(dtype), parameter.requires_grad),
             start=0,
             weight=weight,
+            parts=(),
             copy=copy,
             num_copies=num_copies,
         )
 
-    def _fill(self, named: Sequence[tuple[str, nn.Parameter]], bucket_numel: int) -> Iterator[_Bucket]:
-        """Yield buckets of neighbours, last parameters first; experts, whose ranks are others, apart."""
+    def _fill(
+        self, named: dict[str, nn.Parameter], users: dict[str, frozenset[int]], bucket_numel: int
+    ) -> Iterator[_Bucket]:
+        """Yield buckets of neighbours, last parameters first; those of other ranks or stages apart."""
         dtypes = {master.name: master.tensor.dtype for master in self.masters}
-        trained = [(name, parameter) for name, parameter in reversed(named) if parameter.requires_grad]
-        open_ones: dict[tuple[bool, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
-        full: list[list[tuple[str, nn.Parameter]]] = []
-        for name, parameter in trained:
-            key = self._groups.is_expert(shard_of(parameter)), dtypes[name]
+        open_ones: dict[object, list[str]] = {}
+        full: list[list[str]] = []
+        for name, parameter in reversed(named.items()):
+            if not parameter.requires_grad:
+                continue
+            key = holders(shard_of(parameter)), dtypes[name], users[name]
             members = open_ones.setdefault(key, [])
-            members.append((name, parameter))
-            if sum(member.numel() for _, member in members) >= bucket_numel:
+            members.append(name)
+            if sum(named[member].numel() for member in members) >= bucket_numel:
                 full.append(open_ones.pop(key))
         for members in [*full, *open_ones.values()]:
-            yield self._bucket(members, dtypes[members[0][0]])
+            sizes = [named[name].numel() for name in members]
+            first = named[members[0]]
+            flat = torch.zeros(sum(sizes), dtype=dtypes[members[0]], device=first.device)
+            parts = zip(members, torch.split(flat, sizes), strict=True)
+            places = [_Place(name, part.view(named[name].shape), users[name]) for name, part in parts]
+            yield _Bucket(self._groups.get(*holders(shard_of(first))), flat, places)
 
-    def _bucket(self, members: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> _Bucket:
-        first = members[0][1]
-        flat = torch.zeros(sum(parameter.numel() for _, parameter in members), dtype=dtype, device=first.device)
-        bucket = _Bucket(self._groups.all(shard_of(first)), flat)
-        parts = torch.split(flat, [parameter.numel() for _, parameter in members])
-        for (name, parameter), part in zip(members, parts, strict=True):
-            bucket.places.append(_Place(name, part.view(parameter.shape)))
-        return bucket
+    def _send_full(self) -> None:
+        """Send the first buckets that are full and have not left."""
+        if not self._overlap:
+            return
+        for bucket in self._buckets:
+            if bucket.is_sent:
+                continue
+            if not all(place.is_complete for place in bucket.places):
+                return
+            self._send(bucket)
 
-    def _reduce(self, bucket: _Bucket) -> None:
+    def _send(self, bucket: _Bucket) -> None:
+        for place in bucket.places:
+            if not place.has_arrived:  # unused in this step, on this rank
+                place.gradient.zero_()
+        bucket.is_sent = True
         if bucket.group.size() > 1:
             bucket.work = dist.all_reduce(bucket.flat, group=bucket.group, async_op=True)
 
@@ -314,18 +285,17 @@ class _Arrival:
     """The hook on one parameter."""
 
     owner: Replicated
-    bucket: _Bucket
     place: _Place
+    bucket: _Bucket
 
     def __call__(self, parameter: Tensor) -> None:
-        self.owner.arrived(self.bucket, self.place, parameter)
+        self.owner.arrived(self.place, self.bucket, parameter)
 
 
-def unique_parameters(modules: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of all modules by name, shared ones once."""
-    seen: set[nn.Parameter] = set()
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if parameter not in seen:
-                seen.add(parameter)
-                yield name, parameter
+def _users(named: dict[str, nn.Parameter], stages: Sequence[nn.Module]) -> dict[str, frozenset[int]]:
+    """Return which stages use each parameter, by name."""
+    used = [set(stage.parameters()) for stage in stages]
+    return {
+        name: frozenset(index for index, parameters in enumerate(used) if parameter in parameters)
+        for name, parameter in named.items()
+    }

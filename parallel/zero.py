@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from parallel.data import DataGroups, Master, data_grid, unique_parameters
+from parallel.data import Master, copies, holders
 from parallel.groups import MeshGroups
+from parallel.mesh import Along, Mesh
 from parallel.shards import Shard, shard_of
 
 
@@ -37,47 +37,52 @@ class FullySharded:
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        model: nn.Module,
         blocks: Sequence[nn.Module],
         groups: MeshGroups,
         *,
-        stage: Literal[2, 3],
+        zero_stage: Literal[2, 3],
+        stages: Sequence[nn.Module] = (),
         compute_dtype: torch.dtype | None = None,
-        in_pipeline: bool = False,
         overlap: bool = True,
     ) -> None:
-        """Take over `modules`, on their device and in the masters' dtype; `blocks` are gathered one at a time.
+        """Take over `model`, on its device and in the masters' dtype; `blocks` are gathered one at a time.
 
-        Each module is run by itself (a pipeline's stages). `compute_dtype` is what forward and backward read and
+        `stages` are its parts that a pipeline runs. `compute_dtype` is what forward and backward read and
         write, None the masters'; gradients are summed in the masters' dtype. With `overlap` the next block is gathered
         while one computes.
         """
-        self._groups = DataGroups(groups)
-        self._in_pipeline = in_pipeline
-        before = list(unique_parameters(modules))
+        self._groups = groups
+        self._in_pipeline = bool(stages)
+        before = list(model.named_parameters())
         dtypes = {parameter.dtype for _, parameter in before}
         assert len(dtypes) == 1, f"masters have one dtype, these {dtypes}"
         self._dtype = dtypes.pop()
         self._compute_dtype = compute_dtype or self._dtype
-        self._meshes = {is_expert: self._mesh(before[0][1], is_expert) for is_expert in self._kinds(before)}
-        self._has_replicas = any(mesh.ndim == 2 for mesh in self._meshes.values())
+        self._meshes = {
+            axes: groups.device_mesh(before[0][1].device.type, _dims(groups.mesh, axes))
+            for axes in sorted({holders(shard_of(parameter)) for _, parameter in before} | {_DENSE})
+        }
+        self._has_replicas = self._meshes[_DENSE].ndim == 2
         self._modules: list[FSDPModule] = []
-        reshard = stage == 3 and not in_pipeline
+        self._finished: set[int] = set()
+        reshard = zero_stage == 3 and not stages
+        _check_apart(stages, dict(before))
         shards = {name: shard_of(parameter) for name, parameter in before}
-        for module in modules:
-            for experts in self._expert_modules(module):
-                self._apply(experts, is_expert=True, reshard=reshard)
+        for experts in list(_expert_modules(model)):
+            self._apply(experts, _EXPERT, reshard=reshard)
         for block in blocks:
-            self._apply(block, is_expert=False, reshard=reshard)
-        self._roots = [self._apply(module, is_expert=False, reshard=False) for module in modules]
-        if overlap and not in_pipeline:
+            self._apply(block, _DENSE, reshard=reshard)
+        self._roots = [self._apply(module, _DENSE, reshard=False) for module in stages or [model]]
+        if overlap and not stages:
             self._prefetch(blocks)
-        self._parameters = dict(unique_parameters(modules))
+        self._parameters = dict(model.named_parameters())
         self.masters: list[Master] = []
         self._describe(before, shards)
 
-    def begin(self, num_micro_batches: int) -> None:
-        """Start a step; in a pipeline nothing is reduced or dropped before `finish`."""
+    def begin(self) -> None:
+        """Start a step; in a pipeline nothing is reduced or dropped before a stage has finished."""
+        self._finished.clear()
         if self._in_pipeline:
             for root in self._roots:
                 root.set_is_last_backward(False)
@@ -91,14 +96,20 @@ class FullySharded:
             if self._has_replicas:
                 root.set_requires_all_reduce(is_last)
 
+    def stage_finished(self, index: int) -> None:
+        """Say that this rank's stage `index` receives no more gradients in this step; they are reduced from here on."""
+        self._finished.add(index)
+        root = self._roots[index]
+        root.set_is_last_backward(True)
+        root.set_requires_gradient_sync(True)
+        root.set_reshard_after_backward(True)
+        _reduce_now(root)
+
     def finish(self) -> None:
         """Leave the summed gradient in `grad` of every master."""
         if self._in_pipeline:
-            for root in self._roots:
-                root.set_is_last_backward(True)
-                root.set_requires_gradient_sync(True)
-                root.set_reshard_after_backward(True)
-                _reduce_now(root)
+            for index in sorted(set(range(len(self._roots))) - self._finished):
+                self.stage_finished(index)
         for master in self.masters:
             gradient = self._parameters[master.name].grad
             if gradient is not None:
@@ -121,39 +132,12 @@ class FullySharded:
             )
 
     def close(self) -> None:
-        """Destroy the groups made here; the model stays sharded."""
-        self._groups.close()
+        """Nothing: the model stays sharded, the groups are the caller's."""
 
-    def _kinds(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[bool]:
-        """Return whether there are parameters of all ranks, and of experts; every rank of a stage sees the same."""
-        return sorted({False} | {self._groups.is_expert(shard_of(parameter)) for _, parameter in named})
-
-    def _mesh(self, like: Tensor, is_expert: bool) -> DeviceMesh:
-        """Return the ranks that share parameters out, as FSDP2 takes them: (replicas x) shards."""
-        grid = data_grid(self._groups.mesh, dist.get_rank(), is_expert=is_expert)
-        (row,) = [row for row in grid if dist.get_rank() in row]
-        shards = self._groups.of(row)
-        if len(grid) == 1:
-            return DeviceMesh.from_group(shards, like.device.type)
-        replicas = self._groups.of([other[row.index(dist.get_rank())] for other in grid])
-        names = ("replicate", "shard")
-        return DeviceMesh.from_group([replicas, shards], like.device.type, torch.tensor(grid), mesh_dim_names=names)
-
-    def _expert_modules(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Yield the modules that own parameters of experts."""
-        for name, owner in module.named_modules():
-            kinds = {self._groups.is_expert(shard_of(parameter)) for parameter in owner.parameters(recurse=False)}
-            if kinds == {True, False}:
-                raise ValueError(
-                    f"parallel: {name} owns parameters of experts and others; give experts their own module"
-                )
-            if True in kinds:
-                yield owner
-
-    def _apply(self, module: nn.Module, *, is_expert: bool, reshard: bool) -> FSDPModule:
+    def _apply(self, module: nn.Module, axes: tuple[Along, ...], *, reshard: bool) -> FSDPModule:
         fully_shard(
             module,
-            mesh=self._meshes[is_expert],
+            mesh=self._meshes[axes],
             reshard_after_forward=reshard,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=None if self._compute_dtype == self._dtype else self._compute_dtype,
@@ -185,24 +169,63 @@ class FullySharded:
         kept = torch.empty(sum(sizes) if apart else 0, dtype=self._compute_dtype, device=first.device)
         views = torch.split(kept, sizes) if apart else [locals_[name] for name, _ in before]
         for (name, parameter), weight in zip(before, views, strict=True):
-            grid = self._groups.grid(shards[name])
-            (row,) = [row for row in grid if dist.get_rank() in row]
-            column = row.index(dist.get_rank())
-            copy, num_copies = self._groups.copies(shards[name], [other[column] for other in grid])
+            shard = shards[name]
+            axes = holders(shard)
+            dims = _dims(self._groups.mesh, axes)
+            row = self._groups.mesh.group(self._groups.rank, *dims["shard"])
+            column = row.index(self._groups.rank)
+            copy, num_copies = copies(self._groups.mesh, self._groups.rank, shard, dims.get("replicate", ()))
             rows, inner = parameter.shape[0], math.prod(parameter.shape[1:])
             master = Master(
                 name=name,
-                parameter=parameter,
-                shard=shards[name],
+                shard=shard,
                 tensor=nn.Parameter(locals_[name], requires_grad=parameter.requires_grad),
                 start=min(column * math.ceil(rows / len(row)), rows) * inner,
                 weight=weight,
+                parts=dims["shard"],
                 copy=copy,
                 num_copies=num_copies,
             )
             if apart:
                 weight.copy_(master.tensor)
             self.masters.append(master)
+
+
+_DENSE: tuple[Along, ...] = holders(Shard(()))
+_EXPERT: tuple[Along, ...] = holders(Shard((), ("expert",)))
+
+
+def _dims(mesh: Mesh, axes: tuple[Along, ...]) -> dict[str, tuple[Along, ...]]:
+    """Return the dimensions of the device mesh over which FSDP2 treats parameters that are equal along `axes`.
+
+    Replicas times shards where both degrees are above 1, else shards alone. An expert has one replica: it is spread
+    over data ranks already.
+    """
+    if axes == _DENSE and mesh.degrees.replicate > 1 and mesh.degrees.shard > 1:
+        return {"replicate": ("replicate",), "shard": ("shard", "context")}
+    return {"shard": axes}
+
+
+def _expert_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that own parameters of experts."""
+    for name, owner in module.named_modules():
+        kinds = {"expert" in shard_of(parameter).axes for parameter in owner.parameters(recurse=False)}
+        if kinds == {True, False}:
+            raise ValueError(f"parallel: {name} owns parameters of experts and others; keep them apart")
+        if True in kinds:
+            yield owner
+
+
+def _check_apart(stages: Sequence[nn.Module], named: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError if two stages use one parameter, of which FSDP2 would shard two copies."""
+    names = {parameter: name for name, parameter in named.items()}
+    uses = Counter(parameter for stage in stages for parameter in stage.parameters())
+    shared = sorted(names[parameter] for parameter, count in uses.items() if count > 1)
+    if shared:
+        raise ValueError(
+            f"parallel: two stages of one rank share {', '.join(shared)}, which ZeRO 2 and 3 cannot; untie it, take "
+            "ZeRO 0, or a schedule whose first and last stage are on different ranks"
+        )
 
 
 def _local(parameter: nn.Parameter) -> Tensor:
