@@ -60,7 +60,8 @@ def within_groups(preference_NE: Tensor, num_groups: int, top_groups: int) -> Te
     """
     if top_groups == num_groups:
         return preference_NE
-    preference_NGI = preference_NE.view(*preference_NE.shape[:-1], num_groups, -1)
+    num_tokens, num_experts = preference_NE.shape
+    preference_NGI = preference_NE.view(num_tokens, num_groups, num_experts // num_groups)
     worth_NG = preference_NGI.topk(min(2, preference_NGI.shape[-1]), dim=-1)[0].sum(-1)
     best_NM = worth_NG.topk(top_groups, dim=-1)[1]
     outside_NG = torch.ones_like(worth_NG, dtype=torch.bool).scatter(-1, best_NM, value=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from parallel.config import ParallelConfig
 from parallel.dispatch import DispatchStats
@@ -25,7 +26,6 @@ from parallel.mesh import Mesh
 from parallel.moe_config import Routing
 from parallel.shards import gather_state, shards_of
 from tests.ranks import run_ranks
-from trainsys.models.layers import SwiGLU
 
 DIM, FFN, STEPS = 6, 5, 10
 PLAIN = Routing(num_experts=8, top_k=3, balance_weight=0.3)
@@ -52,8 +52,21 @@ class Case:
         return Mesh(config, config.replicate * config.shard * config.context * config.tensor)
 
 
+class Shared(nn.Module):
+    """Two layers that every token goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(DIM, FFN, bias=False)
+        self.down = nn.Linear(FFN, DIM, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(functional.silu(self.up(x)))
+        return y
+
+
 def _layer(case: Case) -> MoE:
-    layer = MoE(DIM, FFN, case.routing, SwiGLU(DIM, FFN) if case.shared else None).double()
+    layer = MoE(DIM, FFN, case.routing, Shared() if case.shared else None).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)
@@ -216,3 +229,83 @@ def test_two_ranks_with_experts_equal_one_process() -> None:
             "experts on every rank": Case(degrees={"replicate": 2}, routing=replace(bias, balance="loss")),
         },
     )
+
+
+def test_four_ranks_of_every_grid_equal_one_process() -> None:
+    bias = replace(PLAIN, score="sigmoid", balance="bias", bias_rate=0.05)
+    tensor = {"replicate": 2, "expert": 2, "tensor": 2}
+    _check(
+        4,
+        {
+            "expert": Case(degrees={"replicate": 2, "shard": 2, "expert": 4}, rows=(1, 0, 2, 1)),
+            "expert x data": Case(degrees={"replicate": 4, "expert": 2}, rows=(1, 2, 1, 1), routing=bias),
+            "expert x context": Case(degrees={"shard": 2, "context": 2, "expert": 2}),
+            "expert x tensor": Case(
+                degrees=tensor, rows=(1, 2), length=5, routing=replace(PLAIN, z_weight=0.1, capacity_factor=0.8)
+            ),
+            "expert x tensor, sequence": Case(degrees=tensor, sequence=True, routing=replace(PLAIN, z_weight=0.1)),
+            "tensor, sequence, capacity": Case(
+                degrees={"replicate": 2, "tensor": 2},
+                rows=(1, 1),
+                sequence=True,
+                routing=replace(bias, capacity_factor=0.9),
+                options={"overlap": True},
+            ),
+        },
+    )
+
+
+def test_a_token_goes_once_to_a_node_and_the_outcome_is_the_same() -> None:
+    four = {"replicate": 4, "expert": 4}
+    limited = replace(PLAIN, num_groups=2, top_groups=1)
+    cases = {
+        "anywhere": Case(degrees=four, rows=(2, 1, 1, 2)),
+        "by node": Case(degrees=four, rows=(2, 1, 1, 2), options={"node_size": 2}),
+        "limited": Case(degrees=four, rows=(2, 0, 1, 2), routing=limited),
+        "limited, by node, capacity, overlapped": Case(
+            degrees=four,
+            rows=(2, 0, 1, 2),
+            routing=replace(limited, capacity_factor=0.9),
+            options={"node_size": 2, "overlap": True},
+        ),
+        "nodes of one rank": Case(degrees=four, rows=(1, 1, 1, 1), options={"node_size": 1}),
+    }
+    ranks = _check(4, cases)
+    row_bytes = DIM * 8
+    for name, case in cases.items():
+        for outcome, rows in zip(ranks[name], case.rows, strict=True):
+            stats = outcome.stats
+            assert stats.tokens == STEPS * rows * case.length
+            assert stats.routes <= stats.tokens * case.routing.top_k
+            if case.options:
+                # A token has experts on at most top_groups nodes, of which it may be at home on one.
+                most = stats.tokens * case.routing.top_groups if case.routing.num_groups > 1 else None
+                assert stats.between_bytes <= stats.between_bytes_per_route
+                assert most is None or stats.between_bytes <= most * row_bytes
+        sent, per_route = (
+            sum(getattr(outcome.stats, what) for outcome in ranks[name])
+            for what in ("between_bytes", "between_bytes_per_route")
+        )
+        assert (sent < per_route) == bool(case.options), name
+        dropped = sum(o.stats.tokens * case.routing.top_k - o.stats.routes for o in ranks[name])
+        assert (dropped > 0) == (case.routing.capacity_factor > 0), name
+
+
+def _uneven(rank: int, world_size: int) -> list[str]:
+    messages = []
+    with MeshGroups(Mesh(ParallelConfig(replicate=2, expert=2), world_size)) as groups:
+        for num_experts, options in ((5, {}), (4, {"node_size": 3})):
+            layer = MoE(DIM, FFN, Routing(num_experts=num_experts, top_k=1))
+            with pytest.raises(ValueError, match="parallel") as caught:
+                parallelize(layer, ExpertGroups.of(groups), **options)
+            messages.append(str(caught.value))
+    return messages
+
+
+def test_ranks_that_cannot_share_the_experts_evenly_are_refused() -> None:
+    for messages in run_ranks(_uneven, 2):
+        assert messages == [
+            "parallel.expert: 2 ranks cannot share 5 experts evenly; allowed: a divisor of the number of experts",
+            "parallel.expert: node_size: nodes of 3 ranks do not divide the 2 that share the experts; "
+            "allowed: a divisor, or 0",
+        ]
