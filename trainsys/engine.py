@@ -1,87 +1,106 @@
-"""The DeepSpeed adapter: one model, its optimizer and ZeRO behind six methods.
+"""The DeepSpeed adapter: one rank's part of a model, its optimizer and ZeRO as a trainsys.engines.Engine.
 
 The only module of this package that imports DeepSpeed. Its configuration dict is built here from typed fields and
 nothing else, because DeepSpeed accepts misspelt keys in silence. The optimizer is always ours, so nothing is
 compiled at start (DeepSpeed's CPU Adam takes minutes to build, and a killed build leaves a lock that hangs every
 later run).
+
+DeepSpeed knows of the layout what it needs to reduce gradients and to shard optimizer state: which ranks hold the same
+parameters, and which the same experts. Everything else is done around it. A pipeline's schedule runs forward and
+backward without the engine, which then reduces what lies in `.grad` once a step. Where ranks hold different
+parameters (tensor, pipeline and expert parallel) the gradient norm is ours, because DeepSpeed's counts a copied head
+once for every copy and takes the mean over experts' ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from trainsys.check import accumulation_steps, data_ranks
+from parallel.groups import MeshGroups
+from parallel.hybrid import Hybrid
+from parallel.mesh import Axis
+from parallel.norm import Held, clip_factor, global_norm
+from parallel.shards import Shard
+from trainsys import muon
+from trainsys.check import accumulation_steps
 from trainsys.compat import quiet_deepspeed
 from trainsys.config import RunConfig
+from trainsys.data import MicroBatch, StepBatch
+from trainsys.engines import BuildOptimizer, Fencing, Shares, Update
 from trainsys.errors import MissingExtraError, NumericsError
-from trainsys.muon import Muon, Shard
+from trainsys.feed import Feed
+from trainsys.muon import Muon
 from trainsys.partition import Slices, partition_of
+from trainsys.placement import Placement
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from trainsys.meter import Phases
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _SCALE_GROWTH_STEPS = 1000
 """Steps without overflow after which fp16's loss scale is doubled."""
 _NEVER = 2**62
+_EXPERTS = "_experts"
+"""Ends the names of parameter groups that hold experts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one optimizer step did."""
+class DeepSpeedEngine:
+    """A trainsys.engines.Engine by DeepSpeed: ZeRO 0 to 3, with a pipeline 0 and 1, with experts 0 to 2."""
 
-    gradient_norm: float
-    """L2 norm over all parameters and ranks before clipping; not finite where fp16 overflowed."""
-    applied: bool
-    """False where fp16 overflowed and the step was skipped."""
-    loss_scale: float
-
-
-class Fencing(Protocol):
-    """What fences before updates: a checkpoint.Checkpointer."""
-
-    def fence_on(self, target: Any) -> object:
-        """Fence before every update of an engine."""
-
-
-class Engine:
-    """Forward, backward and update of one model on this rank; every rank calls every method."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> None:
-        """Hand `model` (already on its device, in its dtype) and `optimizer` to DeepSpeed; `torch.distributed` is up.
-
-        `optimizer`'s parameter groups carry `initial_lr` and `kind`, see `trainsys.optim`.
-        """
+    def __init__(self, hybrid: Hybrid, config: RunConfig, build_optimizer: BuildOptimizer) -> None:
+        """Hand this rank's part of the model (on its device, in its dtype) and its optimizer to DeepSpeed."""
+        model, settings = hybrid.module, config.engine
         device = next(model.parameters()).device
         deepspeed = _import_deepspeed(device.type)
-        settings = config.engine
+        self._hybrid = hybrid
+        self._feed = Feed(hybrid, device)
         self._stage: int = settings.zero_stage
         self._clip = settings.gradient_clip_norm
-        # DeepSpeed divides by the data ranks and the accumulation steps; our loss is already a share of the whole.
-        self._undo_averaging = data_ranks(config.parallel) * accumulation_steps(config)
+        self._bucket_numel = settings.bucket_numel
         self._scales_loss = settings.precision == "fp16"
+        degrees = config.parallel
+        self._own_norm = _owns_norm(config)
+        # DeepSpeed divides by the data ranks and the accumulation steps; our loss is already a share of the whole.
+        ranks = hybrid.mesh.size("replicate", "shard", "context")
+        self._undo_averaging = ranks * (1 if hybrid.pipeline else accumulation_steps(config))
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(),
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=settings.timeout_s),
         )
+        optimizer = build_optimizer(model)
+        self._units = _Units(hybrid.groups)
+        self._experts = contextlib.ExitStack()
+        if degrees.expert > 1:
+            self._experts.enter_context(_experts(model, optimizer, hybrid))
         with _local_rank(device.index or 0):
             self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepspeed_settings(config), dist_init_required=False
+                model=model,
+                optimizer=optimizer,
+                mpu=self._units,
+                config=deepspeed_settings(config),
+                dist_init_required=False,
             )
+        if self._stage == 0:
+            # Reduced here, by its function for a list of gradients: its own call has no float64, and looks for experts.
+            self._engine.enable_backward_allreduce = False
+            self._engine.communication_data_type = next(model.parameters()).dtype
+        self._placement = Placement(hybrid.mesh, hybrid.rank, hybrid.shards)
         self._partition = partition_of(
             self._stage,
             self._engine.module,
             self._engine.optimizer,
+            self._placement,
             separate_master=settings.precision != "fp32",
         )
         self._steps_taken = 0.0
@@ -90,29 +109,48 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model; under ZeRO 3 its parameters are empty outside of forward and backward."""
+        """This rank's part of the model; under ZeRO 3 its parameters are empty outside of forward and backward."""
         module: nn.Module = self._engine.module
         return module
 
     @property
     def device(self) -> torch.device:
-        """Where batches belong."""
+        """Where losses are."""
         return torch.device(self._engine.device)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output."""
-        return self._engine(*args, **kwargs)
+    def train(self, batch: StepBatch, shares: Shares, phases: Phases) -> Tensor:
+        """Run forward and backward of this rank's micro-batches; see trainsys.engines.Engine."""
+        if self._hybrid.pipeline is not None:
+            with phases("pipeline"):
+                scale = self._undo_averaging * self._loss_scale
+                seeds = (scale * shares.loss_factor, scale * shares.auxiliary_factor)
+                fed = [self._feed(micro) for micro in batch.micro_batches]
+                sums = self._hybrid.pipeline.step(fed, lambda _: seeds)
+                self._reduce()
+            return self._feed.told(torch.stack(sums))
+        summed = torch.zeros(2, dtype=torch.float64, device=self.device)  # read once: reading makes the host wait
+        for micro in batch.micro_batches:
+            with phases("forward"):
+                loss, auxiliary = self._engine(**self._feed(micro))
+                share = shares.of(loss, auxiliary) * self._undo_averaging
+            with phases("backward"):
+                self._engine.backward(share)
+                if not self._engine.is_gradient_accumulation_boundary():
+                    self._engine.step()  # advances the micro-batch counter only
+            summed += torch.stack((loss.detach().double(), auxiliary.detach().double()))
+        if self._stage == 0:
+            with phases("backward"):
+                self._reduce()
+        return self._feed.told(summed)
 
-    __call__: Callable[..., Any] = forward
-
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss`: this micro-batch's share of the whole step's loss.
-
-        Shares of all micro-batches and ranks add up to the step's loss, so gradients are summed, never averaged.
-        """
-        self._engine.backward(loss * self._undo_averaging)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # advances the micro-batch counter only
+    @torch.no_grad()
+    def evaluate(self, micro: MicroBatch) -> Tensor:
+        """Return the sums of one micro-batch without gradients."""
+        fed = self._feed(micro)
+        if self._hybrid.pipeline is not None:
+            return self._feed.told(torch.stack(self._hybrid.pipeline.evaluate([fed])))
+        loss, auxiliary = self._engine(**fed)
+        return self._feed.told(torch.stack((loss.double(), auxiliary.double())))
 
     def update(self, lr_factor: float) -> Update:
         """Clip, step the optimizer at `lr_factor` times each group's peak rate, clear gradients.
@@ -122,8 +160,12 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-        norm = self._clip_replicated() if self._stage == 0 else None
-        scale = float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+        scale = self._loss_scale
+        norm = None
+        if self._own_norm:
+            norm = self._clip_sharded(scale)
+        elif self._stage == 0:
+            norm = self._clip_replicated()
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         self._steps_taken += applied
@@ -133,6 +175,7 @@ class Engine:
             raise NumericsError(f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch")
         if self._scales_loss:
             self._grow_scale()
+        self._hybrid.after_step()
         return Update(gradient_norm=norm, applied=applied, loss_scale=scale)
 
     def slices(self) -> Slices:
@@ -165,17 +208,53 @@ class Engine:
     def close(self) -> None:
         """Release hooks and buffers; the model stays."""
         self._engine.destroy()
+        self._experts.close()
+        _forget_groups(self._units)
+
+    @property
+    def _loss_scale(self) -> float:
+        return float(getattr(self._engine.optimizer, "cur_scale", 1.0))
+
+    def _reduce(self) -> None:
+        """Reduce what has been accumulated in `.grad`; ZeRO 1 keeps its part."""
+        if self._stage > 0:
+            self._engine.allreduce_gradients()
+            return
+        for group, parameters in self._by_group():
+            for parameter in parameters:
+                if parameter.grad is None:  # unused here, perhaps not on another rank
+                    parameter.grad = torch.zeros_like(parameter)
+            self._engine.allreduce_no_retain(
+                [parameter.grad for parameter in parameters],
+                dp_group=group,
+                numel_per_bucket=self._bucket_numel,
+                dp_world_size=self._units.data.size(),
+            )
+
+    def _by_group(self) -> Iterator[tuple[dist.ProcessGroup, list[nn.Parameter]]]:
+        """Yield the ranks that hold the same parameters, with these."""
+        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        is_expert = {name for name, shard in self._hybrid.shards.items() if "expert" in shard.axes}
+        for group, chosen in ((self._units.data, False), (self._units.expert_data, True)):
+            parameters = [p for name, p in trained if (name in is_expert) == chosen]
+            if parameters and self._units.data.size() > 1:
+                yield group, parameters
 
     def _describe_shards(self, optimizer: Muon) -> None:
         """Tell Muon which part of which matrix lies where in the flat tensors that ZeRO gave it."""
         self._partition.create_state()
-        holders = [
-            (holder, [Shard(part.name, part.shape, part.start, part.offset, part.master.numel()) for part in parts])
-            for group, holder, parts in self._partition.held()
-            if group["kind"] == "muon"
-        ]
-        assert dist.group.WORLD is not None
-        optimizer.shard(holders, dist.group.WORLD, self.device)
+        groups = {False: self._units.data, True: self._units.expert_data}
+        for holds_experts, group in groups.items():
+            holders = [
+                (
+                    holder,
+                    [muon.Shard(part.name, part.shape, part.start, part.offset, part.master.numel()) for part in parts],
+                )
+                for settings, holder, parts in self._partition.held()
+                if settings["kind"] == "muon" and settings["name"].endswith(_EXPERTS) == holds_experts
+            ]
+            if holders:
+                optimizer.shard(holders, group, self.device)
 
     def _grow_scale(self) -> None:
         """Double the loss scale after enough steps without overflow.
@@ -193,27 +272,158 @@ class Engine:
         limit = self._clip if self._clip > 0 else float("inf")
         return float(torch.nn.utils.clip_grad_norm_(self._engine.module.parameters(), limit))
 
+    @torch.no_grad()
+    def _clip_sharded(self, scale: float) -> float:
+        """Clip reduced gradients of which ranks hold different parts; gradients are `scale` times too large."""
+        gradients = list(self._partition.gradients())
+        partitioned = self._partition.partitioned
+        held = []
+        for gradient in gradients:
+            shard = self._placement.shard(gradient.name, gradient.shape)
+            holders = self._num_holders(gradient.name, shard)
+            held.append(Held(gradient.flat, shard, holders, gradient.start))
+        world = dist.group.WORLD
+        assert world is not None
+        group = world if partitioned else self._hybrid.groups.get("pipeline", "tensor", "expert")
+        norm = float(global_norm(held, group)) / scale
+        if norm < float("inf") and (factor := clip_factor(norm, self._clip)) < 1:
+            torch._foreach_mul_([gradient.flat for gradient in gradients if gradient.flat.numel()], factor)
+        return norm
+
+    def _num_holders(self, name: str, shard: Shard) -> int:
+        """Return how many ranks of those that add up the norm hold the same elements; 0 if another tells."""
+        if name in self._hybrid.copies_of_tied:
+            return 0
+        if self._partition.partitioned:
+            return self._placement.num_holders(shard, partitioned=True)
+        axes: tuple[Axis, ...] = ("tensor", "expert")
+        return math.prod(self._hybrid.mesh.size(axis) for axis in axes if axis not in shard.axes)
+
+
+class _Units:
+    """The layout as DeepSpeed asks for it (its `mpu`)."""
+
+    def __init__(self, groups: MeshGroups) -> None:
+        self.data = groups.get("replicate", "shard", "context")
+        self.model = groups.get("pipeline", "tensor")
+        self.tensor = groups.get("tensor")
+        self.expert_data = groups.get("expert_data", "context")
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same parameters (but for experts) and have tokens of their own."""
+        return self.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data.size()
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data.rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that hold different parameters of one replica."""
+        return self.model
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.model.size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self.model.rank()
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tensor.size()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tensor.rank()
+
+
+@contextlib.contextmanager
+def _experts(model: nn.Module, optimizer: torch.optim.Optimizer, hybrid: Hybrid) -> Iterator[None]:
+    """Let DeepSpeed reduce and shard experts over the ranks that hold the same ones.
+
+    It does so for parameters marked `allreduce = False`, in parameter groups of their own that are named like a process
+    group, if the model has a layer of its MoE class. Ours are other classes, so it is shown an empty one.
+    """
+    from deepspeed.moe.layer import MoE
+    from deepspeed.utils import groups
+
+    class Marker(MoE):  # type: ignore[misc]
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.num_experts = hybrid.mesh.size("expert")
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            return
+
+    names = _split_groups(optimizer, {name for name, shard in hybrid.shards.items() if "expert" in shard.axes}, model)
+    same_experts = hybrid.groups.get("expert_data", "context")
+    groups._EXPERT_DATA_PARALLEL_GROUP.update(dict.fromkeys(names, same_experts))
+    model.add_module(_EXPERTS, Marker())
+    try:
+        yield
+    finally:
+        for name in names:
+            groups._EXPERT_DATA_PARALLEL_GROUP.pop(name, None)
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, experts: set[str], model: nn.Module) -> list[str]:
+    """Give experts parameter groups of their own, and mark them for DeepSpeed; return the names of these groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    apart = []
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if names[parameter] in experts]
+        if not chosen:
+            continue
+        name = f"{group['name']}{_EXPERTS}"
+        apart.append({**group, "params": chosen, "name": name, "moe": True})
+        group["params"] = [parameter for parameter in group["params"] if names[parameter] not in experts]
+        for parameter in chosen:
+            parameter.allreduce, parameter.group_name = False, name
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]] + apart
+    return [str(group["name"]) for group in apart]
+
+
+def _forget_groups(units: _Units) -> None:
+    """Take the layout out of DeepSpeed, which keeps it for every later engine of the process."""
+    from deepspeed.utils import groups
+
+    if groups.mpu is units:
+        groups.mpu = None
+
+
+def _owns_norm(config: RunConfig) -> bool:
+    """Return whether ranks hold different parameters, so that DeepSpeed's gradient norm may count some twice."""
+    degrees = config.parallel
+    return max(degrees.tensor, degrees.pipeline, degrees.expert) > 1
+
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     """Return the DeepSpeed configuration of `config`; the only place that writes one."""
     settings = config.engine
     stage = settings.zero_stage
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    # With either of these DeepSpeed hooks on to each backward, of which it knows nothing in a pipeline.
+    in_backward = config.parallel.pipeline == 1
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": settings.bucket_numel,
         "allgather_bucket_size": settings.bucket_numel,
-        "overlap_comm": on_gpu,
-        "contiguous_gradients": True,
+        "overlap_comm": on_gpu and in_backward and config.parallel.overlap,
+        "contiguous_gradients": in_backward,
     }
+    own_norm = _owns_norm(config)
+    if own_norm and stage in (1, 2) and settings.precision != "fp16" and config.offload.optimizer == "device":
+        zero["compute_grad_norm"] = False
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     if config.offload.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     built: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
-        "gradient_accumulation_steps": accumulation_steps(config),
-        "gradient_clipping": settings.gradient_clip_norm if stage > 0 else 0.0,
+        "gradient_accumulation_steps": accumulation_steps(config) if in_backward else 1,
+        "gradient_clipping": settings.gradient_clip_norm if stage > 0 and not own_norm else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

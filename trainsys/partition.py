@@ -7,13 +7,15 @@ checkpoint does not depend on the number of ranks or the stage that wrote it:
     optimizer.master.<parameter>   fp32 master weights (bf16 and fp16 only; in fp32 the weights are the master)
     optimizer.<key>.<parameter>    one per tensor of the optimizer's state (exp_avg, exp_avg_sq, momentum_buffer)
 
-The three classes differ in where ZeRO keeps these; they touch DeepSpeed 0.19 objects by attribute and import nothing
-of it. Tensors returned are live views: writing to them is how a checkpoint is loaded, and their version counters are
-those of the tensors that training mutates.
+A parameter of a parallel layer is one rank's part of the whole one (trainsys.placement says which), and ZeRO partitions
+that part. The three classes differ in where ZeRO keeps these; they touch DeepSpeed 0.19 objects by attribute and import
+nothing of it. Tensors returned are live views: writing to them is how a checkpoint is loaded, and their version
+counters are those of the tensors that training mutates.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import FlatSlice
+from checkpoint.state import TensorLike
+from trainsys.placement import Placement
 
 STATE_KEYS: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 """Tensors a parameter group's optimizer keeps per element, by the group's `kind`."""
 
-Slices = dict[str, Tensor | FlatSlice]
+Slices = dict[str, TensorLike]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,9 @@ class Fragment:
 
     name: str
     shape: tuple[int, ...]
+    """Of the local parameter."""
     start: int
-    """First element, in the flattened parameter."""
+    """First element, in the flattened local parameter."""
     offset: int
     """First element, in the tensor that the optimizer holds for it."""
     master: Tensor
@@ -45,17 +49,30 @@ class Fragment:
     state: Mapping[str, Tensor]
     """The optimizer's tensors for these elements, 1-D."""
 
-    def slice(self, tensor: Tensor) -> FlatSlice:
-        """Return `tensor` placed where this fragment lies in the parameter."""
-        return FlatSlice(tensor, self.shape, self.start)
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The reduced gradient that this rank holds of one parameter, before the update."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the local parameter."""
+    start: int
+    """First element, in the flattened local parameter."""
+    flat: Tensor
+    """1-D; shares memory with what the update reads."""
 
 
 class Partition(ABC):
     """State of one engine; `partition_of` picks the class for its ZeRO stage."""
 
-    def __init__(self, module: nn.Module, optimizer: Any, *, separate_master: bool) -> None:
+    partitioned: bool = True
+    """Whether ranks that hold the same parameters share their optimizer state and reduced gradients."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, placement: Placement, *, separate_master: bool) -> None:
         self._module = module
         self._optimizer = optimizer
+        self._placement = placement
         self._separate_master = separate_master
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
 
@@ -75,6 +92,10 @@ class Partition(ABC):
         """
 
     @abstractmethod
+    def gradients(self) -> Iterator[Gradient]:
+        """Yield what this rank holds of the reduced gradients, between the last backward and the update."""
+
+    @abstractmethod
     def after_load(self) -> None:
         """Bring what ZeRO caches of the weights in line with tensors that were just overwritten."""
 
@@ -88,10 +109,10 @@ class Partition(ABC):
         """Return weights and optimizer state of this rank, by name."""
         found = self.weights()
         for fragment in self.fragments():
-            if self._separate_master:
-                found[f"optimizer.master.{fragment.name}"] = fragment.slice(fragment.master)
-            for key, tensor in fragment.state.items():
-                found[f"optimizer.{key}.{fragment.name}"] = fragment.slice(tensor)
+            kept = {"master": fragment.master} if self._separate_master else {}
+            for key, flat in {**kept, **fragment.state}.items():
+                place = self._placement.part_of(fragment.name, flat, fragment.shape, fragment.start)
+                found[f"optimizer.{key}.{fragment.name}"] = place
         return found
 
     def create_state(self) -> None:
@@ -119,17 +140,27 @@ class Partition(ABC):
         """The torch optimizer inside ZeRO's wrapper."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
+    def _whole_weights(self) -> Slices:
+        """Return parameters that no rank shares with another, and the buffers."""
+        parameters = {name: parameter.detach() for parameter, name in self._names.items()}
+        return {f"model.{name}": self._placement.all_of(name, tensor) for name, tensor in parameters.items()} | (
+            self._buffers()
+        )
+
     def _buffers(self) -> Slices:
         parameters = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
         state = self._module.state_dict(keep_vars=True)
-        return {f"model.{name}": tensor for name, tensor in state.items() if name not in parameters}
+        buffers = {name: tensor for name, tensor in state.items() if name not in parameters}
+        return {f"model.{name}": self._placement.all_of(name, tensor) for name, tensor in buffers.items()}
 
 
 class Replicated(Partition):
     """ZeRO 0: every rank holds everything."""
 
+    partitioned = False
+
     def weights(self) -> Slices:
-        return {f"model.{name}": parameter.detach() for parameter, name in self._names.items()} | self._buffers()
+        return self._whole_weights()
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         for group in self._base_optimizer.param_groups:
@@ -141,8 +172,14 @@ class Replicated(Partition):
         for group, holders in self.groups():
             for holder in holders:
                 for key in STATE_KEYS[group["kind"]]:
-                    found[f"optimizer.{key}.{self._names[holder]}"] = self._base_optimizer.state[holder][key]
+                    name, state = self._names[holder], self._base_optimizer.state[holder][key]
+                    found[f"optimizer.{key}.{name}"] = self._placement.all_of(name, state)
         return found
+
+    def gradients(self) -> Iterator[Gradient]:
+        for parameter, name in self._names.items():
+            if parameter.grad is not None:
+                yield Gradient(name, tuple(parameter.shape), 0, parameter.grad.view(-1))
 
     def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
         for group, holders in self.groups():
@@ -160,7 +197,7 @@ class Sharded(Partition):
     """ZeRO 1 and 2: each rank owns one contiguous range of every group's flattened parameters."""
 
     def weights(self) -> Slices:
-        return {f"model.{name}": parameter.detach() for parameter, name in self._names.items()} | self._buffers()
+        return self._whole_weights()
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         for group in self._base_optimizer.param_groups:
@@ -177,13 +214,24 @@ class Sharded(Partition):
                 fragments.append(Fragment(self._names[parameter], tuple(parameter.shape), start, offset, master, kept))
             yield group, flat, fragments
 
+    def gradients(self) -> Iterator[Gradient]:
+        for index, (_, flat, fragments) in enumerate(self.held()):
+            owned = {fragment.offset: fragment for fragment in fragments if fragment.master.numel()}
+            if flat.grad is not None:  # offload keeps gradients beside the fp32 weights
+                held = {offset: flat.grad.narrow(0, offset, own.master.numel()) for offset, own in owned.items()}
+            else:  # tensors that make up the range, a parameter or padding each
+                tensors = self._optimizer.averaged_gradients[index]
+                ends = itertools.accumulate((tensor.numel() for tensor in tensors), initial=0)
+                held = {offset: tensor.view(-1) for offset, tensor in zip(ends, tensors, strict=False)}
+            for offset, own in owned.items():
+                yield Gradient(own.name, own.shape, own.start, held[offset])
+
     def after_load(self) -> None:
         if self._separate_master:
             return
-        weights = self.weights()
+        weights = {name: parameter.detach() for parameter, name in self._names.items()}
         for fragment in self.fragments():
-            whole = weights[f"model.{fragment.name}"]
-            assert isinstance(whole, Tensor)
+            whole = weights[fragment.name]
             _copy(whole.reshape(-1).narrow(0, fragment.start, fragment.master.numel()), fragment.master)
 
     @staticmethod
@@ -201,10 +249,21 @@ class FullySharded(Partition):
     def weights(self) -> Slices:
         found: Slices = {}
         for parameter, name in self._names.items():
-            start, length = self._range(parameter)
-            tensor = parameter.ds_tensor.detach().narrow(0, 0, length)  # type: ignore[attr-defined]
-            found[f"model.{name}"] = FlatSlice(tensor, tuple(parameter.ds_shape), start)  # type: ignore[attr-defined]
+            start, _ = self._range(parameter)
+            shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+            found[f"model.{name}"] = self._placement.part_of(name, self._own(parameter), shape, start)
         return found | self._buffers()
+
+    def gradients(self) -> Iterator[Gradient]:
+        zero = self._optimizer
+        for index, (_, flat, fragments) in enumerate(self.held()):
+            for place, fragment in enumerate(fragments):
+                length = fragment.master.numel()
+                if flat.grad is not None:  # offload keeps gradients beside the fp32 weights
+                    held = flat.grad.narrow(0, fragment.offset, length)
+                else:
+                    held = zero.averaged_gradients[index][place].view(-1).narrow(0, 0, length)
+                yield Gradient(fragment.name, fragment.shape, fragment.start, held)
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         zero = self._optimizer
@@ -227,16 +286,20 @@ class FullySharded(Partition):
 
     def after_load(self) -> None:
         if not self._separate_master:
-            weights = self.weights()
+            weights = {name: self._own(parameter) for parameter, name in self._names.items()}
             for fragment in self.fragments():
-                own = weights[f"model.{fragment.name}"]
-                assert isinstance(own, FlatSlice)
-                _copy(own.tensor, fragment.master)
+                _copy(weights[fragment.name], fragment.master)
         # Small parameters stay gathered between steps; drop and gather them again from the loaded ranges.
         persistent = self._optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    @classmethod
+    def _own(cls, parameter: Any) -> Tensor:
+        """Return the elements of a parameter that this rank owns, 1-D."""
+        own: Tensor = parameter.ds_tensor.detach().narrow(0, 0, cls._range(parameter)[1])
+        return own
 
     @staticmethod
     def _range(parameter: Any) -> tuple[int, int]:
@@ -252,7 +315,9 @@ def _copy(weights: Tensor, master: Tensor) -> None:
         master.copy_(weights)
 
 
-def partition_of(stage: int, module: nn.Module, optimizer: Any, *, separate_master: bool) -> Partition:
+def partition_of(
+    stage: int, module: nn.Module, optimizer: Any, placement: Placement, *, separate_master: bool
+) -> Partition:
     """Return the view of an engine's state for its ZeRO stage."""
     kinds: Mapping[int, type[Partition]] = {0: Replicated, 1: Sharded, 2: Sharded, 3: FullySharded}
-    return kinds[stage](module, optimizer, separate_master=separate_master)
+    return kinds[stage](module, optimizer, placement, separate_master=separate_master)

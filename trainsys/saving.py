@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 import checkpoint as ck
 from checkpoint.tiers import TierName
 from trainsys import snapshot
-from trainsys.engine import Engine
+from trainsys.engines import Engine
 from trainsys.hostmemory import gather_on
 from trainsys.metrics import checkpoint_record
 from trainsys.snapshot import Place

@@ -14,7 +14,8 @@ import torch
 from torch import distributed as dist
 
 from launch import RankContext
-from parallel import Mesh
+from parallel import Mesh, MeshGroups
+from parallel.hybrid import GROUPS
 from trainsys import data
 from trainsys.background import repeated
 from trainsys.config import RunConfig
@@ -36,7 +37,8 @@ class Setup:
     folder: RunFolder
     context: RankContext
     device: torch.device
-    mesh: Mesh
+    groups: MeshGroups
+    """Made with the process group of all ranks, and gone with it."""
     control: dist.ProcessGroup
     """gloo over all ranks, for small facts on the CPU."""
     run_id: str
@@ -49,6 +51,24 @@ class Setup:
     @property
     def rank(self) -> int:
         return self.context.env.rank
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.groups.mesh
+
+    @property
+    def seed_index(self) -> int:
+        """What tells this rank's generators from others': its rank, and of tensor ranks that of their first.
+
+        Those compute alike where they do not share (dropout of what all of them have must be the same).
+        """
+        return self.mesh.rank_of(self.mesh.coordinates(self.rank)._replace(tensor=0))
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's sequences count: of the ranks that have the same, one's do."""
+        at = self.mesh.coordinates(self.rank)
+        return at.pipeline == at.context == at.tensor == 0
 
 
 def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: RankContext) -> Setup:
@@ -71,13 +91,20 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
         folder=folder,
         context=context,
         device=device,
-        mesh=Mesh(config.parallel, context.env.world_size),
+        groups=_groups(config, context),
         control=control,
         run_id=run_id,
         launch_id=launch_id,
         prepared=prepared,
         tokenizer=prepared.tokenizer(),
     )
+
+
+def _groups(config: RunConfig, context: RankContext) -> MeshGroups:
+    """Make every group of the layout now, when all ranks are here; later ones wait for nobody."""
+    groups = MeshGroups(Mesh(config.parallel, context.env.world_size), timeout_s=config.engine.timeout_s)
+    groups.prepare(*GROUPS)
+    return groups
 
 
 def _identify(folder: RunFolder) -> list[str]:

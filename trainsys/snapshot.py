@@ -15,7 +15,7 @@ from torch import distributed as dist
 import checkpoint as ck
 from checkpoint.state import TensorLike
 from trainsys.data import DataPosition, Order, TokenDataset
-from trainsys.engine import Engine
+from trainsys.engines import Engine
 from trainsys.errors import RunError
 from trainsys.hostmemory import gather_on
 

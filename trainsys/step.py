@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
-from torch.nn import functional as F
 
-from trainsys.data import IGNORE, MicroBatch, StepBatch
+from trainsys.data import MicroBatch, StepBatch
+from trainsys.engines import Engine, Shares
 from trainsys.errors import NumericsError
 
 if TYPE_CHECKING:
-    from trainsys.engine import Engine
     from trainsys.meter import Phases
 
 
@@ -40,19 +38,17 @@ class StepStats:
     applied: bool
     step_s: float
     phase_s: dict[str, float]
-    """Seconds in data, forward, backward and update; on this rank."""
+    """Seconds in data, forward, backward (`pipeline` for both of a pipeline) and update; on this rank."""
 
 
-def agree(control: dist.ProcessGroup, num_targets: int, stop: bool) -> tuple[int, bool]:
-    """Return (targets over all ranks, whether any rank was asked to stop); one small collective on CPU."""
-    votes = torch.tensor([num_targets, int(stop)], dtype=torch.int64)
+def agree(control: dist.ProcessGroup, num_targets: int, stop: bool, *, tells: bool = True) -> tuple[int, bool]:
+    """Return (targets over all ranks, whether any rank was asked to stop); one small collective on CPU.
+
+    Of the ranks that have the same sequences one `tells`.
+    """
+    votes = torch.tensor([num_targets if tells else 0, int(stop)], dtype=torch.int64)
     dist.all_reduce(votes, group=control)
     return int(votes[0]), bool(votes[1])
-
-
-def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the summed cross-entropy in fp32, nats; targets of `IGNORE` count nothing."""
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def train_step(
@@ -60,30 +56,24 @@ def train_step(
     batch: StepBatch,
     *,
     total_targets: int,
+    data_ranks: int,
     lr: tuple[float, float],
     control: dist.ProcessGroup,
     phases: Phases,
 ) -> StepStats:
     """Run forward, backward and update over this rank's micro-batches of one step.
 
-    `total_targets` counts the targets of all ranks (from `agree`); `lr` is (factor of the peak, rate to report);
+    `total_targets` counts the targets of all ranks (from `agree`), `data_ranks` the ranks that have sequences of their
+    own; `lr` is (factor of the peak, rate to report).
 
     Raises:
         NumericsError: the loss is not finite; on every rank alike.
     """
     started = time.perf_counter()
-    shares = control.size() * len(batch.micro_batches)
-    summed = torch.zeros(2, dtype=torch.float64, device=engine.device)  # read once: reading makes the host wait
-    for micro in batch.micro_batches:
-        with phases("forward"):
-            loss, auxiliary = _forward(engine, micro)
-            # An all-masked step has no targets; its gradient is the auxiliary loss alone.
-            share = loss / max(total_targets, 1) + auxiliary / shares
-        with phases("backward"):
-            engine.backward(share)
-        summed += torch.stack((loss.detach(), auxiliary.detach()))
+    shares = Shares(total_targets, data_ranks * len(batch.micro_batches))
+    sums = engine.train(batch, shares, phases)
     with phases("update"):
-        sums = summed.cpu()
+        sums = sums.cpu()
         dist.all_reduce(sums, group=control)
         mean = float(sums[0]) / max(total_targets, 1)
         if not torch.isfinite(sums).all():
@@ -91,7 +81,7 @@ def train_step(
         update = engine.update(lr[0])
     return StepStats(
         loss=mean,
-        auxiliary_loss=float(sums[1]) / shares,
+        auxiliary_loss=float(sums[1]) / shares.num_shares,
         num_targets=total_targets,
         learning_rate=lr[1],
         gradient_norm=update.gradient_norm,
@@ -102,30 +92,20 @@ def train_step(
     )
 
 
-def evaluate(engine: Engine, batches: Iterable[MicroBatch], control: dist.ProcessGroup) -> tuple[float, int]:
+def evaluate(
+    engine: Engine, batches: Iterable[MicroBatch], control: dist.ProcessGroup, *, tells: bool = True
+) -> tuple[float, int]:
     """Return (mean loss in nats per token, targets) over the validation batches of all ranks.
 
-    Every rank must bring the same number of batches, because ZeRO 3 gathers weights in each forward.
+    Every rank must bring the same number of batches, because ZeRO 3 gathers weights in each forward. Of the ranks that
+    have the same sequences one `tells` of its targets.
     """
-    summed, num_targets = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+    summed, num_targets = torch.zeros(2, dtype=torch.float64, device=engine.device), 0
     engine.module.eval()
-    with torch.no_grad():
-        for batch in batches:
-            loss, _ = _forward(engine, batch)
-            summed += loss
-            num_targets += batch.num_targets
+    for batch in batches:
+        summed += engine.evaluate(batch)
+        num_targets += batch.num_targets
     engine.module.train()
-    sums = torch.tensor([float(summed), num_targets], dtype=torch.float64)
+    sums = torch.tensor([float(summed[0]), num_targets if tells else 0], dtype=torch.float64)
     dist.all_reduce(sums, group=control)
     return float(sums[0] / sums[1].clamp(min=1)), int(sums[1])
-
-
-def _forward(engine: Engine, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Return (summed token loss, weighted auxiliary loss) of one micro-batch."""
-    device = engine.device
-    logits_BTV, auxiliary = engine(
-        micro.tokens.to(device, non_blocking=True),
-        positions_BT=None if micro.positions is None else micro.positions.to(device, non_blocking=True),
-        document_ids_BT=None if micro.document_ids is None else micro.document_ids.to(device, non_blocking=True),
-    )
-    return token_losses(logits_BTV, micro.targets.to(device, non_blocking=True)), auxiliary.float()

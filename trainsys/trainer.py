@@ -17,15 +17,16 @@ import torch
 
 import checkpoint as ck
 from launch import RankContext
+from parallel import hybrid
 from trainsys import data, meter, metrics, models, recipe, schedule, setup, snapshot
-from trainsys.check import check, data_ranks, num_ranks
+from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
-from trainsys.engine import DTYPES, Engine
+from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.export import export_model, sample_text
 from trainsys.folder import RunFolder
 from trainsys.hostmemory import HostMemory
 from trainsys.metrics import Metrics
-from trainsys.optim import build_optimizer
+from trainsys.optim import build_optimizer, plan_of
 from trainsys.preemption import watched
 from trainsys.saving import Saver
 from trainsys.snapshot import Place
@@ -103,20 +104,8 @@ class Trainer:
     def _build(self, stack: contextlib.ExitStack, resume: bool) -> None:
         config, shared = self._config, self._shared
         shared.context.heartbeat.beat(step=0, phase="build")
-        snapshot.seed_generators(config.seed, shared.rank)
-        model = models.build(
-            config.model,
-            vocab_size=shared.prepared.vocab_size,
-            max_positions=config.data.sequence_length,
-            activation_checkpointing=config.engine.activation_checkpointing,
-            seed=config.seed,
-        ).to(device=shared.device, dtype=self._dtype)
-        self._parameters = models.num_parameters(model)
-        self._flops_per_token = models.flops_per_token(model, config.data.sequence_length)
-        if config.engine.compile:
-            for block in models.blocks(model):
-                block.compile()
-        self._engine = Engine(model, build_optimizer(model, config.optim), config)
+        snapshot.seed_generators(config.seed, shared.seed_index)
+        self._engine = self._open_engine(stack)
         stack.callback(self._engine.close)
         self._dataset = data.TokenDataset(shared.prepared.path, "train", config.data.sequence_length)
         self._order = data.Order(len(self._dataset), config.seed)
@@ -171,7 +160,8 @@ class Trainer:
             while self._place.step < self._config.steps:
                 self._beat("data")
                 batch = self._loader.step(self._place.data.position)
-                targets, stopped = agree(self._shared.control, batch.num_targets, self._shared.context.stop_requested())
+                stop = self._shared.context.stop_requested()
+                targets, stopped = agree(self._shared.control, batch.num_targets, stop, tells=self._shared.counts)
                 if stopped:
                     break
                 stats = self._train(batch, targets)
@@ -203,6 +193,7 @@ class Trainer:
             self._engine,
             batch,
             total_targets=targets,
+            data_ranks=data_ranks(config.parallel),
             lr=(factor, factor * config.optim.lr),
             control=self._shared.control,
             phases=self._phases,
@@ -230,7 +221,7 @@ class Trainer:
             data_ranks=data_ranks(self._config.parallel),
             document_mask=self._config.data.document_mask,
         )
-        loss, tokens = evaluate(self._engine, validation, self._shared.control)
+        loss, tokens = evaluate(self._engine, validation, self._shared.control, tells=self._shared.counts)
         self._validation = (self._place.step, loss)
         seconds = time.perf_counter() - started
         self._throughput.skip(seconds)
@@ -264,6 +255,33 @@ class Trainer:
         if config.evaluation.sample_tokens:
             text = sample_text(shared.folder.model, shared.tokenizer, config.evaluation, config.seed)
             self._metrics.say(f"sample:\n{text}")
+
+    def _open_engine(self, stack: contextlib.ExitStack) -> Engine:
+        """Build the model, which is whole and the same on every rank, and train this rank's part of it."""
+        config, shared = self._config, self._shared
+        model = models.build(
+            config.model,
+            vocab_size=shared.prepared.vocab_size,
+            max_positions=config.data.sequence_length,
+            activation_checkpointing=config.engine.activation_checkpointing,
+            seed=config.seed,
+        )
+        self._parameters = models.num_parameters(model)
+        self._flops_per_token = models.flops_per_token(model, config.data.sequence_length)
+        plan = plan_of(model, config.optim)
+        part = hybrid.apply(
+            model,
+            shared.groups,
+            models.Anatomy(config.data.sequence_length),
+            num_micro_batches=accumulation_steps(config),
+            place=lambda module: module.to(device=shared.device, dtype=self._dtype),
+            timeout_s=config.engine.timeout_s,
+        )
+        stack.callback(part.close)
+        if config.engine.compile:
+            for block in models.blocks(part.module):
+                block.compile()
+        return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
 
     def _open_loader(self) -> data.BatchLoader:
         config, shared = self._config, self._shared

@@ -13,12 +13,15 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from checkpoint import FlatSlice, hooks
+from parallel import Mesh, MeshGroups, hybrid
 from tests.ranks import RankFailed, run_ranks
 from trainsys import meter, models, recipe, schedule, setup
+from trainsys.check import data_ranks
 from trainsys.config import RunConfig
 from trainsys.data import IGNORE, StepBatch
 from trainsys.data.batch import Window, micro_batch
-from trainsys.engine import DTYPES, Engine, deepspeed_settings
+from trainsys.engine import DeepSpeedEngine, deepspeed_settings
+from trainsys.engines import DTYPES, Engine
 from trainsys.optim import build_optimizer
 from trainsys.step import StepStats, agree, train_step
 
@@ -103,7 +106,9 @@ def plain_loop(config: RunConfig) -> tuple[list[float], list[float], dict[str, T
 
 def build_engine(config: RunConfig, rank: int) -> Engine:
     model = build(config, rank).to(DTYPES[config.engine.precision])
-    return Engine(model, build_optimizer(model, config.optim), config)
+    groups = MeshGroups(Mesh(config.parallel, dist.get_world_size()))
+    part = hybrid.apply(model, groups, models.Anatomy(LENGTH))
+    return DeepSpeedEngine(part, config, lambda module: build_optimizer(module, config.optim))
 
 
 class Fences:
@@ -140,6 +145,7 @@ def take_steps(engine: Engine, config: RunConfig, steps: range) -> Iterator[Step
             engine,
             batch,
             total_targets=targets,
+            data_ranks=data_ranks(config.parallel),
             lr=(factor, 0.0),
             control=control,
             phases=phases,
@@ -161,6 +167,7 @@ def engine_rank(
     weights = {}
     for name, held in engine.slices().items():
         if name.startswith("model."):
+            assert isinstance(held, FlatSlice | Tensor)
             start, piece = (held.start, held.tensor) if isinstance(held, FlatSlice) else (0, held.reshape(-1))
             weights[name.removeprefix("model.")] = (start, piece.clone().cpu())
     assert fences.count >= STEPS, "no update without a fence"
@@ -270,8 +277,7 @@ def compiled_nothing(rank: int, world_size: int, folder: str) -> list[str]:
 
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
     config = configure("--engine.zero_stage=2", "--parallel.replicate=1")
-    model = build(config)
-    Engine(model, build_optimizer(model, config.optim), config)
+    build_engine(config, rank)
     return [str(path) for path in Path(folder).rglob("*")]
 
 

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from trainsys.config import ModelConfig
-from trainsys.models.decoder import Decoder, build_decoder
+from trainsys.models.decoder import Block, build_decoder
 from trainsys.models.folder import load_pretrained, save_pretrained
 from trainsys.models.huggingface import HuggingFaceModel, blocks_of, build_huggingface
 from trainsys.models.size import flops_per_token, hidden_matrices, num_parameters
+from trainsys.models.stages import Anatomy
 
 __all__ = [
+    "Anatomy",
     "blocks",
     "build",
     "flops_per_token",
@@ -49,8 +51,7 @@ def build(
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a built model, first to last."""
+    """The repeated blocks of a built model or of the stages of one, first to last."""
     if isinstance(model, HuggingFaceModel):
         return blocks_of(model)
-    assert isinstance(model, Decoder)
-    return list(model.blocks)
+    return [module for module in model.modules() if isinstance(module, Block)]

@@ -1,0 +1,241 @@
+"""All kinds of parallelism on one model, in the one order in which they compose.
+
+    1. tensor    matrices are cut by plan; sequence parallel with it
+    2. expert    whole experts are dealt out; what tensor parallel leaves alone
+    3. context   attention gets the core that sees other ranks' tokens
+    4. pipeline  blocks that are not this rank's are dropped, the others become stages
+    5. data      an engine takes over what is left (`trainsys.engines`)
+
+Each step finds the modules of the one before where they were, by the same names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from parallel import expert, tensor
+from parallel.config import ParallelConfig
+from parallel.context import Context, Core
+from parallel.groups import MeshGroups
+from parallel.mesh import Along, Mesh
+from parallel.pipeline import Layer, Schedule, build, num_stages, split
+from parallel.pipeline.runtime import Inputs, Pipeline
+from parallel.pipeline.split import check_layers
+from parallel.pipeline.tied import Tied
+from parallel.plans import plan_for
+from parallel.shards import Shard, shards_of
+
+GROUPS: tuple[tuple[Along, ...], ...] = (
+    ("pipeline",),
+    ("replicate",),
+    ("shard",),
+    ("context",),
+    ("tensor",),
+    ("shard", "context"),
+    ("pipeline", "tensor"),
+    ("expert", "tensor"),
+    ("expert_data", "context"),
+    ("pipeline", "tensor", "expert"),
+    ("replicate", "shard", "context"),
+    ("replicate", "shard", "context", "tensor"),
+)
+"""What layers and engines talk over, for MeshGroups.prepare."""
+
+
+class Anatomy(Protocol):
+    """What must be known of a kind of model to take it apart; whoever knows the model says so."""
+
+    def share_sequences(self, model: nn.Module, core: Core) -> None:
+        """Let all attention layers attend by `core`."""
+
+    def layers(self, model: nn.Module) -> tuple[Sequence[Layer], Layer, Layer]:
+        """Return the costs of the blocks, first to last, of the embedding, and of the head."""
+
+    def stage(self, model: nn.Module, first: int, end: int) -> nn.Module:
+        """Return blocks [first, end) as parallel.pipeline.runtime calls a stage, parameters named as in `model`.
+
+        The first stage has the embedding too, the last one the head. A parameter that both have is tied.
+        """
+
+    def stream(self, stages: Sequence[nn.Module], inputs: Inputs, num_ranks: int) -> Tensor:
+        """Return an uninitialised tensor like what flows between stages, whose tokens `num_ranks` ranks share."""
+
+
+@dataclass(slots=True, eq=False)
+class Hybrid:
+    """One rank's part of a model, and what an engine must know of the layout."""
+
+    module: nn.Module
+    """This rank's parameters, by the names that they have in the whole model."""
+    groups: MeshGroups
+    shards: Mapping[str, Shard]
+    """Which part of the whole each parameter is."""
+    context: Context | None = None
+    """Cuts batches; None where every rank has whole sequences."""
+    stages: Sequence[nn.Module] = ()
+    """Of a pipeline: this rank's, first to last; `module` holds their parameters."""
+    pipeline: Pipeline | None = None
+    """Runs forward and backward of the stages; None where the module is called."""
+    copies_of_tied: frozenset[str] = field(default=frozenset())
+    """Parameters of which another stage has the copy that counts."""
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.groups.mesh
+
+    @property
+    def rank(self) -> int:
+        return self.groups.rank
+
+    @property
+    def tells(self) -> bool:
+        """Whether this rank's losses count: ranks along the tensor and pipeline axes have the same."""
+        at = self.mesh.coordinates(self.rank)
+        return at.tensor == 0 and at.pipeline == 0
+
+    def after_step(self) -> None:
+        """Do what the model's layers do once an optimizer step; every rank calls it."""
+        expert.after_step(self.module)
+
+    def close(self) -> None:
+        """End the pipeline's communicators."""
+        if self.pipeline is not None:
+            self.pipeline.close()
+
+
+def apply(
+    model: nn.Module,
+    groups: MeshGroups,
+    anatomy: Anatomy,
+    *,
+    num_micro_batches: int = 1,
+    place: Callable[[nn.Module], nn.Module] = lambda module: module,
+    timeout_s: float = 600.0,
+) -> Hybrid:
+    """Return this rank's part of `model`, which is whole and the same on every rank, and is used up.
+
+    `place` brings what is left of it to the device and dtype of the training. A pipeline runs `num_micro_batches` a
+    step and waits `timeout_s` for a message. Every rank calls it.
+
+    Raises:
+        ParallelError, ValueError: the model cannot be shared that way; with the sizes that do not fit.
+    """
+    degrees = groups.mesh.degrees
+    if degrees.tensor > 1:
+        group = groups.get("tensor")
+        tensor.parallelize(model, plan_for(model), group, sequence=degrees.sequence, overlap=degrees.overlap)
+    if any(isinstance(module, expert.MoE) for module in model.modules()):
+        sequence = degrees.tensor > 1 and degrees.sequence
+        expert.parallelize(model, expert.ExpertGroups.of(groups), sequence=sequence, overlap=degrees.overlap)
+    context = None
+    if degrees.context > 1:
+        context = Context(groups.get("context"), degrees.attention)
+        anatomy.share_sequences(model, context.core)
+    if degrees.pipeline == 1:
+        module = place(model)
+        return Hybrid(module, groups, shards_of(module), context)
+    return _cut(model, groups, anatomy, context, num_micro_batches, place, timeout_s)
+
+
+def stage_sizes(degrees: ParallelConfig, layers: Sequence[Layer], embedding: Layer, head: Layer) -> list[int]:
+    """Return how many layers each stage of the pipeline has.
+
+    Raises:
+        PipelineError: fewer layers than stages, or `stages.layers` does not fit the model.
+    """
+    stages = num_stages(degrees.stages.schedule, degrees.pipeline, degrees.stages.per_rank)
+    if degrees.stages.layers:
+        check_layers(degrees.stages.layers, stages, len(layers))
+        return degrees.stages.layers
+    return split(layers, stages, embedding=embedding, head=head)
+
+
+def _cut(
+    model: nn.Module,
+    groups: MeshGroups,
+    anatomy: Anatomy,
+    context: Context | None,
+    num_micro_batches: int,
+    place: Callable[[nn.Module], nn.Module],
+    timeout_s: float,
+) -> Hybrid:
+    """Keep this rank's stages and make the pipeline that runs them."""
+    degrees, group = groups.mesh.degrees, groups.get("pipeline")
+    sizes = stage_sizes(degrees, *anatomy.layers(model))
+    ends = list(itertools.accumulate(sizes))
+    schedule = build(degrees.stages.schedule, degrees.pipeline, num_micro_batches, per_rank=degrees.stages.per_rank)
+    own = schedule.stages_of(group.rank())
+    stages = [anatomy.stage(model, ends[stage] - sizes[stage], ends[stage]) for stage in own]
+    module = place(Part(stages))
+    tied, copies = _tie(model, stages, own, schedule, groups)
+    tokens_shared = degrees.tensor if degrees.sequence else 1
+    pipeline = Pipeline(
+        stages,
+        schedule,
+        group,
+        new_x=lambda inputs: anatomy.stream(stages, inputs, tokens_shared),
+        device=next(module.parameters()).device,
+        tied=tied,
+        timeout_s=timeout_s,
+    )
+    return Hybrid(module, groups, shards_of(module), context, stages, pipeline, copies)
+
+
+class Part(nn.Module):
+    """The modules of several stages under the names that they have in the whole model; called by nobody."""
+
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for stage in stages:
+            _merge(stage, self)
+
+
+def _merge(source: nn.Module, target: nn.Module) -> None:
+    """Add what `source` holds to `target`; containers that both have are merged, other modules are the same."""
+    for name, child in source.named_children():
+        known = target._modules.get(name)
+        if known is None and not isinstance(child, nn.ModuleDict):
+            target.add_module(name, child)
+        elif isinstance(child, nn.ModuleDict):
+            if known is None:
+                known = nn.ModuleDict()
+                target.add_module(name, known)
+            _merge(child, known)
+        else:
+            assert known is child, f"stages of one rank have different modules {name}"
+
+
+def _tie(
+    model: nn.Module, stages: Sequence[nn.Module], own: Sequence[int], schedule: Schedule, groups: MeshGroups
+) -> tuple[list[Tied], frozenset[str]]:
+    """Return the parameters that the first and the last stage both have, and those of which the other's copy counts."""
+    first, last = schedule.rank_of[0], schedule.rank_of[-1]
+    names = _tied_names(model)
+    if not names or first == last:
+        return [], frozenset()
+    members = groups.mesh.group(groups.rank, "pipeline")
+    tied: list[Tied] = []
+    copies: set[str] = set()
+    for stage, module in zip(own, stages, strict=True):
+        if stage not in (0, schedule.num_stages - 1):
+            continue
+        parameters = dict(module.named_parameters())
+        for name in names:
+            pair = groups.of((members[first], members[last]), f"tied {name}")
+            tied.append(Tied(parameters[name], stage, pair))
+            if not tied[-1].is_counted:
+                copies.add(name)
+    return tied, frozenset(copies)
+
+
+def _tied_names(model: nn.Module) -> list[str]:
+    """Return the parameters that have several names, by their first."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [several[0] for several in names.values() if len(several) > 1]

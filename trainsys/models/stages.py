@@ -1,0 +1,122 @@
+"""How models are taken apart for parallel.hybrid: the decoder's stages, whose parameters are named as in the whole."""
+
+# Shapes: B batch, T tokens of this rank, D model width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from parallel.pipeline import Layer
+from parallel.pipeline.runtime import Inputs
+from trainsys.errors import ConfigError
+from trainsys.models.attention import Core, rotation
+from trainsys.models.context import share_sequences
+from trainsys.models.decoder import Block, Decoder
+from trainsys.models.moe import MoE
+
+
+class Anatomy:
+    """A parallel.hybrid.Anatomy of the models of this package."""
+
+    def __init__(self, sequence_length: int) -> None:
+        """`sequence_length` is what layers are told to cost for."""
+        self._length = sequence_length
+
+    def share_sequences(self, model: nn.Module, core: Core) -> None:
+        """Let all attention layers attend by `core`."""
+        share_sequences(model, core)
+
+    def layers(self, model: nn.Module) -> tuple[Sequence[Layer], Layer, Layer]:
+        """Return the costs of the blocks, the embedding and the head; times are operations per token."""
+        decoder = _decoder(model)
+        config = decoder.config
+        attention = 6 * self._length * config.num_heads * config.head_dim  # causal scores and mixing, forward and back
+        blocks = [Layer(time=attention + 6 * _used(block), state_bytes=16 * _numel(block)) for block in decoder.blocks]
+        weight = decoder.head.weight
+        # A tied head is a copy on the last stage. Looking rows up costs next to nothing.
+        return blocks, Layer(time=0.0, state_bytes=16 * weight.numel()), Layer(time=6.0 * weight.numel())
+
+    def stage(self, model: nn.Module, first: int, end: int) -> nn.Module:
+        """Return blocks [first, end) as a stage."""
+        return Stage(_decoder(model), first, end)
+
+    def stream(self, stages: Sequence[nn.Module], inputs: Inputs, num_ranks: int) -> Tensor:
+        """Return an uninitialised tensor like the residual stream between stages."""
+        tokens_BT, stage = inputs["tokens_BT"], stages[0]
+        assert isinstance(stage, Stage)
+        assert tokens_BT is not None
+        like = next(stage.parameters())
+        return like.new_empty(tokens_BT.shape[0], tokens_BT.shape[1] // num_ranks, stage.config.dim)
+
+
+def _decoder(model: nn.Module) -> Decoder:
+    if isinstance(model, Decoder):
+        return model
+    raise ConfigError(["config: parallel.pipeline: Hugging Face models have no stages; allowed: 1"])
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _used(block: nn.Module) -> float:
+    """Return the parameters of a block that a token meets: of the experts those it is sent to."""
+    unused = sum(
+        _numel(layer.experts) * (1 - layer.routing.top_k / layer.routing.num_experts)
+        for layer in block.modules()
+        if isinstance(layer, MoE)
+    )
+    return _numel(block) - unused
+
+
+class Stage(nn.Module):
+    """Blocks `first` to `end` of a decoder, whose modules it takes over; the embedding and the head go with the ends.
+
+    Where the head is tied to the embedding, the last stage has the embedding's module too, for its name alone.
+    """
+
+    def __init__(self, model: Decoder, first: int, end: int) -> None:
+        super().__init__()
+        config, num_layers = model.config, len(model.blocks)
+        self.config = config
+        self.activation_checkpointing = model.activation_checkpointing
+        self.is_first, self.is_last = first == 0, end == num_layers
+        if self.is_first or (self.is_last and config.tied_head):
+            self.embedding = model.embedding
+        self.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in range(first, end)})
+        if self.is_last:
+            self.norm, self.head = model.norm, model.head
+
+    def forward(
+        self,
+        x: Tensor,
+        aux: Tensor | None,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """From tokens [B, T] or the residual stream to the residual stream, logits, or the summed loss of targets.
+
+        The auxiliary loss is added to `aux`, which is None for the first stage.
+        """
+        num_tokens = x.shape[1] if self.is_first or positions_BT is None else positions_BT.shape[1]
+        x_BTD = self.embedding(x) if self.is_first else x
+        if positions_BT is None:
+            positions_BT = torch.arange(num_tokens, device=x.device)
+        cos, sin = rotation(positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
+        blocks = [block for block in self.blocks.values() if isinstance(block, Block)]
+        plan = blocks[0].attention.core.prepare(document_ids_BT, positions_BT, x_BTD)
+        if aux is None:
+            aux = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
+        for block in blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD, more = checkpoint(block, x_BTD, cos, sin, plan, use_reentrant=False)
+            else:
+                x_BTD, more = block(x_BTD, cos, sin, plan)
+            aux = aux + more
+        return (self.head(self.norm(x_BTD), targets_BT) if self.is_last else x_BTD), aux
