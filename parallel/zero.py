@@ -1,4 +1,4 @@
-"""Data parallelism that keeps a part of every parameter on each rank: ZeRO 2 and 3 by torch's `fully_shard` (FSDP2).
+"""Data parallelism that keeps a part of every parameter on each rank: ZeRO 1 to 3 by torch's `fully_shard` (FSDP2).
 
 What differs from plain FSDP2: gradients are summed, never averaged; parameters may be one tensor rank's local part,
 of which dimension 0 is shared out, or an expert's, which has its own, smaller group; and pipelines may run any order
@@ -27,10 +27,11 @@ from parallel.shards import Shard, shard_of
 class FullySharded:
     """A part of every parameter, its gradient and its optimizer state on each rank of a replica.
 
-        stage   parameters between forward and backward     gradients between micro-batches
+        ZeRO    parameters between forward and backward     gradients between micro-batches
+        1       whole                                       whole, reduced once
         2       whole                                       sharded
         3       sharded, but for those outside of blocks    sharded
-        2 or 3 in a pipeline: whole over the step            whole, reduced once
+        in a pipeline: whole over the step                  whole, reduced once
 
     Where there are several replicas, their shards of the gradient are summed at the last micro-batch.
     """
@@ -41,7 +42,7 @@ class FullySharded:
         blocks: Sequence[nn.Module],
         groups: MeshGroups,
         *,
-        zero_stage: Literal[2, 3],
+        zero_stage: Literal[1, 2, 3],
         stages: Sequence[nn.Module] = (),
         compute_dtype: torch.dtype | None = None,
         overlap: bool = True,
@@ -54,6 +55,7 @@ class FullySharded:
         """
         self._groups = groups
         self._in_pipeline = bool(stages)
+        self._reduces_once = zero_stage == 1
         before = list(model.named_parameters())
         dtypes = {parameter.dtype for _, parameter in before}
         assert len(dtypes) == 1, f"masters have one dtype, these {dtypes}"
@@ -93,7 +95,9 @@ class FullySharded:
         """Say before each forward whether it is the last of the step."""
         for root in self._roots:
             root.set_is_last_backward(is_last)
-            if self._has_replicas:
+            if self._reduces_once:
+                root.set_requires_gradient_sync(is_last)
+            elif self._has_replicas:
                 root.set_requires_all_reduce(is_last)
 
     def stage_finished(self, index: int) -> None:
@@ -223,7 +227,7 @@ def _check_apart(stages: Sequence[nn.Module], named: dict[str, nn.Parameter]) ->
     shared = sorted(names[parameter] for parameter, count in uses.items() if count > 1)
     if shared:
         raise ValueError(
-            f"parallel: two stages of one rank share {', '.join(shared)}, which ZeRO 2 and 3 cannot; untie it, take "
+            f"parallel: two stages of one rank share {', '.join(shared)}, which ZeRO 1 to 3 cannot; untie it, take "
             "ZeRO 0, or a schedule whose first and last stage are on different ranks"
         )
 

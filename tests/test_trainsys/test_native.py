@@ -1,0 +1,82 @@
+"""The engine of torch alone in every layout, against one process that takes whole micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint.state import pieces_of
+from parallel.config import ParallelConfig
+from tests.ranks import run_ranks
+from tests.test_trainsys.layouts import Layout, Report, open_layout, reference, take_steps
+
+TORCH = "--engine.backend=torch"
+
+
+def layout(stage: int, *settings: str, dtype: torch.dtype = torch.float64, **degrees: Any) -> Layout:
+    """A layout on torch's engine."""
+    return Layout(ParallelConfig(**degrees), (TORCH, f"--engine.zero_stage={stage}", *settings), dtype)
+
+
+def engine_ranks(rank: int, world_size: int, layouts: list[Layout]) -> list[Any]:
+    """Train in each layout; losses, norms and what this rank would save."""
+    return [_train(each) for each in layouts]
+
+
+def _train(each: Layout) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, Tensor]]]:
+    engine, part = open_layout(each)
+    losses, norms = take_steps(engine, each, part, range(1, 11))
+    pieces = [(p.name, p.global_shape, p.region, p.tensor.clone()) for p in pieces_of(engine.slices())]
+    engine.close()
+    part.close()
+    part.groups.close()
+    return losses, norms, pieces
+
+
+def whole(reports: list[Any]) -> dict[str, Tensor]:
+    """Put everybody's pieces together; equal places must hold equal bits."""
+    found: dict[str, Tensor] = {}
+    for _, _, pieces in reports:
+        for name, shape, region, tensor in pieces:
+            into = found.setdefault(name, torch.full(shape, torch.nan, dtype=tensor.dtype))
+            box = into[tuple(slice(o, o + n) for o, n in zip(region.offset, region.shape, strict=True))]
+            flat = box.reshape(-1).clone()
+            there = flat[region.start : region.stop]
+            part = tensor.reshape(-1)
+            assert ((there == part) | there.isnan()).all(), f"{name} differs between its copies"
+            flat[region.start : region.stop] = part
+            box.copy_(flat.view(box.shape))
+    return found
+
+
+def assert_equal(reports: list[Any], expected: Report, *, rtol: float = 1e-12) -> None:
+    for losses, norms, _ in reports:
+        torch.testing.assert_close(losses, expected.losses, rtol=rtol, atol=0)
+        torch.testing.assert_close(norms, expected.norms, rtol=rtol, atol=0)
+    found = whole(reports)
+    for name, value in expected.weights.items():
+        # AdamW's step divides by the root of the second moment: elements near zero carry the rounding of larger ones.
+        torch.testing.assert_close(found[f"model.{name}"], value, rtol=10 * rtol, atol=10 * rtol, msg=name)
+
+
+def check(world_size: int, layouts: list[Layout]) -> None:
+    """Run the layouts, all of as many ranks; each must take the steps of one process."""
+    reports = run_ranks(engine_ranks, world_size, layouts, timeout_s=240)
+    for index, each in enumerate(layouts):
+        assert_equal([report[index] for report in reports], reference(each))
+
+
+def test_data_parallel_takes_the_steps_of_one_process() -> None:
+    check(
+        2,
+        [
+            layout(0, replicate=2),
+            layout(1, shard=2),
+            layout(2, replicate=2),
+            layout(3, shard=2),
+            layout(3, "--engine.activation_checkpointing=true", shard=2),
+            layout(3, "--engine.gradient_clip_norm=0", "--parallel.overlap=false", shard=2),
+        ],
+    )
