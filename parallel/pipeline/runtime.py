@@ -117,6 +117,11 @@ class Pipeline:
         """Run forward alone; return what the last stage returns for each micro-batch on its rank, else nothing."""
         return self._run(self._forward_only(len(micro_batches)), micro_batches, None).losses
 
+    def hand_over(self, hooks: GradientHooks) -> tuple[Tied, ...]:
+        """Leave gradients to an engine, which `hooks` tell of them; it also sums those of the tied ones returned."""
+        tied, self._hooks, self._tied = self._tied, hooks, ()
+        return tied
+
     def close(self) -> None:
         """End the communicators; a second call does nothing."""
         self._wires.close()
