@@ -73,12 +73,14 @@ def choose(query: Tensor) -> Literal["flash", "cpu", "plain"]:
     return "plain"
 
 
-def packed_attention(query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, found: Documents) -> Tensor:
+def packed_attention(
+    query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, found: Documents, *, scale: float | None = None
+) -> Tensor:
     """Return causal attention inside documents [B, T, H, E] by the flash kernel; autograd and torch.compile know it."""
     query, key, value = (x.flatten(0, 1) for x in (query_BTHE, key_BTKE, value_BTKE))
     bounds, longest = found.bounds_N, found.longest
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, bounds, bounds, longest, longest, 0.0, True, False
+        query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
     )[0]
     return out.view(query_BTHE.shape)
 

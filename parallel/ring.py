@@ -193,10 +193,11 @@ class Ring:
         blocks = [
             document_block(length, *pair, of_pair, like.device) for pair, of_pair in zip(pairs, both, strict=True)
         ]
-        steps = []
-        for shift, block, given in zip(range(1, size), blocks[: size - 1], blocks[size - 1 :], strict=True):
-            if block is not None or given is not None:
-                steps.append(Step(shift, block, None if given is None else given.keys))
+        # Steps in which a rank does nothing stay, so that all ranks order their messages alike.
+        steps = [
+            Step(shift, block, None if given is None else given.keys)
+            for shift, block, given in zip(range(1, size), blocks[: size - 1], blocks[size - 1 :], strict=True)
+        ]
         return Plan(kernels.documents(document_ids_BT, like), tuple(steps))
 
     def __call__(

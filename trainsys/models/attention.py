@@ -24,8 +24,13 @@ class Core(Protocol):
     def prepare(self, document_ids_BT: Tensor | None, positions_BT: Tensor | None, like: Tensor) -> Any:
         """What all layers of one forward share, found once; `like` has the device and dtype of activations."""
 
-    def __call__(self, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, plan: Any) -> Tensor:
-        """The mixed values [B, T, H, E]: causal, inside documents; `plan` is what `prepare` returned."""
+    def __call__(
+        self, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, plan: Any, *, scale: float | None = None
+    ) -> Tensor:
+        """The mixed values [B, T, H, E]: causal, inside documents; `plan` is what `prepare` returned.
+
+        `scale` is that of the scores, by default E^-1/2.
+        """
 
 
 class PlainCore:
@@ -48,13 +53,19 @@ class PlainCore:
         return document_mask(document_ids_BT, like.dtype)
 
     def __call__(
-        self, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, plan: Tensor | kernels.Documents | None
+        self,
+        query_BTHE: Tensor,
+        key_BTKE: Tensor,
+        value_BTKE: Tensor,
+        plan: Tensor | kernels.Documents | None,
+        *,
+        scale: float | None = None,
     ) -> Tensor:
         """The mixed values [B, T, H, E]; a mask may also be one of fewer queries than keys."""
         if isinstance(plan, kernels.Documents):
-            return kernels.packed_attention(query_BTHE, key_BTKE, value_BTKE, plan)
+            return kernels.packed_attention(query_BTHE, key_BTKE, value_BTKE, plan, scale=scale)
         query_BHTE, key_BKTE, value_BKTE = (x.transpose(1, 2) for x in (query_BTHE, key_BTKE, value_BTKE))
-        return attend(query_BHTE, key_BKTE, value_BKTE, plan).transpose(1, 2)
+        return attend(query_BHTE, key_BKTE, value_BKTE, plan, scale).transpose(1, 2)
 
 
 class KVCache:
@@ -86,7 +97,9 @@ _MOST_SCORES = 2**24
 """Most scores (B x H x T x S) that `attend` keeps as a matrix for backward; 32 MiB in bf16."""
 
 
-def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None) -> Tensor:
+def attend(
+    query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Softmax attention [B, H, T, E]; `mask` is additive, None is causal (all keys for a single query).
 
     On a CPU in bf16 the fused kernel computes at the fp32 rate; three plain products, with the scores rounded
@@ -102,6 +115,7 @@ def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tenso
             attn_mask=mask,
             is_causal=mask is None and num_queries > 1,
             enable_gqa=heads != key_BKSE.shape[1],
+            scale=scale,
         )
     if mask is None:
         mask = query_BHTE.new_full((num_queries, num_keys), float("-inf")).triu_(1)
@@ -109,7 +123,7 @@ def attend(query_BHTE: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, mask: Tenso
         key_BKSE, value_BKSE = key_BKSE.repeat_interleave(group, 1), value_BKSE.repeat_interleave(group, 1)
     query, key, value = (x.flatten(0, 1) for x in (query_BHTE, key_BKSE, value_BKSE))
     bias = mask.expand(batch, heads, num_queries, num_keys).flatten(0, 1)
-    scores = torch.baddbmm(bias, query, key.mT, alpha=query.shape[-1] ** -0.5)
+    scores = torch.baddbmm(bias, query, key.mT, alpha=scale or query.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(-1), value).view(batch, heads, num_queries, -1)
 
 

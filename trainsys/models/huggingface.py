@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainsys.config import ModelConfig
 from trainsys.errors import ConfigError, MissingExtraError
+from trainsys.models.attention import Core
 
 PREFIX = "causal_lm."
 """What the names of a `HuggingFaceModel`'s parameters have before those of the model inside."""
@@ -33,21 +34,28 @@ class HuggingFaceModel(nn.Module):
         self.config: Any = causal_lm.config
         self._aux_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
         self._separates_documents = self._examine()
+        self.core: Core | None = None
 
     def forward(
         self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] and the weighted auxiliary loss; with document ids every document counts from 0.
 
+        Where ranks share sequences (`trainsys.models.context`) positions are those given.
+
         Raises: ConfigError if there are document ids and the model attends across them whatever one says.
         """
-        if document_ids_BT is not None:
+        wants: dict[str, Any] = {"output_router_logits": True} if self._aux_weight else {}
+        if self.core is not None:
+            assert positions_BT is not None, "a part of a sequence does not tell its positions"
+            like = torch.empty(0, dtype=self.causal_lm.dtype, device=tokens_BT.device)
+            wants["core_plan"] = (self.core, self.core.prepare(document_ids_BT, positions_BT, like))
+        elif document_ids_BT is not None:
             if not self._separates_documents:
                 problem = f"{self.config.model_type} models cannot keep documents apart; allowed: false"
                 raise ConfigError([f"config: data.document_mask: {problem}"])
             positions_BT = restarted_positions(document_ids_BT)
-        wants_aux = {"output_router_logits": True} if self._aux_weight else {}
-        output = self.causal_lm(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False, **wants_aux)
+        output = self.causal_lm(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False, **wants)
         if self._aux_weight:
             return output.logits, self._aux_weight * output.aux_loss
         return output.logits, output.logits.new_zeros((), dtype=torch.float32)
