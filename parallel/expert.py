@@ -40,7 +40,8 @@ from parallel.groups import MeshGroups
 from parallel.mesh import Axis
 from parallel.moe_config import Routing
 from parallel.routing import Routes, balance_loss, choose, count, drop_over_capacity, moved_bias, z_loss
-from parallel.shards import Shard, even_dim, tag, whole_dim
+from parallel.shards import Shard, even_dim, shard_of, tag, whole_dim
+from parallel.stacked import StackedExperts, check_known, stacked_experts
 
 _AXES: tuple[Axis, ...] = ("expert", "tensor")
 
@@ -207,8 +208,10 @@ def parallelize(
     once. `overlap` computes shared experts while tokens are on their way.
 
     Raises:
-        ValueError: the ranks cannot share the experts evenly, or nodes the ranks.
+        ValueError: the ranks cannot share the experts evenly, or nodes the ranks; experts are to be spread and the
+            model has none, or of a kind that is not known.
     """
+    _parallelize_stacked(model, groups, node_size)
     for layer in _layers(model):
         layer.dispatcher = Dispatcher(layer.routing.num_experts, groups.experts, node_size, overlap)
         layer.groups, layer.sequence = groups, sequence
@@ -217,6 +220,30 @@ def parallelize(
             setattr(layer.experts, name, own_experts(getattr(layer.experts, name), groups.experts))
         if layer.shared is not None and groups.tensor.size() > 1:
             _sum_gradients(layer.shared, groups.tensor)
+
+
+def _parallelize_stacked(model: nn.Module, groups: ExpertGroups, node_size: int) -> None:
+    """Do the same for the experts of a Hugging Face model, which are left alone where none are to be spread."""
+    num_ranks = groups.experts.size() // groups.tensor.size()
+    found = list(stacked_experts(model))
+    if num_ranks > 1 and not found and not any(True for _ in _layers(model)):
+        raise ValueError(f"parallel.expert: {num_ranks}: no experts are known in {type(model).__name__}; allowed: 1")
+    if groups.experts.size() == 1:
+        return
+    if found and groups.tensor.size() > 1:
+        raise ValueError("parallel.tensor: with experts of a Hugging Face model; allowed: 1")
+    for parent, name, experts in found:
+        check_known(experts)
+        parameters = dict(experts.named_parameters())
+        dispatcher = Dispatcher(len(parameters["down_proj"]), groups.experts, node_size)
+        for key, parameter in parameters.items():
+            setattr(experts, key, own_experts(parameter, groups.experts))
+        setattr(parent, name, StackedExperts(experts, dispatcher))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether there is anything for `parallelize` to do."""
+    return any(True for _ in _layers(model)) or any(True for _ in stacked_experts(model))
 
 
 def own_experts(parameter: nn.Parameter, group: ProcessGroup) -> nn.Parameter:
@@ -234,12 +261,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Their gradients are to be summed over the ranks that hold the same experts: expert_data and context.
     """
-    return {
-        f"{prefix}.experts.{name}" if prefix else f"experts.{name}": parameter
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, MoE)
-        for name, parameter in layer.experts.named_parameters()
-    }
+    return {name: parameter for name, parameter in model.named_parameters() if "expert" in shard_of(parameter).axes}
 
 
 @torch.no_grad()
@@ -266,9 +288,10 @@ def after_step(model: nn.Module) -> None:
 def dispatch_stats(model: nn.Module) -> DispatchStats:
     """Return what all layers of the model sent from this rank since they were made."""
     total = DispatchStats()
-    for layer in _layers(model):
-        for name in DispatchStats.__slots__:
-            setattr(total, name, getattr(total, name) + getattr(layer.dispatcher.stats, name))
+    for layer in model.modules():
+        if isinstance(layer, MoE | StackedExperts):
+            for name in DispatchStats.__slots__:
+                setattr(total, name, getattr(total, name) + getattr(layer.dispatcher.stats, name))
     return total
 
 
