@@ -23,6 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 warns of the names that these have in 2.11.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def replicate(x: Tensor, group: ProcessGroup) -> Tensor:
     """Return `x`, which is equal on all ranks and used by each for a part of the work: gradients are summed."""
@@ -70,7 +74,7 @@ def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Return the parts of all ranks side by side along `dim`, outside of autograd."""
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(group.size() * first.shape[0], *first.shape[1:])
-    dist.all_gather_into_tensor(out, first, group=group)
+    all_gather_single(out, first, group=group)
     return out.movedim(0, dim)
 
 
@@ -79,7 +83,7 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     check_divides(first.shape[0], group)
     out = first.new_empty(first.shape[0] // group.size(), *first.shape[1:])
-    dist.reduce_scatter_tensor(out, first, group=group)
+    reduce_scatter_single(out, first, group=group)
     return out.movedim(0, dim)
 
 

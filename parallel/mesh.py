@@ -17,6 +17,7 @@ one of every run, are the groups of `expert_data`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -132,21 +133,28 @@ class Mesh:
         places = itertools.product(pipeline, data, context, tensor)
         return [self.rank_of(Coordinates(p, r, s, c, t)) for p, (r, s), c, t in places]
 
-    def describe(self) -> str:
-        """Return the ranks as a table: a line per stage and data rank with its context and tensor ranks."""
-        names: list[Axis] = ["pipeline", "replicate", "shard", "expert"]
-        columns = [name for name in names if _degree(self.degrees, name) > 1]
-        sizes = self._sizes
-        legend = [f"{_ranks(self.world_size)} = {_product(self.degrees)}"]
-        legend += ["tensor ranks stand side by side"] if sizes.tensor > 1 else []
-        legend += ["context ranks are divided by |"] if sizes.context > 1 else []
-        lines = ["; ".join(legend), "  ".join([*columns, "ranks"])]
-        for first in range(0, self.world_size, sizes.context * sizes.tensor):
-            at = self.coordinates(first)._asdict() | {"expert": self.data_rank(first) % self.degrees.expert}
-            starts = range(first, first + sizes.context * sizes.tensor, sizes.tensor)
-            contexts = (" ".join(str(rank) for rank in range(s, s + sizes.tensor)) for s in starts)
-            lines.append("  ".join([*(f"{at[name]:>{len(name)}}" for name in columns), " | ".join(contexts)]))
-        return "\n".join(lines)
+    @staticmethod
+    def product(degrees: ParallelConfig) -> int:
+        """Return the number of ranks that the degrees ask for."""
+        return math.prod(_degree(degrees, axis) for axis in Coordinates._fields)
+
+    @staticmethod
+    def fill(degrees: ParallelConfig, axis: Literal["replicate", "shard"], world_size: int) -> ParallelConfig:
+        """Return the degrees with that of `axis` multiplied until their product is `world_size`.
+
+        Raises:
+            MeshError: `world_size` is no multiple of the product.
+        """
+        product = Mesh.product(degrees)
+        if product < 1 or world_size < 1 or world_size % product:
+            raise MeshError(
+                f"parallel.{axis}: cannot fill {_ranks(world_size)}: degrees multiply to {product} "
+                f"({_product(degrees)}); a multiple of {product}"
+            )
+        degree = _degree(degrees, axis) * (world_size // product)
+        if axis == "replicate":
+            return dataclasses.replace(degrees, replicate=degree)
+        return dataclasses.replace(degrees, shard=degree)
 
 
 def _degree(degrees: ParallelConfig, axis: str) -> int:
@@ -170,7 +178,7 @@ def _problems(degrees: ParallelConfig, world_size: int) -> Iterator[str]:
     yield from (f"parallel.{axis}: {_degree(degrees, axis)} ranks cannot share it; at least 1" for axis in small)
     if small:
         return
-    num_ranks = math.prod(_degree(degrees, axis) for axis in Coordinates._fields)
+    num_ranks = Mesh.product(degrees)
     if num_ranks != world_size:
         there_are = "there is" if world_size == 1 else "there are"
         yield (

@@ -32,7 +32,7 @@ def _row(siblings: str = "", anywhere: str = "", in_functions: str = "") -> _Row
 
 TABLE = {
     "checkpoint": _row(anywhere="torch numpy pyarrow fsspec xxhash", in_functions="rich deepspeed safetensors ray"),
-    "parallel": _row(anywhere="torch", in_functions="deepspeed"),
+    "parallel": _row(anywhere="torch", in_functions="deepspeed pyarrow"),
     "offload": _row(anywhere="torch numpy", in_functions="deepspeed"),
     "faulttol": _row(anywhere="torch pyarrow"),
     "launch": _row(siblings="faulttol", anywhere="torch", in_functions="ray"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
@@ -80,31 +78,10 @@ def test_data_ranks_number_the_ranks_that_read_different_data(mesh: Mesh) -> Non
         assert len({mesh.data_rank(rank) for rank in group}) == 1
 
 
-@given(_meshes())
-def test_the_description_shows_every_rank_once(mesh: Mesh) -> None:
-    header, columns, *rows = mesh.describe().splitlines()
-    assert header.startswith("1 rank =" if mesh.world_size == 1 else f"{mesh.world_size} ranks =")
-    shown = [row[columns.index("ranks") :].replace("|", " ").split() for row in rows]
-    assert [int(rank) for ranks in shown for rank in ranks] == list(range(mesh.world_size))
-
-
 def test_tensor_is_the_innermost_axis_and_pipeline_the_outermost() -> None:
     mesh = Mesh(ParallelConfig(pipeline=2, replicate=2, shard=2, context=2, tensor=2), 32)
     neighbours = [mesh.group(0, axis)[1] for axis in _AXES if axis != "expert"]
     assert neighbours == [16, 8, 4, 2, 1]
-
-
-def test_the_description_says_which_ranks_share_what() -> None:
-    mesh = Mesh(ParallelConfig(pipeline=2, shard=2, context=2, tensor=2, expert=2), 16)
-    assert mesh.describe().splitlines() == [
-        "16 ranks = pipeline 2 x shard 2 x context 2 x tensor 2; tensor ranks stand side by side; "
-        "context ranks are divided by |",
-        "pipeline  shard  expert  ranks",
-        "       0      0       0  0 1 | 2 3",
-        "       0      1       1  4 5 | 6 7",
-        "       1      0       0  8 9 | 10 11",
-        "       1      1       1  12 13 | 14 15",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -165,25 +142,13 @@ def test_what_is_not_on_the_mesh_is_refused() -> None:
         mesh.size("expert", "shard")
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "parallel", *arguments], capture_output=True, text=True, timeout=60)
-
-
-def test_the_command_prints_the_mesh_and_its_groups() -> None:
-    done = _run("mesh", "--world", "4", "--pipeline", "2", "--tensor", "2", "--groups")
-    assert done.returncode == 0
-    mesh = Mesh(ParallelConfig(pipeline=2, tensor=2), 4)
-    assert done.stdout == mesh.describe() + "\npipeline: [0, 2] [1, 3]\ntensor: [0, 1] [2, 3]\n"
-
-
-@pytest.mark.parametrize("arguments", [["--world", "3", "--tensor", "2"], ["--world", "two"], []])
-def test_the_command_ends_with_2_when_the_user_errs(arguments: list[str]) -> None:
-    done = _run("mesh", *arguments)
-    assert done.returncode == 2
-    assert done.stderr
-    assert not done.stdout
-    assert "Traceback" not in done.stderr
-
-
-def test_help_is_there() -> None:
-    assert all(f"--{axis}" in _run("mesh", "--help").stdout for axis in _AXES)
+def test_a_degree_can_be_filled_to_the_number_of_ranks() -> None:
+    degrees = ParallelConfig(pipeline=2, replicate=3)
+    assert Mesh.product(degrees) == 6
+    assert Mesh.fill(degrees, "replicate", 24) == ParallelConfig(pipeline=2, replicate=12)
+    assert Mesh.fill(degrees, "shard", 24) == ParallelConfig(pipeline=2, replicate=3, shard=4)
+    with pytest.raises(MeshError) as info:
+        Mesh.fill(degrees, "shard", 16)
+    assert str(info.value) == (
+        "parallel.shard: cannot fill 16 ranks: degrees multiply to 6 (pipeline 2 x replicate 3); a multiple of 6"
+    )
