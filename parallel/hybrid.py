@@ -81,8 +81,13 @@ class Hybrid:
     """Of a pipeline: this rank's, first to last; `module` holds their parameters."""
     pipeline: Pipeline | None = None
     """Runs forward and backward of the stages; None where the module is called."""
-    copies_of_tied: frozenset[str] = field(default=frozenset())
-    """Parameters of which another stage has the copy that counts."""
+    tied: Mapping[str, int] = field(default_factory=dict)
+    """Parameters that the first and the last stage both have, on different ranks: which copy is here, 0 or 1."""
+
+    @property
+    def copies_of_tied(self) -> frozenset[str]:
+        """Parameters of which another stage has the copy that counts."""
+        return frozenset(name for name, copy in self.tied.items() if copy)
 
     @property
     def mesh(self) -> Mesh:
@@ -172,7 +177,7 @@ def _cut(
     own = schedule.stages_of(group.rank())
     stages = [anatomy.stage(model, ends[stage] - sizes[stage], ends[stage]) for stage in own]
     module = place(Part(stages))
-    tied, copies = _tie(model, stages, own, schedule, groups)
+    tied = _tie(model, stages, own, schedule, groups)
     tokens_shared = degrees.tensor if degrees.sequence else 1
     pipeline = Pipeline(
         stages,
@@ -180,9 +185,10 @@ def _cut(
         group,
         new_x=lambda inputs: anatomy.stream(stages, inputs, tokens_shared),
         device=next(module.parameters()).device,
-        tied=tied,
+        tied=list(tied.values()),
         timeout_s=timeout_s,
     )
+    copies = {name: int(not each.is_counted) for name, each in tied.items()}
     return Hybrid(module, groups, shards_of(module), context, stages, pipeline, copies)
 
 
@@ -212,25 +218,17 @@ def _merge(source: nn.Module, target: nn.Module) -> None:
 
 def _tie(
     model: nn.Module, stages: Sequence[nn.Module], own: Sequence[int], schedule: Schedule, groups: MeshGroups
-) -> tuple[list[Tied], frozenset[str]]:
-    """Return the parameters that the first and the last stage both have, and those of which the other's copy counts."""
+) -> dict[str, Tied]:
+    """Return the parameters that the first and the last stage both have, on different ranks, if one of them is here."""
     first, last = schedule.rank_of[0], schedule.rank_of[-1]
-    names = _tied_names(model)
-    if not names or first == last:
-        return [], frozenset()
     members = groups.mesh.group(groups.rank, "pipeline")
-    tied: list[Tied] = []
-    copies: set[str] = set()
-    for stage, module in zip(own, stages, strict=True):
-        if stage not in (0, schedule.num_stages - 1):
-            continue
-        parameters = dict(module.named_parameters())
-        for name in names:
-            pair = groups.of((members[first], members[last]), f"tied {name}")
-            tied.append(Tied(parameters[name], stage, pair))
-            if not tied[-1].is_counted:
-                copies.add(name)
-    return tied, frozenset(copies)
+    tied: dict[str, Tied] = {}
+    for name in _tied_names(model) if first != last else ():
+        for stage, module in zip(own, stages, strict=True):
+            if stage in (0, schedule.num_stages - 1):
+                pair = groups.of((members[first], members[last]), f"tied {name}")
+                tied[name] = Tied(dict(module.named_parameters())[name], stage, pair)
+    return tied
 
 
 def _tied_names(model: nn.Module) -> list[str]:

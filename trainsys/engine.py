@@ -51,7 +51,8 @@ _SCALE_GROWTH_STEPS = 1000
 """Steps without overflow after which fp16's loss scale is doubled."""
 _NEVER = 2**62
 _EXPERTS = "_experts"
-"""Ends the names of parameter groups that hold experts."""
+_TIED = "_tied"
+"""Endings of the names of parameter groups that hold experts, or what two stages have."""
 
 
 class DeepSpeedEngine:
@@ -83,6 +84,8 @@ class DeepSpeedEngine:
         self._experts = contextlib.ExitStack()
         if degrees.expert > 1:
             self._experts.enter_context(_experts(model, optimizer, hybrid))
+        # Alone in a flat tensor, so that ZeRO gives both stages the same parts of it.
+        _set_apart(optimizer, set(hybrid.tied), model, _TIED)
         with _local_rank(device.index or 0):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -95,7 +98,7 @@ class DeepSpeedEngine:
             # Reduced here, by its function for a list of gradients: its own call has no float64, and looks for experts.
             self._engine.enable_backward_allreduce = False
             self._engine.communication_data_type = next(model.parameters()).dtype
-        self._placement = Placement(hybrid.mesh, hybrid.rank, hybrid.shards)
+        self._placement = Placement(hybrid.mesh, hybrid.rank, hybrid.shards, hybrid.tied)
         self._partition = partition_of(
             self._stage,
             self._engine.module,
@@ -357,7 +360,13 @@ def _experts(model: nn.Module, optimizer: torch.optim.Optimizer, hybrid: Hybrid)
         def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
             return
 
-    names = _split_groups(optimizer, {name for name, shard in hybrid.shards.items() if "expert" in shard.axes}, model)
+    experts = {name for name, shard in hybrid.shards.items() if "expert" in shard.axes}
+    apart = _set_apart(optimizer, experts, model, _EXPERTS)
+    for group in apart:
+        group["moe"] = True
+        for parameter in group["params"]:
+            parameter.allreduce, parameter.group_name = False, group["name"]
+    names = [group["name"] for group in apart]
     same_experts = hybrid.groups.get("expert_data", "context")
     groups._EXPERT_DATA_PARALLEL_GROUP.update(dict.fromkeys(names, same_experts))
     model.add_module(_EXPERTS, Marker())
@@ -368,21 +377,19 @@ def _experts(model: nn.Module, optimizer: torch.optim.Optimizer, hybrid: Hybrid)
             groups._EXPERT_DATA_PARALLEL_GROUP.pop(name, None)
 
 
-def _split_groups(optimizer: torch.optim.Optimizer, experts: set[str], model: nn.Module) -> list[str]:
-    """Give experts parameter groups of their own, and mark them for DeepSpeed; return the names of these groups."""
+def _set_apart(
+    optimizer: torch.optim.Optimizer, chosen: set[str], model: nn.Module, ending: str
+) -> list[dict[str, Any]]:
+    """Give parameters groups of their own, named like their groups before with an `ending`; return the new groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     apart = []
     for group in list(optimizer.param_groups):
-        chosen = [parameter for parameter in group["params"] if names[parameter] in experts]
-        if not chosen:
-            continue
-        name = f"{group['name']}{_EXPERTS}"
-        apart.append({**group, "params": chosen, "name": name, "moe": True})
-        group["params"] = [parameter for parameter in group["params"] if names[parameter] not in experts]
-        for parameter in chosen:
-            parameter.allreduce, parameter.group_name = False, name
+        members = [parameter for parameter in group["params"] if names[parameter] in chosen]
+        if members:
+            apart.append({**group, "params": members, "name": f"{group['name']}{ending}"})
+            group["params"] = [parameter for parameter in group["params"] if names[parameter] not in chosen]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]] + apart
-    return [str(group["name"]) for group in apart]
+    return apart
 
 
 def _forget_groups(units: _Units) -> None:

@@ -20,9 +20,12 @@ from parallel.shards import DimShard, Shard, whole
 class Placement:
     """The places of one rank's parameters and buffers by their name in the whole model."""
 
-    def __init__(self, mesh: Mesh, rank: int, shards: Mapping[str, Shard]) -> None:
+    def __init__(
+        self, mesh: Mesh, rank: int, shards: Mapping[str, Shard], tied: Mapping[str, int] | None = None
+    ) -> None:
+        """`tied` are the parameters that two stages of a pipeline have, each with which copy is here, 0 or 1."""
         self._mesh, self._at, self._data_rank = mesh, mesh.coordinates(rank), mesh.data_rank(rank)
-        self._shards = shards
+        self._shards, self._tied = shards, tied or {}
         self._layouts: dict[str, Layout] = {}
 
     def shard(self, name: str, shape: tuple[int, ...]) -> Shard:
@@ -34,29 +37,31 @@ class Placement:
         shard = self.shard(name, tuple(tensor.shape))
         if not shard.axes and self._mesh.size("pipeline") == 1:
             return tensor  # whole on every rank there is
-        return self._copy(LayoutSlice(tensor, self._layout(name, shard)), self._copies(shard, partitioned=False))
+        return self._copy(name, LayoutSlice(tensor, self._layout(name, shard)), self._copies(shard, partitioned=False))
 
     def part_of(
         self, name: str, flat: Tensor, shape: tuple[int, ...], start: int, copies: tuple[int, int] | None = None
     ) -> TensorLike:
         """Return a range of a flattened local tensor of `shape`.
 
-        `copies` are (which copy this is, how many ranks have it); None: no other data or context rank has.
+        `copies` are (which copy this is, how many ranks of the stage have it); None: no other data or context rank has.
         """
         shard = self.shard(name, shape)
         value: FlatSlice | LayoutSlice
-        if shard.local_shape == shard.global_shape:
+        if not shard.axes and shard.local_shape == shard.global_shape:
             value = FlatSlice(flat, shard.global_shape, start)
         else:
             value = LayoutSlice(flat, self._layout(name, shard), start)
-        return self._copy(value, copies or self._copies(shard, partitioned=True))
+        return self._copy(name, value, copies or self._copies(shard, partitioned=True))
 
     def num_holders(self, shard: Shard, *, partitioned: bool) -> int:
         """Return how many ranks hold each element, without copies inside the shard; see `all_of` and `part_of`."""
         return self._copies(shard, partitioned=partitioned)[1]
 
-    def _copy(self, value: FlatSlice | LayoutSlice, copies: tuple[int, int]) -> TensorLike:
+    def _copy(self, name: str, value: FlatSlice | LayoutSlice, copies: tuple[int, int]) -> TensorLike:
         index, count = copies
+        if name in self._tied:
+            index, count = 2 * index + self._tied[name], 2 * count
         return Replica(value, index, count) if count > 1 else value
 
     def _copies(self, shard: Shard, *, partitioned: bool) -> tuple[int, int]:
