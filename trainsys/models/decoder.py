@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from trainsys.config import ModelConfig
 from trainsys.errors import ConfigError
-from trainsys.models.attention import Attention, KVCache, continuation_mask, document_mask, rotation
+from trainsys.models.attention import Attention, KVCache, continuation_mask, rotation
 from trainsys.models.initialisation import initialise
-from trainsys.models.layers import Embedding, Linear, RMSNorm, SwiGLU
+from trainsys.models.layers import Embedding, Head, RMSNorm, SwiGLU
 from trainsys.models.moe import MoE
 
 
@@ -64,11 +65,11 @@ class Block(nn.Module):
         x_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        plan: Any = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after this block, and its share of the auxiliary loss."""
-        mixed_BTD = self.attention(self.attention_norm(x_BTD), cos, sin, mask, cache, self.layer)
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), cos, sin, plan, cache, self.layer)
         x_BTD = x_BTD + self._drop(mixed_BTD)
         normed_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = Linear(config.dim, config.vocab_size)
+        self.head = Head(config.dim, config.vocab_size)
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
@@ -105,13 +106,16 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] in the model's dtype, and the weighted auxiliary loss summed over the blocks.
 
-        The loss is a scalar of at least fp32, 0 when dense. Positions default to 0..T-1, or to what follows
-        the cache. Attention never crosses a change of document id; without ids a row is one document. With a
-        `cache` (then no document ids) the tokens continue it.
+        With `targets_BT` their summed cross-entropy in nats (a scalar of at least fp32; targets of -100 count
+        nothing) takes the place of the logits, which are never all there. The auxiliary loss is a scalar of at least
+        fp32, 0 when dense. Positions default to 0..T-1, or to what follows the cache. Attention never crosses a
+        change of document id; without ids a row is one document. With a `cache` (then no document ids) the tokens
+        continue it.
         """
         num_tokens = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
@@ -123,20 +127,22 @@ class Decoder(nn.Module):
             positions_BT = torch.arange(start, start + num_tokens, device=tokens_BT.device)
         cos, sin = rotation(positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
         if cache is None:
-            mask = document_mask(document_ids_BT, x_BTD.dtype)
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            plan = first.attention.core.prepare(document_ids_BT, positions_BT, x_BTD)
         else:
             assert document_ids_BT is None, "a cache holds one document per row"
-            mask = continuation_mask(num_tokens, start + num_tokens, x_BTD)
+            plan = continuation_mask(num_tokens, start + num_tokens, x_BTD)
         aux_loss = _no_loss(x_BTD)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD, aux = checkpoint(block, x_BTD, cos, sin, mask, use_reentrant=False)
+                x_BTD, aux = checkpoint(block, x_BTD, cos, sin, plan, use_reentrant=False)
             else:
-                x_BTD, aux = block(x_BTD, cos, sin, mask, cache)
+                x_BTD, aux = block(x_BTD, cos, sin, plan, cache)
             aux_loss = aux_loss + aux
         if cache is not None:
             cache.length += num_tokens
-        return self.head(self.norm(x_BTD)), aux_loss
+        return self.head(self.norm(x_BTD), targets_BT), aux_loss
 
     def new_cache(self) -> KVCache:
         """An empty cache for `forward`."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from parallel.loss import linear_cross_entropy
+
 
 class Linear(nn.Linear):
     """A product with one matrix, or with several stacked by rows, without bias.
@@ -25,6 +27,19 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leaves the weight unset."""
+
+
+class Head(Linear):
+    """The product with the vocabulary, or the loss of its logits without keeping them."""
+
+    compiled = False
+    """Whether the passes over the logits are fused by torch.compile."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V]; with targets [B, T] their summed cross-entropy in nats, at least fp32."""
+        if targets is None:
+            return functional.linear(input, self.weight, self.bias)
+        return linear_cross_entropy(input, self.weight, targets, bias=self.bias, compiled=self.compiled)
 
 
 class Embedding(nn.Embedding):
