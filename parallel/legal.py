@@ -57,13 +57,21 @@ def refusals(degrees: ParallelConfig, zero_stage: int) -> dict[Backend, str]:
     return found
 
 
-def choose(degrees: ParallelConfig, zero_stage: int, wanted: Backend | Literal["auto"] = "auto") -> Backend:
+def choose(
+    degrees: ParallelConfig,
+    zero_stage: int,
+    wanted: Backend | Literal["auto"] = "auto",
+    others: Mapping[Backend, str] | None = None,
+) -> Backend:
     """Return the engine that runs the layout: the one `wanted`, or the first that can (DeepSpeed before torch).
+
+    `others` are engines that cannot for other reasons, with these.
 
     Raises:
         ParallelError: it cannot, or none can; with the reasons.
     """
-    refused = refusals(degrees, zero_stage)
+    known: dict[Backend, str] = {**(others or {}), **refusals(degrees, zero_stage)}
+    refused = {backend: known[backend] for backend in get_args(Backend) if backend in known}
     allowed = [backend for backend in get_args(Backend) if backend not in refused]
     if wanted == "auto" and allowed:
         return allowed[0]  # type: ignore[no-any-return]

@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import get_args
 
+from parallel import legal
 from parallel.config import ParallelConfig
+from parallel.errors import ParallelError
 from parallel.mesh import Axis
 from parallel.moe_config import size_problems
+from parallel.pipeline import build, num_stages
 from trainsys import schedule
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
@@ -17,7 +20,6 @@ Problem = tuple[str, str]
 """(dotted key, what is wrong; what is allowed)."""
 
 _MIN_STAGING_BYTES = 64 << 20
-_UNSUPPORTED_AXES = ("pipeline", "shard", "context", "tensor", "expert")
 
 
 def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[str, str] | None = None) -> None:
@@ -197,21 +199,121 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         yield "model.moe.first_dense_layers", f"{moe.first_dense_layers} leaves no layer with experts"
 
 
+def backend_of(config: RunConfig) -> legal.Backend:
+    """Return the engine that trains the run.
+
+    Raises:
+        parallel.ParallelError: the one that is asked for cannot, or none can.
+    """
+    engine, others = config.engine, dict[legal.Backend, str]()
+    if engine.precision != "fp32" and engine.zero_stage == 0:
+        # DeepSpeed 0.19.8 takes an Adam step on zero gradients while it builds this combination's optimizer,
+        # so every later step has the wrong bias correction (losses off by 1e-2).
+        others["deepspeed"] = f"its ZeRO 0 is numerically wrong in {engine.precision}"
+    if engine.precision == "fp16":
+        others["torch"] = "it does not scale losses, which fp16 needs"
+    if config.offload.optimizer != "device":
+        others["torch"] = "it offloads nothing"
+    return legal.choose(config.parallel, engine.zero_stage, engine.backend, others)
+
+
 def _parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
-    for axis in _UNSUPPORTED_AXES:
-        degree = getattr(config.parallel, axis)
-        if degree > 1:
-            yield (
-                f"parallel.{axis}",
-                f"{degree}: the trainer runs data parallel (parallel.replicate) only; allowed: 1",
-            )
-    ranks = num_ranks(config.parallel)
+    degrees = config.parallel
+    ranks = num_ranks(degrees)
     if world_size is not None and ranks != world_size:
         yield (
             "parallel",
             f"degrees multiply to {ranks} but there {_are(world_size)}; set --parallel.replicate={world_size}, or "
             "start the ranks with `trainsys launch`",
         )
+    if any(getattr(degrees, axis) < 1 for axis in get_args(Axis)):
+        return
+    try:
+        backend_of(config)
+    except ParallelError as error:
+        yield "engine.zero_stage" if config.engine.backend == "auto" else "engine.backend", str(error)
+    yield from _experts(config)
+    yield from _tensor(config)
+    yield from _context(config)
+    if degrees.pipeline > 1:
+        yield from _pipeline(config)
+
+
+def _experts(config: RunConfig) -> Iterator[Problem]:
+    degrees, moe = config.parallel, config.model.moe
+    if data_ranks(degrees) % degrees.expert:
+        yield "parallel.expert", f"{degrees.expert} does not divide replicate x shard ({data_ranks(degrees)})"
+    if degrees.expert > 1 and (config.model.kind == "hf" or not moe.num_experts):
+        yield "parallel.expert", f"{degrees.expert}: the model has no experts of this package's; allowed: 1"
+    elif moe.num_experts % (degrees.expert * degrees.tensor):
+        yield (
+            "model.moe.num_experts",
+            f"{moe.num_experts} is not a multiple of expert x tensor ranks ({degrees.expert} x {degrees.tensor})",
+        )
+
+
+def _tensor(config: RunConfig) -> Iterator[Problem]:
+    degrees, model = config.parallel, config.model
+    if degrees.tensor == 1:
+        return
+    if config.optim.kind == "muon":
+        yield "optim.kind", "muon orthogonalises whole matrices, which parallel.tensor shares out; allowed: adamw"
+    if degrees.sequence and config.data.sequence_length % (degrees.context * degrees.tensor):
+        yield (
+            "data.sequence_length",
+            f"{config.data.sequence_length} is not a multiple of context x tensor ranks "
+            f"({degrees.context} x {degrees.tensor}), which share it with parallel.sequence",
+        )
+    if model.kind == "decoder" and model.num_heads >= 1:
+        kv_heads = model.num_kv_heads or model.num_heads
+        if model.num_heads % degrees.tensor:
+            yield "model.num_heads", f"{model.num_heads} is not a multiple of parallel.tensor ({degrees.tensor})"
+        if kv_heads % degrees.tensor and degrees.tensor % kv_heads:
+            yield (
+                "model.num_kv_heads",
+                f"{kv_heads} and parallel.tensor ({degrees.tensor}): one must be a multiple of the other",
+            )
+
+
+def _context(config: RunConfig) -> Iterator[Problem]:
+    degrees, model = config.parallel, config.model
+    if degrees.context == 1:
+        return
+    if config.data.sequence_length % (2 * degrees.context):
+        yield (
+            "data.sequence_length",
+            f"{config.data.sequence_length} is not a multiple of 2 x parallel.context ({2 * degrees.context})",
+        )
+    kv_heads = model.num_kv_heads or model.num_heads
+    if degrees.attention == "ulysses" and model.kind == "decoder" and kv_heads % (degrees.context * degrees.tensor):
+        yield (
+            "parallel.attention",
+            f"ulysses shares {kv_heads} key and value heads among context x tensor ranks "
+            f"({degrees.context} x {degrees.tensor}), which must divide them; allowed: ring",
+        )
+
+
+def _pipeline(config: RunConfig) -> Iterator[Problem]:
+    degrees, stages = config.parallel, config.parallel.stages
+    if config.model.kind == "hf":
+        yield "parallel.pipeline", f"{degrees.pipeline}: Hugging Face models have no stages; allowed: 1"
+        return
+    number = num_stages(stages.schedule, degrees.pipeline, stages.per_rank)
+    if number > config.model.num_layers:
+        yield (
+            "parallel.pipeline",
+            f"{number} stages for {config.model.num_layers} layers (model.num_layers); one each",
+        )
+    if stages.layers and (len(stages.layers) != number or sum(stages.layers) != config.model.num_layers):
+        yield (
+            "parallel.stages.layers",
+            f"{stages.layers} is not {number} stages with {config.model.num_layers} layers together",
+        )
+    if min(config.batch.micro_sequences, config.batch.global_sequences) >= 1 and stages.per_rank >= 1:
+        try:
+            build(stages.schedule, degrees.pipeline, max(1, accumulation_steps(config)), per_rank=stages.per_rank)
+        except ParallelError as error:
+            yield "parallel.stages.schedule", str(error).replace("\n", "; ")
 
 
 def _are(world_size: int) -> str:
@@ -232,13 +334,6 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
 
 def _engine(config: RunConfig) -> Iterator[Problem]:
     engine = config.engine
-    if engine.precision != "fp32" and engine.zero_stage == 0:
-        # DeepSpeed 0.19.8 takes an Adam step on zero gradients while it builds this combination's optimizer,
-        # so every later step has the wrong bias correction (losses off by 1e-2).
-        yield (
-            "engine.zero_stage",
-            f"0 with {engine.precision} is numerically wrong in DeepSpeed; allowed: 1, 2, 3",
-        )
     if engine.precision == "fp16" and engine.device == "cpu":
         yield "engine.precision", "fp16 does not train on CPU; use bf16 or fp32"
     if config.offload.optimizer == "cpu" and engine.zero_stage == 0:

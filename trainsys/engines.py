@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from trainsys.check import backend_of
 from trainsys.config import RunConfig
 from trainsys.data import MicroBatch, StepBatch
 from trainsys.partition import Slices
@@ -118,9 +119,7 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 def open_engine(hybrid: Hybrid, config: RunConfig, build_optimizer: BuildOptimizer) -> Engine:
     """Return the engine that `config.engine.backend` and the layout call for, over this rank's part of the model."""
-    from parallel.legal import choose
-
-    if choose(config.parallel, config.engine.zero_stage, config.engine.backend) == "torch":
+    if backend_of(config) == "torch":
         from trainsys.native import TorchEngine
 
         return TorchEngine(hybrid, config, build_optimizer)

@@ -58,11 +58,12 @@ class Setup:
 
     @property
     def seed_index(self) -> int:
-        """What tells this rank's generators from others': its rank, and of tensor ranks that of their first.
+        """What tells this rank's generators from others': its rank.
 
-        Those compute alike where they do not share (dropout of what all of them have must be the same).
+        Without `parallel.sequence` all tensor ranks compute the residual stream, and its dropout must be the same.
         """
-        return self.mesh.rank_of(self.mesh.coordinates(self.rank)._replace(tensor=0))
+        degrees, at = self.config.parallel, self.mesh.coordinates(self.rank)
+        return self.rank if degrees.sequence else self.mesh.rank_of(at._replace(tensor=0))
 
     @property
     def counts(self) -> bool:

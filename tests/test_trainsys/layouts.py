@@ -15,7 +15,7 @@ from parallel.config import ParallelConfig, StagesConfig
 from trainsys import meter, models, recipe, schedule
 from trainsys.check import accumulation_steps, data_ranks
 from trainsys.config import RunConfig
-from trainsys.data import StepBatch
+from trainsys.data import MicroBatch, StepBatch
 from trainsys.data.batch import Window, micro_batch
 from trainsys.engines import Engine, open_engine
 from trainsys.optim import build_optimizer, plan_of
@@ -111,17 +111,20 @@ def reference(layout: Layout, steps: range = range(1, 11)) -> Report:
     optimizer = build_optimizer(model, config.optim)
     losses, norms = [], []
     for step in steps:
-        everyone = [_micro_batches(config, step, rank) for rank in range(data_ranks(config.parallel))]
-        total = sum(micro.num_targets for mine in everyone for micro in mine)
+        everyone = [_windows(config, step, rank) for rank in range(data_ranks(config.parallel))]
+        micros = [
+            micro_batch([window for mine in everyone for window in mine[index]], document_mask=True)
+            for index in range(accumulation_steps(config))
+        ]
+        total = sum(micro.num_targets for micro in micros)
         loss_sum = 0.0
         optimizer.zero_grad()
-        for index in range(accumulation_steps(config)):
-            parts = [mine[index] for mine in everyone]
+        for micro in micros:
             loss, auxiliary = model(
-                torch.cat([part.tokens for part in parts]),
-                positions_BT=torch.cat([part.positions for part in parts]),
-                document_ids_BT=torch.cat([part.document_ids for part in parts]),
-                targets_BT=torch.cat([part.targets for part in parts]),
+                micro.tokens,
+                positions_BT=micro.positions,
+                document_ids_BT=micro.document_ids,
+                targets_BT=micro.targets,
             )
             (loss / total + auxiliary / accumulation_steps(config)).backward()
             loss_sum += loss.item()
@@ -207,10 +210,15 @@ def whole_parameters(engine: Engine) -> dict[str, Tensor]:
     return found
 
 
-def _micro_batches(config: RunConfig, step: int, data_rank: int) -> list[Any]:
+def _windows(config: RunConfig, step: int, data_rank: int) -> list[list[Window]]:
+    """What a data rank feeds in a step, by micro-batch."""
     share, size = GLOBAL // data_ranks(config.parallel), config.batch.micro_sequences
     mine = windows(step)[data_rank * share : (data_rank + 1) * share]
-    return [micro_batch(mine[i : i + size], document_mask=True) for i in range(0, share, size)]
+    return [mine[i : i + size] for i in range(0, share, size)]
+
+
+def _micro_batches(config: RunConfig, step: int, data_rank: int) -> list[MicroBatch]:
+    return [micro_batch(each, document_mask=True) for each in _windows(config, step, data_rank)]
 
 
 __all__ = ["Layout", "Report", "StagesConfig", "build", "open_layout", "reference", "take_steps", "train_rank"]

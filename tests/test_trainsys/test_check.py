@@ -53,8 +53,9 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
             "command line: batch.global_sequences: 20 is not a multiple of micro_sequences x data ranks (4 x 2 = 8)",
         ),
         (
-            ["--engine.zero_stage=0", "--engine.precision=bf16"],
-            "command line: engine.zero_stage: 0 with bf16 is numerically wrong in DeepSpeed; allowed: 1, 2, 3",
+            ["--engine.zero_stage=0", "--engine.precision=bf16", "--engine.backend=deepspeed"],
+            "command line: engine.backend: DP with ZeRO 0 does not run on deepspeed: its ZeRO 0 is numerically wrong "
+            "in bf16; allowed: torch",
         ),
         (
             ["--engine.precision=fp16", "--engine.device=cpu"],
@@ -62,7 +63,55 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
         ),
         (
             ["--parallel.tensor=2"],
-            "command line: parallel.tensor: 2: the trainer runs data parallel (parallel.replicate) only; allowed: 1",
+            "tiny.toml: optim.kind: muon orthogonalises whole matrices, which parallel.tensor shares out; allowed: "
+            "adamw",
+        ),
+        (["--parallel.tensor=4"], "tiny.toml: model.num_heads: 6 is not a multiple of parallel.tensor (4)"),
+        (
+            ["--parallel.tensor=2", "--data.sequence_length=255"],
+            "command line: data.sequence_length: 255 is not a multiple of context x tensor ranks (1 x 2), which share "
+            "it with parallel.sequence",
+        ),
+        (
+            ["--parallel.context=3", "--data.sequence_length=256"],
+            "command line: data.sequence_length: 256 is not a multiple of 2 x parallel.context (6)",
+        ),
+        (
+            ["--parallel.context=4", "--parallel.attention=ulysses"],
+            "command line: parallel.attention: ulysses shares 2 key and value heads among context x tensor ranks "
+            "(4 x 1), which must divide them; allowed: ring",
+        ),
+        (
+            ["--parallel.expert=2"],
+            "command line: parallel.expert: 2: the model has no experts of this package's; allowed: 1",
+        ),
+        (
+            ["--parallel.expert=2", "--model.moe.num_experts=3"],
+            "command line: model.moe.num_experts: 3 is not a multiple of expert x tensor ranks (2 x 1)",
+        ),
+        (["--parallel.expert=4"], "command line: parallel.expert: 4 does not divide replicate x shard (2)"),
+        (
+            ["--parallel.pipeline=8"],
+            "command line: parallel.pipeline: 8 stages for 6 layers (model.num_layers); one each",
+        ),
+        (
+            ["--parallel.pipeline=2", "--parallel.stages.layers=[4, 1]"],
+            "command line: parallel.stages.layers: [4, 1] is not 2 stages with 6 layers together",
+        ),
+        (
+            ["--parallel.pipeline=2", "--engine.backend=deepspeed"],
+            "command line: engine.backend: PP x DP with ZeRO 2 does not run on deepspeed: it reduces gradients in each "
+            "backward under ZeRO 2 and 3, many times a step with a pipeline; allowed: torch",
+        ),
+        (
+            ["--parallel.pipeline=2", "--offload.optimizer=cpu"],
+            "tiny.toml: engine.zero_stage: PP x DP with ZeRO 2 does not run on deepspeed: it reduces gradients in each "
+            "backward under ZeRO 2 and 3, many times a step with a pipeline; torch: it offloads nothing",
+        ),
+        (
+            ["--parallel.replicate=2", "--parallel.shard=2", "--engine.backend=deepspeed"],
+            "command line: engine.backend: hybrid-sharded DP with ZeRO 2 does not run on deepspeed: its ZeRO shards "
+            "over all data ranks, not over shard alone; allowed: torch",
         ),
         (
             ["--model.dim=100"],
