@@ -28,7 +28,7 @@ from parallel.pipeline.actions import Action
 from parallel.pipeline.messages import Message, Plan, gives, needs, neighbours, plan, sender
 from parallel.pipeline.schedule import Schedule, forward_only
 from parallel.pipeline.tied import Tied
-from parallel.pipeline.weights import Deferred, deferrable
+from parallel.pipeline.weights import Deferred, deferring
 from parallel.pipeline.wires import Payload, Receiving, Sending, Wires
 
 Inputs = Mapping[str, Tensor | None]
@@ -51,7 +51,7 @@ class GradientHooks(Protocol):
 
 
 class Pipeline:
-    """This rank's part of a pipeline; leaving the `with` block (or `close()`) ends its communicators.
+    """This rank's part of a pipeline; leaving the `with` block without an error (or `close()`) ends its communicators.
 
     All ranks of `group`, which is the pipeline axis of the mesh, make it at once and call the same methods with as
     many micro-batches. `stages` are this rank's, first to last. A stage is called as `stage(x, aux, **inputs)`: x is
@@ -92,8 +92,9 @@ class Pipeline:
         """Run forward and backward of a step; return (summed loss, summed auxiliary loss), the same on every rank.
 
         `seeds(i)` are the factors of loss and auxiliary loss of micro-batch i in what is differentiated. Gradients are
-        added to `.grad` of the stages' parameters; hooks of a parameter fire once a micro-batch, or twice where its
-        gradient has parts that are deferred and parts that are not.
+        added to `.grad` of the stages' parameters; hooks of a parameter fire once a micro-batch: with
+        the gradients of the inputs, or, if it is one that is deferred (`parallel.pipeline.weights`), with those of the
+        weights; once for each product where several products of a stage share a deferred one.
 
         Raises: PipelineError if the schedule is for another number of micro-batches.
         """
@@ -132,7 +133,8 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:  # else the others would hear of closed connections before they hear of the error
+            self.close()
 
     def _forward_only(self, num_micro_batches: int) -> Schedule:
         known = (s for s in self._plans if (s.kind, s.num_micro_batches) == ("forward", num_micro_batches))
@@ -209,6 +211,9 @@ class _Step:
         self.losses: list[Payload] = []
         self._stages, self._inputs, self._seeds = stages, inputs, seeds
         self._last = schedule.num_stages - 1
+        self._split = {
+            (a.stage, a.micro_batch) for rank in schedule.actions for a in rank if a.work == "backward_weight"
+        }
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._local: dict[Message, Payload] = {}
 
@@ -219,7 +224,7 @@ class _Step:
         training = self._seeds is not None
         if given is not None:
             given = (given[0].detach().requires_grad_(training), given[1].detach().requires_grad_(training))
-        deferred = Deferred() if training and self.schedule.splits_backward else None
+        deferred = Deferred() if (stage, i) in self._split else None
         outputs = self._call(stage, i, given, deferred)
         if training:
             self._flights[stage, i] = _Flight(given, outputs, deferred)
@@ -248,7 +253,7 @@ class _Step:
                 for seed, out in zip(self._seeds(i), flight.outputs, strict=True)
             )
         assert gradients is not None
-        self._differentiate(flight, gradients, split=work == "backward_input")
+        self._differentiate(flight, gradients)
         if flight.inputs is None:
             return None
         made = tuple(x.grad if x.grad is not None else torch.zeros_like(x) for x in flight.inputs)
@@ -263,24 +268,21 @@ class _Step:
         if deferred is None:
             outputs: Payload = self._stages[stage](x, aux, **named)
         else:
-            with deferrable(deferred):
+            with deferring(deferred):
                 outputs = self._stages[stage](x, aux, **named)
         return outputs
 
-    def _differentiate(self, flight: _Flight, gradients: Payload, *, split: bool) -> None:
+    def _differentiate(self, flight: _Flight, gradients: Payload) -> None:
         assert flight.outputs is not None
         pairs = [(out, grad) for out, grad in zip(flight.outputs, gradients, strict=True) if out.requires_grad]
         outputs, grads = [out for out, _ in pairs], [grad.to(out.dtype) for out, grad in pairs]
         flight.outputs = None
-        if split:
-            assert flight.deferred is not None
-            with flight.deferred.deferring():
-                torch.autograd.backward(outputs, grads)
-        elif flight.deferred is not None:
-            with deferrable(flight.deferred):  # what is recomputed is recomputed the same way
-                torch.autograd.backward(outputs, grads)
-        else:
+        if not outputs:
+            return
+        if flight.deferred is None:
             torch.autograd.backward(outputs, grads)
+        else:
+            flight.deferred.backward(outputs, grads)
 
 
 class _Post:

@@ -2,23 +2,23 @@
 
 A stage holds consecutive layers; a micro-batch goes forward through all stages and its gradient backward. p ranks,
 m micro-batches, v stages on a rank; F, B and W are the times of a rank's forward, backward for the inputs, and backward
-for the weights of one micro-batch (all its stages together). The bubble is the time a rank waits between its first and
-its last action when all stages cost the same and messages nothing.
+for the weights of one micro-batch (all its stages together). The bubble is the length of a step less the work of a
+rank, m (F + B + W), when stages cost alike and messages nothing.
 
-    kind         stages   stage s is on       bubble              activations kept at most (micro-batches of a rank)
-    gpipe        p        s                   (p-1)(F+B+W)        m
-    1f1b         p        s                   (p-1)(F+B+W)        p - rank
-    interleaved  v p      s mod p             (p-1)(F+B+W) / v    p + (p-1) / v - 2 rank / v
-    zb-h1        p        s                   (p-1)(F+B-W)        p
-    zbv          2 p      V                   see `predict`       p
-    dualpipev    2 p      V                   see `predict`       p + 1/2
+    kind         stages   stage s is on   bubble                             most activations kept (by micro-batches)
+    gpipe        p        s               (p-1)(F+B+W)                       m
+    1f1b         p        s               (p-1)(F+B+W)                       p - rank
+    interleaved  v p      s mod p         (p-1)(F+B+W) / v                   p + (p - 1 - 2 rank) / v
+    zb-h1        p        s               (p-1)(F+B-W) if W <= F <= B        p
+    zbv          2 p      V               (p-1) F/2 if F = B = W, m >= 2p-1  p
+    dualpipev    2 p      V               (p-1) F/2 if F = B = W             p + 1/2
 
 V: stage s < p on rank s, the others back again, so that the first and the last stage share rank 0.
 
 Sources: GPipe (arXiv 1811.06965); 1f1b is PipeDream-Flush (arXiv 2006.09503); interleaved is Megatron-LM's (arXiv
-2104.04473); zb-h1 and zbv are of Zero Bubble Pipeline Parallelism (arXiv 2401.10241), here found by list scheduling
-with its rules instead of its solver; dualpipev is the V-shaped half of DualPipe (DeepSeek-V3, arXiv 2412.19437,
-section 3.2.1), its forward and backward of a pair one after the other.
+2104.04473); zb-h1 and zbv are the two of Zero Bubble Pipeline Parallelism (arXiv 2401.10241) that keep what 1f1b keeps;
+dualpipev is the V-shaped half of DualPipe (DeepSeek-V3, arXiv 2412.19437, section 3.2.1), its forward and backward of
+a pair one after the other.
 """
 
 from __future__ import annotations

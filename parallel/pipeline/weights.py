@@ -1,9 +1,9 @@
 """Weight gradients apart from the gradients of the inputs, which other ranks wait for.
 
-While a stage runs inside `deferrable`, products with a matrix (`functional.linear` with a parameter as its weight) keep
-their weight gradient for later when its backward runs inside `Deferred.deferring()`: they remember input and output
-gradient, and everything else of the graph is done and freed. Follows the weight-gradient store of Zero Bubble Pipeline
-Parallelism (arXiv 2401.10241) and DeepSeek-V3 (arXiv 2412.19437); differs: nothing in the model is replaced.
+Products with a matrix (`functional.linear` with a parameter as its weight) of a stage that runs inside `deferring` keep
+their weight gradient for later: backward makes them remember input and output gradient, and everything else of the
+graph is done and freed. Follows the weight-gradient store of Zero Bubble Pipeline Parallelism (arXiv 2401.10241) and
+DeepSeek-V3 (arXiv 2412.19437); differs: nothing in the model is replaced.
 
 What is no such product (gains, biases, embeddings, products inside compiled regions or other autograd functions,
 weights that are DTensors) gets its gradient with that of the inputs: right, and nothing to defer.
@@ -14,8 +14,7 @@ A recomputing stage (activation checkpointing) recomputes once, with the inputs'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +24,24 @@ from torch.overrides import TorchFunctionMode
 
 
 class Deferred:
-    """The weight gradients that one micro-batch still owes one stage."""
+    """The weight gradients that one micro-batch owes one stage from its backward on."""
 
     def __init__(self) -> None:
-        self.active = False
         self._owed: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Differentiate outputs of what ran inside `deferring`, all but what can be owed.
+
+        What is recomputed is recomputed inside as well. `torch.autograd.backward` would leave the mode before the
+        engine runs, since it takes modes for those who want to replace it.
+        """
+        with deferring(self):
+            torch.autograd.Variable._execution_engine.run_backward(
+                tuple(outputs), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
 
     def __len__(self) -> int:
         return len(self._owed)
-
-    @contextmanager
-    def deferring(self) -> Iterator[None]:
-        """Backward passes inside keep weight gradients for `pay`."""
-        self.active = True
-        try:
-            with deferrable(self):
-                yield
-        finally:
-            self.active = False
 
     def owe(self, weight: Tensor, x: Tensor, grad_output: Tensor) -> None:
         """Remember one product's weight gradient, grad_output^T x."""
@@ -57,8 +56,8 @@ class Deferred:
             torch.autograd.backward([alias], [weight_gradient(weight, x, grad_output)])
 
 
-class deferrable(TorchFunctionMode):
-    """Inside, products with a parameter can defer its gradient to `deferred`."""
+class deferring(TorchFunctionMode):
+    """Inside, products with a parameter defer its gradient to `deferred`."""
 
     def __init__(self, deferred: Deferred) -> None:
         super().__init__()
@@ -74,11 +73,11 @@ class deferrable(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear and not torch.compiler.is_compiling() and torch.is_grad_enabled():
             x, weight, bias = _linear_arguments(*args, **kwargs)
-            if type(weight) in (Tensor, nn.Parameter) and weight.is_leaf and weight.requires_grad:
+            if x.requires_grad and type(weight) is nn.Parameter and weight.requires_grad:
                 kind = x.device.type
                 if torch.is_autocast_enabled(kind):
                     x = x.to(torch.get_autocast_dtype(kind))
-                y: Tensor = _Product.apply(x, weight, self._deferred)  # type: ignore[no-untyped-call]
+                y: Tensor = _Product.apply(x, _Aside(weight), self._deferred)  # type: ignore[no-untyped-call]
                 return y if bias is None else y + bias.to(y.dtype)
         return func(*args, **kwargs)
 
@@ -96,23 +95,24 @@ def _linear_arguments(
     return input, weight, bias
 
 
+class _Aside:
+    """Takes a parameter past autograd: with an edge to it, its hooks would fire without a gradient."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+
+
 class _Product(torch.autograd.Function):
-    """x weight^T; backward defers the weight's gradient if told to."""
+    """x weight^T, whose backward owes the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, deferred: Deferred) -> Tensor:
-        ctx.deferred = deferred
-        ctx.weight = weight  # the parameter itself: saved tensors come back as another object, without its gradient
+    def forward(ctx: Any, x: Tensor, weight: _Aside, deferred: Deferred) -> Tensor:
+        ctx.weight, ctx.deferred = weight.parameter, deferred
         ctx.save_for_backward(x)
-        return functional.linear(x, weight.to(x.dtype))
+        return functional.linear(x, weight.parameter.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,), weight, (grad,) = ctx.saved_tensors, ctx.weight, grads
-        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
-        if ctx.deferred.active:
-            ctx.deferred.owe(weight, x, grad)
-            return grad_x, None, None
-        return grad_x, weight_gradient(weight, x, grad), None
+        ctx.deferred.owe(weight, x, grad)
+        return grad @ weight.to(grad.dtype), None, None

@@ -113,5 +113,6 @@ def batches(case: Case, step: int) -> list[dict[str, Tensor | None]]:
 
 def weights_of(micro_batches: Sequence[Inputs]) -> tuple[float, float]:
     """Factors of loss and auxiliary loss of each micro-batch."""
-    total = sum(int((batch["targets_BT"] != -100).sum()) for batch in micro_batches)  # type: ignore[union-attr, operator]
+    targets = [batch["targets_BT"] for batch in micro_batches]
+    total = sum(int((target != -100).sum()) for target in targets if target is not None)
     return 1 / total, 0.1 / len(micro_batches)
