@@ -99,7 +99,7 @@ def build(config: RunConfig) -> torch.nn.Module:
         config.model,
         vocab_size=VOCAB,
         max_positions=LENGTH,
-        activation_checkpointing=config.engine.activation_checkpointing,
+        activation_checkpointing=config.engine.recompute,
         seed=3,
     )
 
@@ -215,6 +215,15 @@ def _windows(config: RunConfig, step: int, data_rank: int) -> list[list[Window]]
     share, size = GLOBAL // data_ranks(config.parallel), config.batch.micro_sequences
     mine = windows(step)[data_rank * share : (data_rank + 1) * share]
     return [mine[i : i + size] for i in range(0, share, size)]
+
+
+def _positions(micro: MicroBatch) -> Tensor:
+    return torch.arange(LENGTH).expand_as(micro.tokens) if micro.positions is None else micro.positions
+
+
+def _document_ids(micro: MicroBatch) -> Tensor:
+    """Of a micro-batch with one document a row, which has none of its own."""
+    return torch.zeros_like(micro.tokens, dtype=torch.int32) if micro.document_ids is None else micro.document_ids
 
 
 def _micro_batches(config: RunConfig, step: int, data_rank: int) -> list[MicroBatch]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.state import pieces_of
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, StagesConfig
 from tests.ranks import run_ranks
 from tests.test_trainsys.layouts import Layout, Report, open_layout, reference, take_steps
 
@@ -76,7 +76,30 @@ def test_data_parallel_takes_the_steps_of_one_process() -> None:
             layout(1, shard=2),
             layout(2, replicate=2),
             layout(3, shard=2),
-            layout(3, "--engine.activation_checkpointing=true", shard=2),
+            layout(3, "--engine.recompute=full", shard=2),
             layout(3, "--engine.gradient_clip_norm=0", "--parallel.overlap=false", shard=2),
+        ],
+    )
+
+
+def test_pipelines_shard_gradients_and_weights() -> None:
+    check(
+        2,
+        [
+            layout(2, pipeline=2),
+            layout(0, "--model.tied_head=false", pipeline=2, stages=StagesConfig(schedule="zbv")),
+            layout(3, "--model.tied_head=false", pipeline=2, stages=StagesConfig(schedule="zbv")),
+        ],
+    )
+
+
+def test_pipelines_shard_over_data_ranks() -> None:
+    check(
+        4,
+        [
+            layout(3, pipeline=2, shard=2),
+            layout(2, pipeline=2, replicate=2, stages=StagesConfig(schedule="zb-h1")),
+            layout(0, pipeline=2, replicate=2),
+            layout(3, replicate=2, shard=2),
         ],
     )
