@@ -63,8 +63,16 @@ def exchange(
 ) -> Tensor:
     """Return what all ranks sent to this one, by rank, along dimension 0.
 
-    `send[r]` rows of `x` go to rank r, `receive[r]` come from it; None shares the rows evenly.
+    `send[r]` rows of `x` go to rank r, `receive[r]` come from it; without both the rows are shared evenly.
+
+    Raises: ValueError if the numbers of rows do not add up on this rank; then other ranks wait for it in vain.
     """
+    if send is None and receive is None:
+        check_divides(x.shape[0], group)
+    elif send is None or receive is None or len(send) != group.size() or len(receive) != group.size():
+        raise ValueError(f"parallel: an exchange needs rows to send and receive for each of {group.size()} ranks")
+    elif sum(send) != x.shape[0]:
+        raise ValueError(f"parallel: {sum(send)} rows are to be sent of {x.shape[0]}")
     if group.size() == 1:
         return x
     return _Exchange.apply(x, group, send, receive)  # type: ignore[no-any-return, no-untyped-call]
@@ -75,7 +83,7 @@ def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(group.size() * first.shape[0], *first.shape[1:])
     all_gather_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out if dim in (0, -out.ndim) else out.movedim(0, dim)  # no view where none is needed
 
 
 def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
@@ -84,7 +92,7 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     check_divides(first.shape[0], group)
     out = first.new_empty(first.shape[0] // group.size(), *first.shape[1:])
     reduce_scatter_single(out, first, group=group)
-    return out.movedim(0, dim)
+    return out if dim in (0, -out.ndim) else out.movedim(0, dim)  # no view where none is needed
 
 
 def own_part(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:

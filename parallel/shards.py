@@ -73,6 +73,7 @@ class Shard:
                 num_copies,
             )
 
+    @torch.no_grad()
     def take(self, whole_tensor: Tensor) -> Tensor:
         """Return this rank's part of a whole tensor, in new memory; padding is zero."""
         local = whole_tensor.new_zeros(self.local_shape)
@@ -80,6 +81,7 @@ class Shard:
             local[mine] = whole_tensor[theirs]
         return local
 
+    @torch.no_grad()
     def put(self, local: Tensor, whole_tensor: Tensor) -> None:
         """Write this rank's part into a whole tensor."""
         for mine, theirs, _, _ in self.blocks():
@@ -120,7 +122,11 @@ def fused_dim(sizes: Sequence[int], rank: int, num_ranks: int) -> DimShard:
 
 
 def tag(parameter: nn.Parameter, shard: Shard) -> nn.Parameter:
-    """Note on a parameter which part of the whole one it is; returns it."""
+    """Note on a parameter which part of the whole one it is; returns it.
+
+    The note stays with this object, also when its module moves to another device. `copy.deepcopy` of a parameter drops
+    it, after which the copy would pass for a whole one: ask before copying, or build the model twice.
+    """
     assert shard.local_shape == tuple(parameter.shape), f"{shard.local_shape} tags {tuple(parameter.shape)}"
     setattr(parameter, _TAG, shard)
     return parameter

@@ -102,3 +102,98 @@ def _odd(rank: int, world_size: int) -> None:
 
 def test_a_dimension_that_does_not_divide_is_refused_before_anything_is_sent() -> None:
     run_ranks(_odd, 2)
+
+
+def _odd_exchange(rank: int, world_size: int) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    x = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="2 ranks cannot share a dimension of 3 evenly"):
+        collectives.exchange(x, group)  # gloo itself would accept it
+    with pytest.raises(ValueError, match="rows to send and receive for each of 2 ranks"):
+        collectives.exchange(x, group, [1, 2])
+    with pytest.raises(ValueError, match="rows to send and receive for each of 2 ranks"):
+        collectives.exchange(x, group, [3], [3])
+    with pytest.raises(ValueError, match="2 rows are to be sent of 3"):
+        collectives.exchange(x, group, [1, 1], [1, 1])
+
+
+def test_an_exchange_whose_rows_do_not_add_up_is_refused_before_anything_is_sent() -> None:
+    run_ranks(_odd_exchange, 2)
+
+
+_KINDS = ("replicate", "sum_ranks", "split", "gather", "gather_sum", "sum_split")
+
+
+def _call(kind: str, x: Tensor, dim: int) -> Tensor:
+    group = dist.group.WORLD
+    function = getattr(collectives, kind)
+    y = function(x, group) if kind in ("replicate", "sum_ranks") else function(x, dim, group)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _gradients(kind: str, x: Tensor, dim: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = _call(kind, x, dim)
+    (y * weight[: y.shape[0], : y.shape[1]]).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def _hard_inputs(rank: int, world_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    for kind in _KINDS:
+        for dim, negative in ((0, -2), (1, -1)):
+            y, grad = _gradients(kind, base, dim, weight)
+            # Strides of inputs and gradients, and how a dimension is counted, change nothing.
+            for x, d, w in ((base.t().contiguous().t(), dim, weight.t().contiguous().t()), (base, negative, weight)):
+                again, grad_again = _gradients(kind, x, d, w)
+                assert torch.equal(again, y), kind
+                assert torch.equal(grad_again, grad), kind
+        # An input that is used twice gets the sum of both gradients.
+        x = base.detach().requires_grad_()
+        one, two = _call(kind, x, 0), _call(kind, x, 0)
+        (one * weight[: one.shape[0], :8]).sum().backward()
+        once = x.grad
+        (two * weight[: two.shape[0], :8]).sum().backward()
+        assert once is x.grad
+        assert torch.allclose(x.grad, 2 * _gradients(kind, base, 0, weight)[1], rtol=1e-14, atol=0)
+        empty = torch.zeros(0, 8).requires_grad_()
+        _call(kind, empty, 0).sum().backward()
+        assert empty.grad is not None
+        assert empty.grad.shape == (0, 8)
+        half = torch.ones(4, 4, dtype=torch.bfloat16).requires_grad_()
+        result = _call(kind, half, -1)
+        result.sum().backward()
+        assert half.grad is not None
+        assert (result.dtype, half.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    for kind in ("replicate", "sum_split"):
+        # `backend="aot_eager"` traces forward and backward as the default backend does, without its compiler.
+        compiled = torch.compile(lambda t, kind=kind: _call(kind, t * 2, 0).sin(), backend="aot_eager")
+        a, b = base.detach().requires_grad_(), base.detach().requires_grad_()
+        compiled(a).sum().backward()
+        _call(kind, b * 2, 0).sin().sum().backward()
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad), kind
+    for kind in ("sum_ranks", "gather", "gather_sum", "sum_split"):
+        # What follows may work in place on the result along the first dimension.
+        x = base.detach().requires_grad_()
+        _call(kind, x * 1, 0).mul_(2).sum().backward()
+
+
+def test_strides_empty_rows_narrow_types_double_use_and_compilation_change_nothing() -> None:
+    run_ranks(_hard_inputs, 2)
+
+
+def _alone(rank: int, world_size: int) -> None:
+    x = torch.ones(3, 3)
+    assert all(_call(kind, x, 0) is x for kind in _KINDS)
+    assert collectives.exchange(x, dist.group.WORLD, [3], [3]) is x  # type: ignore[arg-type]
+
+
+def test_a_group_of_one_is_no_communication() -> None:
+    run_ranks(_alone, 1)

@@ -56,3 +56,20 @@ def test_a_parameter_without_a_tag_is_whole() -> None:
     shards.tag(layer.weight, part)
     assert shards.shards_of(layer) == {"weight": part, "bias": shards.whole((2,))}
     assert part.global_shape == (4, 3)
+
+
+def test_parts_of_a_parameter_that_requires_gradients_are_plain_tensors_and_can_be_put_back() -> None:
+    parameter = nn.Parameter(torch.arange(6.0).reshape(3, 2))
+    shard = shards.Shard((shards.even_dim(3, 1, 2), shards.whole_dim(2)), ("tensor",))
+    part = shard.take(parameter)
+    assert not part.requires_grad
+    assert part.tolist() == [[4.0, 5.0], [0.0, 0.0]]  # padded
+    shard.put(part + 1, parameter)
+    assert parameter.tolist() == [[0.0, 1.0], [2.0, 3.0], [5.0, 6.0]]
+
+
+def test_a_tag_survives_a_move_of_the_module() -> None:
+    layer = nn.Linear(2, 2)
+    shard = shards.Shard((shards.even_dim(4, 0, 2), shards.whole_dim(2)), ("tensor",))
+    shards.tag(layer.weight, shard)
+    assert shards.shard_of(layer.to(torch.bfloat16).weight) is shard
