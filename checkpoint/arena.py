@@ -1,4 +1,4 @@
-"""Host memory in which copies wait to be written: fixed-size slots of one block of shared memory.
+"""Host memory in which copies wait to be written: fixed-size slots of one block of memory.
 
 One size and a free list: nothing fragments, nothing wraps, slots come back in any order, and a tensor of any size
 passes through. The block may be a memory file, for another process to map. Its pages exist from their first use
@@ -88,7 +88,7 @@ class Slot:
 
 
 class Arena:
-    """A block of shared memory in slots. Threads take and give back at once."""
+    """A block of memory in slots. Threads take and give back at once."""
 
     def __init__(
         self, num_slots: int, num_allowed: int | None = None, *, is_file: bool = False, slot_bytes: int = SLOT_BYTES
@@ -109,7 +109,10 @@ class Arena:
             if is_file:
                 self.descriptor = os.memfd_create("checkpoint-arena", os.MFD_CLOEXEC)
                 os.ftruncate(self.descriptor, nbytes)
-            self._map = mmap.mmap(self.descriptor, nbytes)
+                self._map = mmap.mmap(self.descriptor, nbytes)
+            else:
+                # Private memory is in large pages on more systems than shared memory is.
+                self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             if self.descriptor >= 0:
                 os.close(self.descriptor)
@@ -117,9 +120,10 @@ class Arena:
                 f"{nbytes} bytes of staging memory cannot be had: {error.strerror}; "
                 "set staging_bytes to less, or raise the process's limits"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them: the first touch takes longer
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # workers that training forks have no use for it
+            if hasattr(mmap, advice):
+                with contextlib.suppress(OSError):  # a kernel without it: the first touch, or a fork, takes longer
+                    self._map.madvise(getattr(mmap, advice))
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._num_allowed = num_slots if num_allowed is None else num_allowed

@@ -21,6 +21,8 @@ from typing import Any
 
 from checkpoint.storage import BlockSink, Entry, Sink, Source, check_written, named
 
+_LEAST_DIRECT_BYTES = 256 << 10
+"""What is read past the cache is at least so much: less is over sooner in one piece."""
 _PAGE = 4096
 """Offset, length and memory address of a direct write are multiples of this: the largest that disks ask for."""
 
@@ -31,6 +33,20 @@ class _LocalFile:
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
         self._path = path
+        self._direct: int | None = None
+
+    def close(self) -> None:
+        """Close what `pass_cache` opened."""
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+    def pass_cache(self) -> None:
+        if self._direct is None:
+            # The file that is open, whatever its name has come to mean.
+            self._direct = _open_direct(Path(f"/proc/self/fd/{self._descriptor}"), os.O_RDONLY)
+        if self._direct is not None:  # what is left for the cache are single pages
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def write(self, data: Any) -> None:
         view = memoryview(data).cast("B")
@@ -39,14 +55,15 @@ class _LocalFile:
                 view = view[os.write(self._descriptor, view) :]
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        done = 0
         with named(self._path, "read"):
-            while done < buffer.nbytes:
-                count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
-                if not count:
-                    break
-                done += count
-        return done
+            first = -offset % _PAGE
+            last = (offset + buffer.nbytes) // _PAGE * _PAGE - offset
+            if self._direct is None or last - first < _LEAST_DIRECT_BYTES or not _is_aligned(buffer[first:last]):
+                return _pread(self._descriptor, offset, buffer)
+            done = _pread(self._descriptor, offset, buffer[:first])
+            if done == first:
+                done += _pread_direct(self._direct, offset + first, buffer[first:last])
+            return done + _pread(self._descriptor, offset + done, buffer[done:])
 
 
 class _Blocks:
@@ -153,9 +170,11 @@ class LocalStorage:
         full = self._root / path
         with named(full, "open"):
             descriptor = self._open_plain(full)
+        file = _LocalFile(descriptor, full)
         try:
-            yield _LocalFile(descriptor, full)
+            yield file
         finally:
+            file.close()
             os.close(descriptor)
 
     def write(self, path: str, data: bytes) -> None:
@@ -180,7 +199,7 @@ class LocalStorage:
         with self._temporary(full) as (cached, temporary):
             with named(full, "write"):
                 _set_aside(cached, nbytes)
-                direct = _open_direct(temporary) if self._direct_io else None
+                direct = _open_direct(temporary, os.O_WRONLY) if self._direct_io else None
             try:
                 sink = _Blocks(cached, direct, full)
                 yield sink
@@ -299,10 +318,14 @@ def _set_aside(descriptor: int, nbytes: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
-def _open_direct(path: Path) -> int | None:
-    """Open a file past the kernel's cache; None where its file system has no such thing."""
+def _open_direct(path: Path, mode: int) -> int | None:
+    """Open a file past the kernel's cache; None where its file system, or the kernel, has no such thing."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        return os.open(path, mode | os.O_DIRECT | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if mode != os.O_RDONLY:
+            raise
+        return None  # no /proc
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return None
@@ -312,6 +335,33 @@ def _open_direct(path: Path) -> int | None:
 def _is_aligned(view: memoryview) -> bool:
     """Whether a buffer starts on a page; read-only ones count as unaligned, their address cannot be asked for."""
     return view.nbytes > 0 and not view.readonly and ctypes.addressof(ctypes.c_char.from_buffer(view)) % _PAGE == 0
+
+
+def _pread(descriptor: int, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer; return the bytes read, fewer at the end of the file."""
+    done = 0
+    while done < buffer.nbytes:
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _pread_direct(descriptor: int, offset: int, buffer: memoryview) -> int:
+    """Read whole pages past the cache; return the bytes read, fewer where the file system wants it otherwise."""
+    done = 0
+    while done < buffer.nbytes and done % _PAGE == 0:
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _pwrite(descriptor: int, offset: int, view: memoryview) -> None:

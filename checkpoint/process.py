@@ -258,7 +258,8 @@ class _ProcessFlow:
         self._ends: dict[str, list[int] | BaseException] = {}
         self._changed = threading.Condition()
 
-    def put(self, parcel: Parcel, slot: Slot) -> None:
+    def put(self, parcel: Parcel, slot: Slot, digests: list[int] | None = None) -> None:
+        assert digests is None, "the process digests"
         self._child.put(self, parcel, slot)
 
     def cancel(self, error: BaseException) -> None:

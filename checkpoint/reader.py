@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy
 import torch
 
 from checkpoint import objects
+from checkpoint.arena import free_memory_bytes
 from checkpoint.commit import COMMIT, TABLE, brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.format import CHUNK_BYTES, CODES, SAME_SIZE, fingerprint
@@ -176,43 +178,25 @@ class Reader:
     ) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
 
-        With `fresh`, host memory is filled with each chunk as soon as that one is verified: once, in one reading.
+        Up to `buffer_bytes` of chunks are held in memory in between, at least _LEAST_BUFFER_BYTES, and of a local file
+        no more than half of the free memory; what exceeds that is read twice.
 
-        A local file is read, and verified, a second time for that: the kernel has it in its cache by then, and to
-        touch fresh memory costs more than a second copy out of the cache. Of other storages up to `buffer_bytes` of
-        chunks are held in memory in between, at least _LEAST_BUFFER_BYTES, and what exceeds that is read twice.
+        With `fresh`, memory is filled with each chunk as soon as that one is verified: once, in one reading.
         """
         report, reads = self._plan(wanted, rank, strict)
+        room = self._room(buffer_bytes)
+        once = fresh or sum(read.nbytes for read in reads) <= room
 
         def copy(read: Read, data: Bytes) -> None:
             piece = wanted[read.target]
             _scatter(read, data, piece.tensor, piece.region)
 
-        with self.transfer() as transfer:
+        with self.transfer(once=once) as transfer:
             if fresh:
-                # What is one rank's own another checkpoint may not have for it: that must not keep a part of this one.
-                here = {i for i, p in enumerate(wanted) if p.tensor.device.type == "cpu" and p.kind != "local"}
-                found = transfer.stream(
-                    windows(reads, CHUNK_BYTES), lambda read, data: copy(read, data) if read.target in here else None
-                )
-                _raise_first(found, overwriting=True)
-                read_bytes = transfer.read_bytes
-                others = [read for read in reads if read.target not in here]
-                _copy_again(transfer, [(read, wanted[read.target].tensor.device) for read in others], copy)
-            elif self._storage.rereads_cheaply:
-                _raise_first(transfer.stream(windows(reads, CHUNK_BYTES), None))
-                read_bytes = transfer.read_bytes
-                _copy_again(transfer, [(read, wanted[read.target].tensor.device) for read in reads], copy)
+                read_bytes = _fill_fresh(transfer, [(read, wanted[read.target]) for read in reads], copy)
             else:
-                *earlier, last = windows(reads, max(buffer_bytes, _LEAST_BUFFER_BYTES)) if reads else [Window()]
-                _raise_first(transfer.stream((w for e in earlier for w in windows(e.reads, CHUNK_BYTES)), None))
-                memory = allocate(max(window.nbytes for window in (last, *earlier)))
-                _raise_first(transfer.fetch(last, memory))
-                read_bytes = transfer.read_bytes
-                last.each(memory, copy)
-                for window in earlier:
-                    _raise_first(transfer.fetch(window, memory), overwriting=True)
-                    window.each(memory, copy)
+                on_host = {i for i, p in enumerate(wanted) if p.tensor.device.type == "cpu"}
+                read_bytes = _fill(transfer, list(windows(reads, room)), copy, on_host)
         needed_bytes = sum(read.needed_bytes for read in reads)
         again = transfer.read_bytes - read_bytes
         return replace(report, read_bytes=read_bytes, needed_bytes=needed_bytes, reread_bytes=again)
@@ -261,9 +245,18 @@ class Reader:
         where = f"{self._path(row.file)}: tensor {row.name!r}, bytes [{start}, {stop})"
         return CorruptCheckpoint(f"{where}: {what}; {REMEDY}")
 
-    def transfer(self) -> Transfer:
-        """Return what reads this checkpoint's chunks; to be closed."""
-        return Transfer(self, _LOCAL_THREADS if self._storage.rereads_cheaply else _REMOTE_THREADS)
+    def transfer(self, *, once: bool = False) -> Transfer:
+        """Return what reads this checkpoint's chunks; to be closed. `once`: nothing is read twice."""
+        # Ranks of one host may all read the same file: then the kernel's cache saves the disk all but the first time.
+        alone = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+        num_threads = _LOCAL_THREADS if self._storage.rereads_cheaply else _REMOTE_THREADS
+        return Transfer(self, num_threads, once=once and alone)
+
+    def _room(self, buffer_bytes: int) -> int:
+        """Return how many bytes may be held until they are verified."""
+        if self._storage.rereads_cheaply:  # what does not fit into memory comes out of the kernel's cache
+            buffer_bytes = min(buffer_bytes, free_memory_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(buffer_bytes, _LEAST_BUFFER_BYTES)
 
     def _plan(self, wanted: Sequence[Piece], rank: int, strict: bool) -> tuple[LoadReport, list[Read]]:
         """Join what is wanted with what is saved. Raises StateMismatch with every difference."""
@@ -388,19 +381,70 @@ def _raise_first(faults: Iterator[CorruptCheckpoint], *, overwriting: bool = Fal
         raise fault
 
 
-def _copy_again(
-    transfer: Transfer, reads: Sequence[tuple[Read, torch.device]], copy: Callable[[Read, Bytes], None]
+def _fill(
+    transfer: Transfer, held: Sequence[Window], copy: Callable[[Read, Bytes], None], on_host: Collection[int]
+) -> int:
+    """Verify all, then copy all; return the bytes that were read until all was verified.
+
+    The last window stays in memory meanwhile. `on_host` are the targets that any thread may fill.
+    """
+
+    def copy_all(window: Window) -> None:
+        def copy_here(read: Read, data: Bytes) -> None:
+            if read.target in on_host:
+                copy(read, data)
+
+        def copy_there(read: Read, data: Bytes) -> None:
+            if read.target not in on_host:  # from this thread, and so in its stream
+                copy(read, data)
+
+        transfer.hand_out(window, memory, copy_here)
+        window.each(memory, copy_there)
+
+    *earlier, last = held or [Window()]
+    _raise_first(transfer.stream((w for e in earlier for w in windows(e.reads, CHUNK_BYTES)), None))
+    memory = allocate(max(window.nbytes for window in (last, *earlier)))
+    _raise_first(transfer.fetch(last, memory))
+    read_bytes = transfer.read_bytes
+    copy_all(last)
+    for window in earlier:
+        _raise_first(transfer.fetch(window, memory), overwriting=True)
+        copy_all(window)
+    return read_bytes
+
+
+def _fill_fresh(transfer: Transfer, found: Sequence[tuple[Read, Piece]], copy: Callable[[Read, Bytes], None]) -> int:
+    """Copy each chunk as soon as it is verified; return the bytes that were read until all was verified.
+
+    What is one rank's own another checkpoint may not have for it: that must not keep a part of this one, and is copied
+    after everything else.
+    """
+    own = {read.target for read, piece in found if piece.kind == "local"}
+    here = [read for read, piece in found if piece.tensor.device.type == "cpu" or read.target in own]
+    there = [read for read, piece in found if piece.tensor.device.type != "cpu" and read.target not in own]
+
+    def copy_shared(read: Read, data: Bytes) -> None:
+        if read.target not in own:
+            copy(read, data)
+
+    _raise_first(transfer.stream(windows(here, CHUNK_BYTES), copy_shared), overwriting=True)
+    is_pinned = any(piece.tensor.device.type == "cuda" for _, piece in found)
+    _copy_in_turn(transfer, there, copy, is_pinned=is_pinned)
+    read_bytes = transfer.read_bytes
+    _copy_in_turn(transfer, [read for read in here if read.target in own], copy, is_pinned=is_pinned)
+    return read_bytes
+
+
+def _copy_in_turn(
+    transfer: Transfer, reads: Sequence[Read], copy: Callable[[Read, Bytes], None], *, is_pinned: bool
 ) -> None:
-    """Read what was verified before, and copy it: to devices from this thread, and so in its stream."""
-    on_host = (read for read, device in reads if device.type == "cpu")
-    _raise_first(transfer.stream(windows(on_host, CHUNK_BYTES), copy), overwriting=True)
-    on_device = [read for read, device in reads if device.type != "cpu"]
-    if on_device:
-        pin = any(device.type == "cuda" for _, device in reads)
-        memory = torch.empty(2 * _LEAST_BUFFER_BYTES, dtype=torch.uint8, pin_memory=pin).numpy()
-        for window in windows(on_device, _LEAST_BUFFER_BYTES):
-            _raise_first(transfer.fetch(window, memory), overwriting=True)
-            window.each(memory, copy)
+    """Read, verify and copy window by window: to devices from this thread, and so in its stream."""
+    if not reads:
+        return
+    memory = torch.empty(2 * _LEAST_BUFFER_BYTES, dtype=torch.uint8, pin_memory=is_pinned).numpy()
+    for window in windows(reads, _LEAST_BUFFER_BYTES):
+        _raise_first(transfer.fetch(window, memory), overwriting=True)
+        window.each(memory, copy)
 
 
 @torch.no_grad()

@@ -137,7 +137,9 @@ class Saver:
         called_s = time.monotonic()
         arena, copier = self._arena_for(request.draft)
         trace = Trace()
-        snapshot = Snapshot(request.draft, request.moments, arena, trace)
+        # By the copier, which has the bytes in its cache; not where another process has nothing else to do.
+        is_digested = isinstance(self._drain, ThreadDrain)
+        snapshot = Snapshot(request.draft, request.moments, arena, trace, is_digested=is_digested)
         tiers = [tier for tier, _ in request.tiers]
         handle = _new_handle(request, snapshot, trace)
         attempts = {t: self._attempt(name, storage, request.deadline_s) for t, storage in request.tiers}

@@ -33,8 +33,13 @@ _BATCH_BYTES = 512 << 20
 class Snapshot:
     """The tensors of one save, from the call until their last byte is copied."""
 
-    def __init__(self, draft: Draft, moments: Sequence[Any], arena: Arena, trace: Trace) -> None:
-        """Remember a state; `moments` are events of its devices, after all that it is the result of."""
+    def __init__(
+        self, draft: Draft, moments: Sequence[Any], arena: Arena, trace: Trace, *, is_digested: bool = False
+    ) -> None:
+        """Remember a state; `moments` are events of its devices, after all that it is the result of.
+
+        `is_digested` lets what is copied from host memory alone be digested meanwhile.
+        """
         self.trace = trace
         self.called_s = time.monotonic()
         self.pressure_s = 0.0
@@ -47,6 +52,9 @@ class Snapshot:
         """Bytes that are in their slots, or were."""
         self.num_groups = len(draft.blueprint.watched)
         self.has_device = bool(draft.blueprint.devices)
+        self.is_hurried = False
+        """Whether somebody waits for the copies: the digests of what is left are the writers' task then."""
+        self._is_digested = is_digested and not self.has_device
         self._arena = arena
         self._moments = moments
         self._guard = Guard(draft)
@@ -55,7 +63,7 @@ class Snapshot:
         self._streams: Streams | None = None
         self._flow: Flow | None = None
         self._error: BaseException | None = None
-        self._early: list[tuple[Parcel, Slot]] = []
+        self._early: list[tuple[Parcel, Slot, list[int] | None]] = []
         self._to_claim: collections.deque[Parcel] = collections.deque()
         # Parcels of each group; and one more, for its end.
         self._to_copy = [1] * self.num_groups
@@ -104,8 +112,8 @@ class Snapshot:
             if flow is None or self._is_held:
                 return
             early, self._early = self._early, []
-        for parcel, slot in early:
-            flow.put(parcel, slot)
+        for filled in early:
+            flow.put(*filled)
 
     def fail(self, error: BaseException) -> None:
         """Copy nothing more, for the first reason given; the tensors may be mutated. No effect once all is copied."""
@@ -117,7 +125,7 @@ class Snapshot:
             early, self._early = self._early, []
             flow = self._flow
             self._changed.notify_all()
-        for _, slot in early:
+        for _, slot, _ in early:
             self._arena.give_back(slot)
         if flow is not None:
             flow.cancel(error)
@@ -161,14 +169,20 @@ class Snapshot:
             self._num_filling += 1
             return self._to_claim.popleft()
 
-    def fill(self, batch: Sequence[tuple[Parcel, Slot]]) -> Events:
-        """Copy claimed parcels into their slots, or order that: then they are there after the events."""
+    def fill(self, batch: Sequence[tuple[Parcel, Slot]]) -> tuple[Events, list[int] | None]:
+        """Copy claimed parcels into their slots, or order that: then they are there after the events.
+
+        Returns the digests too of a parcel that was digested meanwhile.
+        """
         try:
             copies = self._copies
             if copies is None:  # it failed since they were claimed
                 raise self._error or AssertionError("parcels are claimed after their copies began")
             with self.trace.span("copy", sum(parcel.nbytes for parcel, _ in batch)):
-                return copies.fill(batch)
+                if self._is_digested and not self.is_hurried:
+                    ((parcel, slot),) = batch
+                    return {}, copies.fill_and_digest(parcel, slot)
+                return copies.fill(batch), None
         finally:
             with self._changed:
                 self._num_filling -= len(batch)
@@ -197,16 +211,16 @@ class Snapshot:
             self._changed.notify_all()
         return last
 
-    def land(self, parcel: Parcel, slot: Slot) -> None:
+    def land(self, parcel: Parcel, slot: Slot, digests: list[int] | None) -> None:
         """Say that a parcel's bytes are in its slot."""
         with self._changed:
             self.staged_bytes += parcel.nbytes
             flow, is_wanted = self._flow, self._error is None
             is_early = is_wanted and (flow is None or self._is_held)
             if is_early:
-                self._early.append((parcel, slot))
+                self._early.append((parcel, slot, digests))
         if flow is not None and not is_early:
-            flow.put(parcel, slot)
+            flow.put(parcel, slot, digests)
         elif not is_wanted:
             self._arena.give_back(slot)
         self._land(parcel.group)
@@ -344,6 +358,7 @@ class Copier:
 
     def _await(self, snapshot: Snapshot, group: int, timeout_s: float) -> None:
         begun_s = time.monotonic()
+        snapshot.is_hurried = True
         snapshot.await_group(group, timeout_s, lambda: self._help(snapshot))
         snapshot.fence_s += time.monotonic() - begun_s
         snapshot.trace.add_since("fence", begun_s)
@@ -396,7 +411,7 @@ class Copier:
             return False
         begun_s = time.monotonic()
         try:
-            events = snapshot.fill(batch)
+            events, digests = snapshot.fill(batch)
         except BaseException as error:  # noqa: BLE001  carried to the save
             snapshot.fail(error)
             try:
@@ -412,7 +427,7 @@ class Copier:
             if events:
                 snapshot.trace.add_since("transfer", begun_s, sum(parcel.nbytes for parcel, _ in batch))
             for parcel, taken in batch:
-                snapshot.land(parcel, taken)
+                snapshot.land(parcel, taken, digests)
 
         self._after(snapshot, events, land)
         for parcel, _ in batch:

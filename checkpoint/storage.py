@@ -63,6 +63,17 @@ class MirroredSource(Source, Protocol):
         """Return the copies that this source does not read first."""
 
 
+@runtime_checkable
+class CachedSource(Source, Protocol):
+    """A file that the kernel keeps in its cache as it is read."""
+
+    def pass_cache(self) -> None:
+        """Read large parts past the cache from now on, where the file system can: for files that are read once.
+
+        What is to be filled so has the address that its offset in the file has, modulo the page.
+        """
+
+
 class Storage(Protocol):
     """What commit and readers need of a storage.
 

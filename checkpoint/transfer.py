@@ -18,13 +18,13 @@ from checkpoint.errors import CorruptCheckpoint
 from checkpoint.format import CHUNK_BYTES, digest
 from checkpoint.manifest import SavedSlice
 from checkpoint.reshard import Read
-from checkpoint.storage import MirroredSource, Source
+from checkpoint.storage import CachedSource, MirroredSource, Source
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _log = logging.getLogger(__name__)
-_ALIGN_BYTES = 64
-_HUGE_BYTES = 32 << 20
+_ALIGN_BYTES = 4096
+_HUGE_BYTES = 2 << 20
 """Memory from this size on is in large pages."""
 _MAX_OPEN = 256
 """Files open at once, where there are more."""
@@ -96,7 +96,7 @@ def windows(reads: Iterable[Read], capacity: int) -> Iterator[Window]:
         if joined and last is not None:
             place += read.byte_start - last.byte_start
         else:
-            # As aligned in memory as in the file, and there every tensor is aligned to its elements.
+            # As aligned in memory as in the file: tensors are aligned to their elements there, and disks want pages.
             window.nbytes += (read.byte_start - window.nbytes) % _ALIGN_BYTES
             place, stop = window.nbytes, read.byte_start
         _extend(window, read, stop, joined)
@@ -148,8 +148,10 @@ class Transfer:
     where the storage keeps open files alive.
     """
 
-    def __init__(self, files: Files, num_threads: int) -> None:
+    def __init__(self, files: Files, num_threads: int, *, once: bool = False) -> None:
+        """`once` says that nothing is read twice: the kernel need not keep it."""
         self._files = files
+        self._once = once
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint-read")
         self._open: dict[str, _Open] = {}
@@ -200,6 +202,17 @@ class Transfer:
 
         for faults in self._each(run, found):
             yield from faults
+
+    def hand_out(self, window: Window, memory: Bytes, consume: Callable[[Read, Bytes], None]) -> None:
+        """Hand each read of a window in memory its bytes, several at a time, in any thread."""
+
+        def run(item: tuple[Read, int]) -> list[CorruptCheckpoint]:
+            read, place = item
+            consume(read, memory[place : place + read.nbytes])
+            return []
+
+        for _ in self._each(run, zip(window.reads, window.places, strict=True)):
+            pass
 
     def _each(
         self, run: Callable[[Any], list[CorruptCheckpoint]], items: Iterable[Any]
@@ -252,7 +265,10 @@ class Transfer:
             found = self._open.get(file)
             if found is None:
                 stack = contextlib.ExitStack()
-                found = self._open[file] = _Open(stack.enter_context(self._files.open(file)), stack)
+                source = stack.enter_context(self._files.open(file))
+                found = self._open[file] = _Open(source, stack)
+                if self._once and isinstance(source, CachedSource):
+                    source.pass_cache()
             found.users += 1
         try:
             yield found.source
@@ -281,7 +297,7 @@ def allocate(nbytes: int) -> Bytes:
     """Return fresh memory, in large pages where the system has them: a tenth of the time to touch it first."""
     if nbytes < _HUGE_BYTES:
         return np.empty(nbytes, dtype=np.uint8)
-    memory = mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -37,9 +37,10 @@ class Flow(Protocol):
     def written_bytes(self) -> int:
         """Bytes that are through: written to every target that did not fail."""
 
-    def put(self, parcel: Parcel, slot: Slot) -> None:
+    def put(self, parcel: Parcel, slot: Slot, digests: list[int] | None = None) -> None:
         """Hand over a filled slot: the parcel's bytes start at its page offset. Returns soon.
 
+        The digests of its cuts come with it if they are known already.
         Slots were given to parcels by rising file offset, so that one that comes out of its turn waits only for
         parcels that are on their way. The slot goes back to the arena when no target needs it any more, whatever
         happens.
@@ -150,9 +151,11 @@ class _ThreadFlow:
     def written_bytes(self) -> int:
         return self._written_bytes
 
-    def put(self, parcel: Parcel, slot: Slot) -> None:
+    def put(self, parcel: Parcel, slot: Slot, digests: list[int] | None = None) -> None:
         filled = _Filled(parcel, slot, len(self._files), self._free)
-        self._submit(lambda: self._take(filled))
+        if digests is not None:
+            self._digests[parcel.index] = digests
+        self._submit(lambda: self._take(filled, digests is None))
 
     def cancel(self, error: BaseException) -> None:
         for file in self._files.values():
@@ -162,9 +165,9 @@ class _ThreadFlow:
         self._files[tier].durable.result()
         return [digest for found in self._digests for digest in found]
 
-    def _take(self, filled: _Filled) -> None:
+    def _take(self, filled: _Filled, is_to_digest: bool) -> None:
         try:
-            if not all(file.has_failed for file in self._files.values()):
+            if is_to_digest and not all(file.has_failed for file in self._files.values()):
                 with self._trace.span("hash", filled.parcel.nbytes):
                     for cut in filled.parcel.cuts:
                         self._digests[filled.parcel.index] += digests(filled.data[cut.start : cut.start + cut.nbytes])

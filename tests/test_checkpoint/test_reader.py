@@ -212,27 +212,21 @@ def large_state() -> dict[str, torch.Tensor]:
     return {name: torch.arange(i, each + i, dtype=torch.int32) for i, name in enumerate("abc")}
 
 
-def test_local_files_are_verified_and_then_read_again(large: Path):
-    found = {name: torch.zeros_like(t) for name, t in large_state().items()}
-    ck = Checkpointer(large)
-    loaded = ck.load(ck.latest(), found)
-    assert all(torch.equal(found[name], t) for name, t in large_state().items())
-    total = sum(t.nbytes for t in found.values())
-    assert (loaded.needed_bytes, loaded.read_bytes, loaded.reread_bytes) == (total, total, total)
-
-
+@pytest.mark.parametrize("place", ["local", "memory"])
 @pytest.mark.parametrize(("buffer_bytes", "again"), [(0, 48 << 20), (48 << 20, 32 << 20), (1 << 30, 0)])
-def test_of_other_storages_what_exceeds_the_buffer_is_read_again(buffer_bytes: int, again: int):
-    root = f"memory://{uuid.uuid4()}"
-    ck = Checkpointer(root, config=CheckpointConfig(load_buffer_bytes=buffer_bytes))
-    info = ck.save(1, large_state()).result(60)
-    ck.close()
+def test_what_exceeds_the_buffer_is_read_again(large: Path, place: str, buffer_bytes: int, again: int):
+    url = str(large)
+    if place == "memory":
+        url = f"memory://{uuid.uuid4()}"
+        fsspec.filesystem("memory").put(str(large), url, recursive=True)
+    ck = Checkpointer(url, config=CheckpointConfig(load_buffer_bytes=buffer_bytes))
     found = {name: torch.zeros_like(t) for name, t in large_state().items()}
-    loaded = ck.load(info, found)
+    loaded = ck.load(ck.latest(), found)
     assert all(torch.equal(found[name], t) for name, t in large_state().items())
     total = sum(t.nbytes for t in found.values())
     assert (loaded.needed_bytes, loaded.read_bytes) == (total, total)
     assert again <= loaded.reread_bytes < total
+    assert (loaded.reread_bytes == 0) == (again == 0)
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
