@@ -27,7 +27,7 @@ from parallel.moe_config import Routing
 from parallel.shards import gather_state, shards_of
 from tests.ranks import run_ranks
 
-DIM, FFN, STEPS = 6, 5, 10
+DIM, FFN = 6, 5
 PLAIN = Routing(num_experts=8, top_k=3, balance_weight=0.3)
 
 
@@ -45,6 +45,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
     """Whether some tokens are padding."""
+    steps: int = 3
 
     @property
     def mesh(self) -> Mesh:
@@ -102,7 +103,7 @@ class Outcome:
 def _train(layer: MoE, case: Case, groups: MeshGroups | None) -> Outcome:
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
     outcome = Outcome([], [], [], {}, {}, {}, DispatchStats(), dict(shards_of(layer)))
-    for step in range(STEPS):
+    for step in range(case.steps):
         x, weight, valid = (None if t is None else _own(t, case, groups) for t in _tokens(case, step))
         assert x is not None
         assert weight is not None
@@ -177,7 +178,7 @@ def _close(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 
 def _compare(ranks: list[Outcome], expected: Outcome, case: Case) -> None:
-    for step in range(STEPS):
+    for step in range(case.steps):
         _close(_assemble(ranks, case, "outputs", step), expected.outputs[step], f"outputs of step {step}")
         _close(_assemble(ranks, case, "input_grads", step), expected.input_grads[step], f"input gradients, {step}")
     for outcome in ranks:
@@ -216,10 +217,10 @@ def test_two_ranks_with_experts_equal_one_process() -> None:
     _check(
         2,
         {
-            "dropless": Case(degrees=two),
+            "dropless": Case(degrees=two, steps=10),
             "z-loss": Case(degrees=two, routing=replace(PLAIN, z_weight=0.1)),
             "capacity": Case(degrees=two, routing=replace(PLAIN, capacity_factor=0.8), rows=(1, 3)),
-            "bias": Case(degrees=two, routing=bias),
+            "bias": Case(degrees=two, routing=bias, steps=10),
             "no token on a rank": Case(degrees=two, rows=(0, 3)),
             "capacity, no token on a rank": Case(
                 degrees=two, routing=replace(PLAIN, capacity_factor=0.5), rows=(3, 0), shared=False
@@ -237,13 +238,19 @@ def test_four_ranks_of_every_grid_equal_one_process() -> None:
     _check(
         4,
         {
-            "expert": Case(degrees={"replicate": 2, "shard": 2, "expert": 4}, rows=(1, 0, 2, 1)),
-            "expert x data": Case(degrees={"replicate": 4, "expert": 2}, rows=(1, 2, 1, 1), routing=bias),
+            "expert": Case(degrees={"replicate": 2, "shard": 2, "expert": 4}, rows=(1, 0, 2, 1), steps=10),
+            "expert x data": Case(degrees={"replicate": 4, "expert": 2}, rows=(1, 2, 1, 1), routing=bias, steps=10),
             "expert x context": Case(degrees={"shard": 2, "context": 2, "expert": 2}),
             "expert x tensor": Case(
-                degrees=tensor, rows=(1, 2), length=5, routing=replace(PLAIN, z_weight=0.1, capacity_factor=0.8)
+                degrees=tensor,
+                rows=(1, 2),
+                length=5,
+                steps=10,
+                routing=replace(PLAIN, z_weight=0.1, capacity_factor=0.8),
             ),
-            "expert x tensor, sequence": Case(degrees=tensor, sequence=True, routing=replace(PLAIN, z_weight=0.1)),
+            "expert x tensor, sequence": Case(
+                degrees=tensor, sequence=True, steps=10, routing=replace(PLAIN, z_weight=0.1)
+            ),
             "tensor, sequence, capacity": Case(
                 degrees={"replicate": 2, "tensor": 2},
                 rows=(1, 1),
@@ -275,7 +282,7 @@ def test_a_token_goes_once_to_a_node_and_the_outcome_is_the_same() -> None:
     for name, case in cases.items():
         for outcome, rows in zip(ranks[name], case.rows, strict=True):
             stats = outcome.stats
-            assert stats.tokens == STEPS * rows * case.length
+            assert stats.tokens == case.steps * rows * case.length
             assert stats.routes <= stats.tokens * case.routing.top_k
             if case.options:
                 # A token has experts on at most top_groups nodes, of which it may be at home on one.
@@ -289,6 +296,31 @@ def test_a_token_goes_once_to_a_node_and_the_outcome_is_the_same() -> None:
         assert (sent < per_route) == bool(case.options), name
         dropped = sum(o.stats.tokens * case.routing.top_k - o.stats.routes for o in ranks[name])
         assert (dropped > 0) == (case.routing.capacity_factor > 0), name
+
+
+def _without_memory(rank: int, world_size: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Shapes and shards of a layer on the meta device, and of one with memory."""
+    found = []
+    with MeshGroups(Mesh(ParallelConfig(replicate=2, expert=2), world_size)) as groups:
+        for device in ("meta", "cpu"):
+            with torch.device(device):
+                layer = MoE(DIM, FFN, PLAIN, Shared())
+            parallelize(layer, ExpertGroups.of(groups))
+            assert all(parameter.device.type == device for parameter in layer.parameters())
+            found.append(({n: tuple(p.shape) for n, p in layer.named_parameters()}, dict(shards_of(layer))))
+    return found
+
+
+def test_experts_without_memory_are_shared_out_alike_and_keep_their_names() -> None:
+    with torch.device("meta"):
+        whole = {name: tuple(p.shape) for name, p in MoE(DIM, FFN, PLAIN, Shared()).named_parameters()}
+    for meta, cpu in run_ranks(_without_memory, 2):
+        assert meta == cpu
+        shapes, shards = meta
+        assert {name: shard.global_shape for name, shard in shards.items()} == whole
+        assert shapes["experts.gate_up"] == (4, 2 * FFN, DIM)
+        assert shards["experts.down"].axes == ("expert", "tensor")
+        assert [name for name in whole if shards[name].axes] == ["experts.gate_up", "experts.down"]
 
 
 def _uneven(rank: int, world_size: int) -> list[str]:

@@ -61,7 +61,7 @@ def save_pretrained(
     kept = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     if resolved.tied_head:
         kept.pop("head.weight", None)
-    _check_names({name: p.shape for name, p in model.named_parameters()}, kept)
+    _check_names(_shapes(model), kept)
     _safetensors().save_file(kept, out_dir / "model.safetensors", metadata={"format": "pt"})
     described = {
         "model_type": _MODEL_TYPE,
@@ -95,13 +95,20 @@ def _load_decoder(folder: Path, described: Mapping[str, Any]) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config, max_positions=described["max_positions"], activation_checkpointing=False)
     state = _safetensors().load_file(folder / "model.safetensors")
-    _check_names({name: p.shape for name, p in model.named_parameters()}, state)
+    _check_names(_shapes(model), state)
     if config.tied_head:
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
     if config.tied_head:
         model.head.weight = model.embedding.weight
     return model
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of the parameters, a shared one once, and of the buffers that are saved (biases of routers)."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer.shape for name, buffer in model.named_buffers() if name in saved}
+    return {name: parameter.shape for name, parameter in model.named_parameters()} | buffers
 
 
 def _check_names(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
