@@ -193,10 +193,14 @@ def _cut(
 
 
 class Part(nn.Module):
-    """The modules of several stages under the names that they have in the whole model; called by nobody."""
+    """The modules of several stages under the names that they have in the whole model; called by nobody.
+
+    Has the `config` of the stages, if they have one.
+    """
 
     def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
+        self.config = getattr(stages[0], "config", None)
         for stage in stages:
             _merge(stage, self)
 

@@ -184,8 +184,9 @@ class EngineConfig:
     """dtype of weights and activations; bf16 and fp16 keep fp32 master weights and need zero_stage >= 1."""
     gradient_clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward instead of keeping its activations."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: nothing; what is cheap (all but matrix products and fused
+    attention); each block, of which only the input is kept."""
     compile: bool = False
     """torch.compile each block."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -221,6 +221,7 @@ class DeepSpeedEngine:
     def _reduce(self) -> None:
         """Reduce what has been accumulated in `.grad`; ZeRO 1 keeps its part."""
         if self._stage > 0:
+            self._engine.optimizer.setup_buckets()  # which a hook does in its own backward, if one fires
             self._engine.allreduce_gradients()
             return
         for group, parameters in self._by_group():
@@ -284,13 +285,13 @@ class DeepSpeedEngine:
         for gradient in gradients:
             shard = self._placement.shard(gradient.name, gradient.shape)
             holders = self._num_holders(gradient.name, shard)
-            held.append(Held(gradient.flat, shard, holders, gradient.start))
+            held.append(Held(gradient.tensor, shard, holders, gradient.start))
         world = dist.group.WORLD
         assert world is not None
         group = world if partitioned else self._hybrid.groups.get("pipeline", "tensor", "expert")
         norm = float(global_norm(held, group)) / scale
         if norm < float("inf") and (factor := clip_factor(norm, self._clip)) < 1:
-            torch._foreach_mul_([gradient.flat for gradient in gradients if gradient.flat.numel()], factor)
+            torch._foreach_mul_([gradient.tensor for gradient in gradients if gradient.tensor.numel()], factor)
         return norm
 
     def _num_holders(self, name: str, shard: Shard) -> int:
@@ -411,14 +412,14 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     settings = config.engine
     stage = settings.zero_stage
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    # With either of these DeepSpeed hooks on to each backward, of which it knows nothing in a pipeline.
+    # In a pipeline it knows nothing of backward, and reduces once a step.
     in_backward = config.parallel.pipeline == 1
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": settings.bucket_numel,
         "allgather_bucket_size": settings.bucket_numel,
         "overlap_comm": on_gpu and in_backward and config.parallel.overlap,
-        "contiguous_gradients": in_backward,
+        "contiguous_gradients": True,
     }
     own_norm = _owns_norm(config)
     if own_norm and stage in (1, 2) and settings.precision != "fp16" and config.offload.optimizer == "device":

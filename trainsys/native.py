@@ -123,7 +123,7 @@ class TorchEngine:
         if not norm < float("inf"):
             raise NumericsError(f"the gradient norm is {norm}; lower the learning rate, or inspect the last batch")
         if (factor := clip_factor(norm, self._clip)) < 1:
-            gradients = [gradient.flat for gradient in self._masters.gradients() if gradient.flat.numel()]
+            gradients = [gradient.tensor for gradient in self._masters.gradients() if gradient.tensor.numel()]
             torch._foreach_mul_(gradients, factor)
         self._optimizer.step()
         self._data.refresh()

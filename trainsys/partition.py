@@ -19,6 +19,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,16 +52,37 @@ class Fragment:
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
-    """The reduced gradient that this rank holds of one parameter, before the update."""
+class Place:
+    """Where this rank's part of one parameter lies."""
 
     name: str
     shape: tuple[int, ...]
     """Of the local parameter."""
     start: int
     """First element, in the flattened local parameter."""
-    flat: Tensor
-    """1-D; shares memory with what the update reads."""
+    offset: int
+    """First element, in the tensor that the optimizer holds for it."""
+    numel: int
+    """Elements; 0 where other ranks own it."""
+
+    def fragment(self, flat: Tensor, state: Mapping[str, Tensor]) -> Fragment:
+        """Return what lies there of the fp32 weights and of the optimizer's tensors."""
+        kept = {key: tensor.narrow(0, self.offset, self.numel) for key, tensor in state.items()}
+        master = flat.detach().narrow(0, self.offset, self.numel)
+        return Fragment(self.name, self.shape, self.start, self.offset, master, kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The reduced gradient that this rank holds of one parameter, before the update."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the local parameter."""
+    start: int | None
+    """First element, in the flattened local parameter; None: all of it, in its shape."""
+    tensor: Tensor
+    """1-D with a start; shares memory with what the update reads."""
 
 
 class Partition(ABC):
@@ -179,7 +201,7 @@ class Replicated(Partition):
     def gradients(self) -> Iterator[Gradient]:
         for parameter, name in self._names.items():
             if parameter.grad is not None:
-                yield Gradient(name, tuple(parameter.shape), 0, parameter.grad.view(-1))
+                yield Gradient(name, tuple(parameter.shape), None, parameter.grad)
 
     def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
         for group, holders in self.groups():
@@ -204,27 +226,29 @@ class Sharded(Partition):
             yield group, group["params"]
 
     def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
-        for index, (group, (flat,)) in enumerate(self.groups()):
-            state = self._base_optimizer.state[flat]
-            fragments = []
-            for parameter in self._optimizer.bit16_groups[index]:
-                offset, length, start = self._place(parameter._hp_mapping)
-                kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
-                master = flat.detach().narrow(0, offset, length)
-                fragments.append(Fragment(self._names[parameter], tuple(parameter.shape), start, offset, master, kept))
-            yield group, flat, fragments
+        for (group, (flat,)), places in zip(self.groups(), self._places, strict=True):
+            kept = {key: self._base_optimizer.state[flat][key] for key in STATE_KEYS[group["kind"]]}
+            yield group, flat, [place.fragment(flat, kept) for place in places]
 
     def gradients(self) -> Iterator[Gradient]:
-        for index, (_, flat, fragments) in enumerate(self.held()):
-            owned = {fragment.offset: fragment for fragment in fragments if fragment.master.numel()}
+        for index, ((_, (flat,)), places) in enumerate(zip(self.groups(), self._places, strict=True)):
+            owned = {place.offset: place for place in places if place.numel}
             if flat.grad is not None:  # offload keeps gradients beside the fp32 weights
-                held = {offset: flat.grad.narrow(0, offset, own.master.numel()) for offset, own in owned.items()}
+                held = {offset: flat.grad.narrow(0, offset, place.numel) for offset, place in owned.items()}
             else:  # tensors that make up the range, a parameter or padding each
                 tensors = self._optimizer.averaged_gradients[index]
                 ends = itertools.accumulate((tensor.numel() for tensor in tensors), initial=0)
                 held = {offset: tensor.view(-1) for offset, tensor in zip(ends, tensors, strict=False)}
-            for offset, own in owned.items():
-                yield Gradient(own.name, own.shape, own.start, held[offset])
+            for offset, place in owned.items():
+                yield Gradient(place.name, place.shape, place.start, held[offset])
+
+    @cached_property
+    def _places(self) -> list[list[Place]]:
+        """What lies in each flat tensor."""
+        return [
+            [Place(self._names[p], tuple(p.shape), *self._place(p._hp_mapping)) for p in group]
+            for group in self._optimizer.bit16_groups
+        ]
 
     def after_load(self) -> None:
         if self._separate_master:
@@ -236,11 +260,11 @@ class Sharded(Partition):
 
     @staticmethod
     def _place(mapping: Any) -> tuple[int, int, int]:
-        """Return (first element in this rank's range, elements, first element in the parameter)."""
+        """Return (first element in the parameter, first element in this rank's range, elements)."""
         if mapping is None:  # this rank owns none of it
             return 0, 0, 0
         inside = mapping.hp_fragment_address
-        return inside.start, inside.numel, mapping.lp_fragment_address.start
+        return mapping.lp_fragment_address.start, inside.start, inside.numel
 
 
 class FullySharded(Partition):
@@ -254,35 +278,38 @@ class FullySharded(Partition):
             found[f"model.{name}"] = self._placement.part_of(name, self._own(parameter), shape, start)
         return found | self._buffers()
 
-    def gradients(self) -> Iterator[Gradient]:
-        zero = self._optimizer
-        for index, (_, flat, fragments) in enumerate(self.held()):
-            for place, fragment in enumerate(fragments):
-                length = fragment.master.numel()
-                if flat.grad is not None:  # offload keeps gradients beside the fp32 weights
-                    held = flat.grad.narrow(0, fragment.offset, length)
-                else:
-                    held = zero.averaged_gradients[index][place].view(-1).narrow(0, 0, length)
-                yield Gradient(fragment.name, fragment.shape, fragment.start, held)
-
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
         zero = self._optimizer
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
             yield self._base_optimizer.param_groups[zero.sub_group_to_group_id[index]], [flat]
 
     def held(self) -> Iterator[tuple[dict[str, Any], Tensor, list[Fragment]]]:
+        for (group, (flat,)), places in zip(self.groups(), self._places, strict=True):
+            kept = {key: self._base_optimizer.state[flat][key] for key in STATE_KEYS[group["kind"]]}
+            yield group, flat, [place.fragment(flat, kept) for place in places]
+
+    def gradients(self) -> Iterator[Gradient]:
+        for index, ((_, (flat,)), places) in enumerate(zip(self.groups(), self._places, strict=True)):
+            for number, place in enumerate(places):
+                if flat.grad is not None:  # offload keeps gradients beside the fp32 weights
+                    held = flat.grad.narrow(0, place.offset, place.numel)
+                else:
+                    held = self._optimizer.averaged_gradients[index][number].view(-1).narrow(0, 0, place.numel)
+                yield Gradient(place.name, place.shape, place.start, held)
+
+    @cached_property
+    def _places(self) -> list[list[Place]]:
+        """What lies in each flat tensor."""
         zero = self._optimizer
-        for index, (group, (flat,)) in enumerate(self.groups()):
-            state = self._base_optimizer.state[flat]
-            fragments = []
-            for parameter in zero.fp16_groups[index]:
+        found = []
+        for group in zero.fp16_groups:
+            places = []
+            for parameter in group:
                 _, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
                 start, length = self._range(parameter)
-                kept = {key: state[key].narrow(0, offset, length) for key in STATE_KEYS[group["kind"]]}
-                master = flat.detach().narrow(0, offset, length)
-                shape = tuple(parameter.ds_shape)
-                fragments.append(Fragment(self._names[parameter], shape, start, offset, master, kept))
-            yield group, flat, fragments
+                places.append(Place(self._names[parameter], tuple(parameter.ds_shape), start, offset, length))
+            found.append(places)
+        return found
 
     def after_load(self) -> None:
         if not self._separate_master:

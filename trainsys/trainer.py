@@ -259,13 +259,15 @@ class Trainer:
     def _open_engine(self, stack: contextlib.ExitStack) -> Engine:
         """Build the model, which is whole and the same on every rank, and train this rank's part of it."""
         config, shared = self._config, self._shared
-        model = models.build(
-            config.model,
-            vocab_size=shared.prepared.vocab_size,
-            max_positions=config.data.sequence_length,
-            activation_checkpointing=config.engine.activation_checkpointing,
-            seed=config.seed,
-        )
+        # Where it can be, the model has no memory until it is cut.
+        with torch.device("meta") if config.model.kind == "decoder" else contextlib.nullcontext():
+            model = models.build(
+                config.model,
+                vocab_size=shared.prepared.vocab_size,
+                max_positions=config.data.sequence_length,
+                activation_checkpointing=config.engine.recompute,
+                seed=config.seed,
+            )
         self._parameters = models.num_parameters(model)
         self._flops_per_token = models.flops_per_token(model, config.data.sequence_length)
         plan = plan_of(model, config.optim)
@@ -274,7 +276,7 @@ class Trainer:
             shared.groups,
             models.Anatomy(config.data.sequence_length),
             num_micro_batches=accumulation_steps(config),
-            place=lambda module: module.to(device=shared.device, dtype=self._dtype),
+            place=self._materialise,
             timeout_s=config.engine.timeout_s,
         )
         stack.callback(part.close)
@@ -282,6 +284,13 @@ class Trainer:
             for block in models.blocks(part.module):
                 block.compile()
         return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
+
+    def _materialise(self, part: torch.nn.Module) -> torch.nn.Module:
+        """Bring this rank's part of the model to its device, with its weights."""
+        device, dtype = self._shared.device, self._dtype
+        if not next(part.parameters()).is_meta:
+            return part.to(device=device, dtype=dtype)
+        return models.materialise(part, device, dtype, self._config.seed)
 
     def _open_loader(self) -> data.BatchLoader:
         config, shared = self._config, self._shared

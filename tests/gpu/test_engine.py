@@ -72,8 +72,8 @@ def worst(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         ("--engine.zero_stage=1", "--offload.optimizer=cpu"),
         ("--engine.zero_stage=2", "--offload.optimizer=cpu"),
         ("--engine.zero_stage=3", "--offload.optimizer=cpu"),
-        ("--engine.zero_stage=2", "--engine.activation_checkpointing=true"),
-        ("--engine.zero_stage=3", "--engine.activation_checkpointing=true"),
+        ("--engine.zero_stage=2", "--engine.recompute=full"),
+        ("--engine.zero_stage=3", "--engine.recompute=full"),
     ],
     ids=" ".join,
 )

@@ -69,7 +69,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("--engine.zero_stage=2", "--engine.precision=fp32"),
         ("--engine.zero_stage=1", "--engine.precision=fp16"),
-        ("--engine.zero_stage=3", "--engine.precision=bf16", "--engine.activation_checkpointing=true"),
+        ("--engine.zero_stage=3", "--engine.precision=bf16", "--engine.recompute=full"),
     ],
     ids=" ".join,
 )

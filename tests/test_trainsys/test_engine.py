@@ -72,7 +72,7 @@ def build(config: RunConfig, local_rank: int = 0) -> torch.nn.Module:
         config.model,
         vocab_size=VOCAB,
         max_positions=LENGTH,
-        activation_checkpointing=config.engine.activation_checkpointing,
+        activation_checkpointing=config.engine.recompute,
         seed=3,
     ).to(setup.device_of(config, local_rank))
 
@@ -203,7 +203,7 @@ def relative(found: list[float], expected: list[float]) -> float:
             "--model.moe.ffn_dim=32",
             "--model.moe.balance_weight=0",
         ),
-        ("--engine.zero_stage=2", "--engine.activation_checkpointing=true"),
+        ("--engine.zero_stage=2", "--engine.recompute=full"),
         ("--engine.zero_stage=2", "--engine.gradient_clip_norm=0"),
         ("--engine.zero_stage=0", "--optim.kind=muon"),
         ("--engine.zero_stage=2", "--optim.kind=muon"),
@@ -213,7 +213,7 @@ def relative(found: list[float], expected: list[float]) -> float:
 )
 def test_twenty_steps_on_two_ranks_equal_a_plain_torch_loop(overrides: tuple[str, ...]) -> None:
     """fp32 within 1e-6 relative: sums over ranks and micro-batches are taken in another order, nothing else."""
-    plain = [override for override in overrides if "activation_checkpointing" not in override]
+    plain = [override for override in overrides if "recompute" not in override]
     losses, norms, weights = plain_loop(configure(*plain))
     reports = run_ranks(engine_rank, 2, overrides, timeout_s=120)
     assert reports[0]["losses"] == reports[1]["losses"], "all ranks report the same loss"
