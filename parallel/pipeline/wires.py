@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
-
-from parallel.errors import PipelineError
 
 Payload = tuple[Tensor, Tensor]
 """What flows between stages, and the auxiliary loss so far; or the gradients of both."""
@@ -44,35 +44,40 @@ class Receiving:
         return self._payload
 
 
+class _Channel(Protocol):
+    """What torch's backends offer; ranks are 0 and 1."""
+
+    def send(self, tensors: list[Tensor], rank: int, tag: int, /) -> dist.Work: ...
+
+    def recv(self, tensors: list[Tensor], rank: int, tag: int, /) -> dist.Work: ...
+
+    def shutdown(self) -> None: ...
+
+
 class Wires:
     """The channels of this rank to its neighbours along `group`; `close()` ends them.
 
     All ranks of the group make theirs at the same time. `pairs` are (lower, higher) ranks in the group, sorted alike
-    everywhere, so that ranks meet in one order.
-
-    Raises: PipelineError if the default group is bound to a device: then all ranks must make each group.
+    everywhere, so that ranks meet in one order. The channels are bare backends: torch's groups of some ranks of a job
+    are a matter of all its ranks (or, with `use_local_synchronization`, of how many groups each has made before).
     """
 
     def __init__(
         self, group: ProcessGroup, pairs: Sequence[tuple[int, int]], device: torch.device, timeout_s: float
     ) -> None:
-        if c10d._get_default_group().bound_device_id is not None:
-            raise PipelineError(
-                "parallel.pipeline: the default process group is bound to a device, so that two ranks cannot make a "
-                "group alone; call init_process_group without device_id"
-            )
-        self._members = dist.get_process_group_ranks(group)
-        self._channels: dict[tuple[int, int], ProcessGroup] = {}
-        self._timeout = timedelta(seconds=timeout_s)
-        rank = group.rank()
-        store = c10d._get_default_store()
-        made = store.add(f"parallel/pipeline/{group.group_name}/{rank}", 1)
+        rank, store = group.rank(), c10d._get_default_store()
+        self._channels: dict[tuple[int, int], _Channel] = {}
+        counted = store.add(f"parallel/pipeline/{group.group_name}/{rank}", 1)
         for low, high in pairs:
             for source, target in ((low, high), (high, low)):
                 if rank in (low, high):
-                    name = f"{group.group_name}/pipeline/{made}/{source}>{target}"
-                    self._channels[source, target] = self._join(name, source, target, group)
-                    self._open(source, target, rank, device)
+                    name = f"parallel/pipeline/{group.group_name}/{counted}/{source} to {target}"
+                    channel = _backend(PrefixStore(name, store), int(rank == high), device, timeout_s)
+                    self._channels[source, target] = channel
+                    # NCCL connects at the first message and would then hold up both ranks.
+                    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+                    peer = int(rank == low)
+                    (channel.send if rank == source else channel.recv)([byte], peer, 0).wait()
 
     def send(self, payload: Payload, source: int, target: int) -> Sending:
         """Post a message to the neighbour; the payload is copied."""
@@ -80,52 +85,34 @@ class Wires:
         buffer, x_part, aux_part = _buffer(x)
         x_part.copy_(x)
         aux_part.copy_(aux)
-        work = dist.isend(buffer, self._members[target], group=self._channels[source, target])
-        assert work is not None
-        return Sending(work, buffer)
+        return Sending(self._channels[source, target].send([buffer], int(target > source), 0), buffer)
 
     def receive(self, like: Tensor, source: int, target: int) -> Receiving:
         """Post the receipt of the neighbour's next message, with an x like `like`."""
         buffer, *payload = _buffer(like)
-        work = dist.irecv(buffer, self._members[source], group=self._channels[source, target])
-        assert work is not None
+        work = self._channels[source, target].recv([buffer], int(source > target), 0)
         return Receiving(work, (payload[0], payload[1]))
 
     def close(self) -> None:
-        """Destroy the channels; a second call does nothing."""
+        """End the channels; a second call does nothing."""
         channels = list(self._channels.values())
         self._channels.clear()
-        if dist.is_initialized():  # else they went with the default group
-            for channel in channels:
-                dist.destroy_process_group(channel)
+        for channel in channels:
+            channel.shutdown()
 
-    def _join(self, name: str, source: int, target: int, group: ProcessGroup) -> ProcessGroup:
-        ranks = sorted((self._members[source], self._members[target]))
-        me = dist.get_rank()
-        backend, store = c10d._world.pg_map[group]
-        # What new_group does, with a name of our own: its own names need all ranks to have made as many groups.
-        channel: ProcessGroup
-        channel, _ = c10d._new_process_group_helper(
-            2,
-            ranks.index(me),
-            ranks,
-            c10d.Backend(backend),
-            store,
-            c10d.GroupName(name),
-            timeout=self._timeout,
-            group_desc="pipeline",
-        )
-        c10d._world.pg_group_ranks[channel] = {rank: index for index, rank in enumerate(ranks)}
-        return channel
 
-    def _open(self, source: int, target: int, rank: int, device: torch.device) -> None:
-        """Exchange a byte, since NCCL connects at the first message and would then hold up both ranks."""
-        byte = torch.zeros(1, dtype=torch.uint8, device=device)
-        channel = self._channels[source, target]
-        if rank == source:
-            dist.send(byte, self._members[target], group=channel)
-        else:
-            dist.recv(byte, self._members[source], group=channel)
+def _backend(store: Store, rank: int, device: torch.device, timeout_s: float) -> _Channel:
+    """Return one end of a channel between ranks 0 and 1."""
+    timeout = timedelta(seconds=timeout_s)
+    made: Any
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        made = dist.ProcessGroupNCCL(store, rank, 2, options)
+    else:
+        made = dist.ProcessGroupGloo(store, rank, 2, timeout)
+    channel: _Channel = made
+    return channel
 
 
 def aux_dtype(x: Tensor) -> torch.dtype:
