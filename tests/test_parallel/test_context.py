@@ -198,7 +198,7 @@ def document_layouts(draw: st.DrawFn) -> tuple[int, Tensor]:
     return size, ids
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(document_layouts())
 def test_blocks_of_any_documents_cover_what_is_seen_once(layout: tuple[int, Tensor]) -> None:
     size, ids = layout
