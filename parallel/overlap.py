@@ -11,7 +11,8 @@ rank's part of the tokens:
     row, sequence       nothing              sums, part    gathers tokens of dy  nothing
 
 With `overlap` a rank begins with the tokens it has, or with those that others wait for, while the rest is on its
-way: parts travel round the ring of ranks, one hop a product. Nothing waits on the host. Without, the collective and
+way: parts travel round the ring of ranks, one hop a product, or are fetched by the GPUs' copy engines
+(`parallel.symmetric`). Nothing waits on the host. Without, the collective and
 the product follow each other. Results are the same but for the order of sums: for two ranks and products whose library
 computes a row alike whatever the number of rows they are equal to the bit; with more ranks the ring sums in an order
 of its own.
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,11 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     GroupName,
     _resolve_process_group,
 )
+
+from parallel import symmetric
+
+if TYPE_CHECKING:
+    pass
 
 _SMALL_BYTES = 2**20
 """Sequences of fewer bytes than this are transposed to send the batch in one collective; larger ones go one by one,
@@ -75,7 +81,7 @@ def check_tokens(num_tokens: int, group: ProcessGroup) -> None:
 def _column(x: Tensor, weight: Tensor, group: str, sequence: bool, overlap: bool) -> Tensor:
     if not sequence:
         return _linear(x, weight.t())
-    return _gather_product(x, weight.t(), _ranks(group), overlap)[0]
+    return _gather_product(x, weight.t(), group, overlap)[0]
 
 
 @_column.register_fake
@@ -100,9 +106,8 @@ def _column_backward(
     if not overlap:
         gathered = gather_tokens(x, ranks)
         return scatter_tokens(_linear(grad, weight), ranks), _outer(grad, gathered)
-    parts = _Ring(ranks)
-    gathering = _start_gather(x, ranks)
-    finish = _start_product_scatter(grad, weight, parts)
+    gathering = _begin_gather(x, ranks)
+    finish = _start_product_scatter(grad, weight, ranks)
     grad_weight = _outer(grad, gathering())
     return finish(), grad_weight
 
@@ -119,7 +124,7 @@ def _row(x: Tensor, weight: Tensor, group: str, sequence: bool, overlap: bool) -
     if sequence:
         check_tokens(x.shape[1], ranks)
         if overlap:
-            return _start_product_scatter(x, weight.t(), _Ring(ranks))()
+            return _start_product_scatter(x, weight.t(), ranks)()
         return scatter_tokens(_linear(x, weight.t()), ranks)
     if overlap:
         return _product_sum(x, weight.t(), ranks)
@@ -141,7 +146,7 @@ def _row_backward(
     grad = grad.contiguous()
     if not sequence:
         return _linear(grad, weight), _outer(grad, x)
-    grad_x, gathered = _gather_product(grad, weight, _ranks(group), overlap)
+    grad_x, gathered = _gather_product(grad, weight, group, overlap)
     return grad_x, _outer(gathered, x)
 
 
@@ -214,6 +219,30 @@ def _start_gather(x_BtI: Tensor, group: ProcessGroup, *, wait: bool = False) -> 
     return finish
 
 
+def _begin_gather(x_BtI: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to gather tokens by whatever disturbs products least."""
+    if not symmetric.available(group, x_BtI):
+        return _start_gather(x_BtI, group)
+    x_BtI = x_BtI.contiguous()
+    buffers = symmetric.buffers(group, x_BtI.device)
+    batch, share, features = x_BtI.shape
+    out = x_BtI.new_empty(batch, share * buffers.size, features)
+    parts = torch.split(out, share, 1)
+
+    def put(rank: int, part: Tensor) -> None:
+        for mine, theirs in zip(parts[rank], part, strict=True):  # each contiguous: a copy without a kernel
+            mine.copy_(theirs)
+
+    arrived = buffers.gather(x_BtI, put)
+    parts[buffers.rank].copy_(x_BtI)
+
+    def finish() -> Tensor:
+        arrived()
+        return out
+
+    return finish
+
+
 @dataclass(frozen=True, slots=True)
 class _Hop:
     """A part on its way from the rank before to the rank after."""
@@ -250,11 +279,21 @@ def _gather_product(x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overl
     if not overlap:
         gathered = gather_tokens(x_BtI, group)
         return _linear(gathered, matrix_IO), gathered
-    ring, x_BtI = _Ring(group), x_BtI.contiguous()
+    x_BtI = x_BtI.contiguous()
     batch, share, features = x_BtI.shape
+    product = x_BtI.new_empty(batch, share * group.size(), matrix_IO.shape[1])
+    out = torch.split(product, share, 1)
+    if symmetric.available(group, x_BtI):
+        finish = _begin_gather(x_BtI, group)
+        _product_into(x_BtI, matrix_IO, out[group.rank()])
+        gathered = finish()
+        for rank, part in enumerate(torch.split(gathered, share, 1)):
+            if rank != group.rank():
+                _product_into(part, matrix_IO, out[rank])
+        return product, gathered
+    ring = _Ring(group)
     gathered = x_BtI.new_empty(batch, share * ring.size, features)
-    product = x_BtI.new_empty(batch, share * ring.size, matrix_IO.shape[1])
-    whole, out = torch.split(gathered, share, 1), torch.split(product, share, 1)
+    whole = torch.split(gathered, share, 1)
     part = x_BtI
     for step in range(ring.size):
         owner = (ring.rank - step) % ring.size
@@ -269,11 +308,15 @@ def _gather_product(x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overl
     return product, gathered
 
 
-def _start_product_scatter(x_BTI: Tensor, matrix_IO: Tensor, ring: _Ring) -> Callable[[], Tensor]:
+def _start_product_scatter(x_BTI: Tensor, matrix_IO: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Begin this rank's part [B, t, O] of the sum over ranks of x times the matrix; returns what finishes it.
 
-    The sum for each rank comes past all others, who add their terms, and ends with that rank's own.
+    The sum for each rank comes past all others, who add their terms, and ends with that rank's own. Where ranks read
+    each other's memory, each fetches all terms for it instead.
     """
+    if symmetric.available(group, x_BTI):
+        return _product_fetch(x_BTI, matrix_IO, symmetric.buffers(group, x_BTI.device))
+    ring = _Ring(group)
     batch, num_tokens, _ = x_BTI.shape
     share = num_tokens // ring.size
     parts = torch.split(x_BTI, share, 1)
@@ -289,6 +332,25 @@ def _start_product_scatter(x_BTI: Tensor, matrix_IO: Tensor, ring: _Ring) -> Cal
         hop = ring.pass_on([term], [torch.empty_like(term)])
     assert arriving is not None
     return lambda: last.add_(arriving.wait()[0])
+
+
+def _product_fetch(x_BTI: Tensor, matrix_IO: Tensor, buffers: symmetric.Buffers) -> Callable[[], Tensor]:
+    batch, share, features = x_BTI.shape[0], x_BTI.shape[1] // buffers.size, matrix_IO.shape[1]
+    parts = torch.split(x_BTI, share, 1)
+    boxes, begin = buffers.outbox((batch, share, features), x_BTI.dtype)
+    for step in range(1, buffers.size):
+        rank = (buffers.rank + step) % buffers.size
+        _product_into(parts[rank], matrix_IO, boxes[rank])
+    terms = x_BTI.new_empty(buffers.size, batch, share, features)
+    arrived = begin(lambda rank, term: terms[rank].copy_(term))
+    own = terms[buffers.rank]
+    _product_into(parts[buffers.rank], matrix_IO, own)
+
+    def finish() -> Tensor:
+        arrived()
+        return terms.sum(0) if buffers.size > 2 else own.add_(terms[1 - buffers.rank])
+
+    return finish
 
 
 _SUM_CHUNKS = 2

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -51,8 +52,8 @@ def own_tokens(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
 def share_gradients(module: nn.Module, group: ProcessGroup) -> None:
     """Let the gradients of a module's own parameters be summed over the ranks, each of which sees its part.
 
-    The module's forward then reads its parameters through `collectives.replicate`. Names, types and the parameters
-    themselves stay what they are.
+    Where gradients are recorded, the module's parameters are then read through `collectives.replicate`. Names, types
+    and the parameters themselves stay what they are.
     """
     if group.size() == 1 or not module._parameters:
         return
@@ -69,7 +70,9 @@ def _sharing_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 def _shared(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         parameter = module._parameters[name]
-        return None if parameter is None else collectives.replicate(parameter, module.__dict__[_GROUP])
+        if parameter is None or not torch.is_grad_enabled():
+            return parameter
+        return collectives.replicate(parameter, module.__dict__[_GROUP])
 
     return property(read)
 

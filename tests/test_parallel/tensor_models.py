@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,10 @@ class How:
     sequence: bool
     overlap: bool
 
+    num_steps: int = 2
 
-ALL = [How(sequence, overlap) for sequence in (False, True) for overlap in (False, True)]
+
+ALL = [How(False, False), How(False, True, 10), How(True, False), How(True, True, 10)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ def batch(vocab: int, *, rows: int = 2, length: int = 12) -> tuple[Tensor, Tenso
     return tokens, targets, documents
 
 
-def train(model: nn.Module, vocab: int, shards: dict[str, Shard], num_steps: int = 10) -> Trained:
-    """Train on one batch: AdamW, with SGD's first gradients kept."""
+def train(model: nn.Module, vocab: int, shards: dict[str, Shard], num_steps: int) -> Trained:
+    """Train on one batch: AdamW; the first gradients are kept."""
     tokens, targets, documents = batch(vocab)
     num_targets = int((targets != IGNORE).sum())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-3)
@@ -68,11 +69,11 @@ def train(model: nn.Module, vocab: int, shards: dict[str, Shard], num_steps: int
     return Trained(losses, logits.detach(), shards, first, weights)
 
 
-def train_shared(model: nn.Module, vocab: int, how: How, **arguments: Any) -> Trained:
+def train_shared(model: nn.Module, vocab: int, how: How) -> Trained:
     """Share a whole model over all ranks, then train it."""
     assert dist.group.WORLD is not None
     parallelize(model, plan_for(model), dist.group.WORLD, sequence=how.sequence, overlap=how.overlap)
-    return train(model, vocab, shards_of(model), **arguments)
+    return train(model, vocab, shards_of(model), how.num_steps)
 
 
 def assert_equal(ranks: list[Trained], one: Trained, *, rtol: float = 1e-12) -> None:

@@ -1,8 +1,9 @@
 """Causal language models behind one contract, built from a configuration.
 
-Every model maps `forward(tokens_BT, *, positions_BT=None, document_ids_BT=None)` to logits [B, T, V] in its
-own dtype and an auxiliary loss (fp32 scalar, already weighted). Positions default to 0..T-1; attention
-never crosses a change of document id, and without ids a row is one document.
+Every model maps `forward(tokens_BT, *, positions_BT=None, document_ids_BT=None, targets_BT=None)` to logits
+[B, T, V] in its own dtype, or with targets to their summed cross-entropy (a scalar of at least fp32; targets of -100
+count nothing), and to an auxiliary loss (fp32 scalar, already weighted). Positions default to 0..T-1; attention never
+crosses a change of document id, and without ids a row is one document.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from trainsys.config import ModelConfig
 from trainsys.models.decoder import Block, build_decoder
 from trainsys.models.folder import load_pretrained, save_pretrained
 from trainsys.models.huggingface import HuggingFaceModel, blocks_of, build_huggingface
+from trainsys.models.materialise import materialise
+from trainsys.models.recompute import Recompute
 from trainsys.models.size import flops_per_token, hidden_matrices, num_parameters
 from trainsys.models.stages import Anatomy
 
@@ -25,6 +28,7 @@ __all__ = [
     "flops_per_token",
     "hidden_matrices",
     "load_pretrained",
+    "materialise",
     "num_parameters",
     "save_pretrained",
 ]
@@ -33,12 +37,18 @@ _BUILDERS: Mapping[str, Callable[..., nn.Module]] = {"decoder": build_decoder, "
 
 
 def build(
-    config: ModelConfig, *, vocab_size: int, max_positions: int, activation_checkpointing: bool, seed: int
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    max_positions: int,
+    activation_checkpointing: bool | Recompute,
+    seed: int,
 ) -> nn.Module:
     """The model that `config` describes, on the CPU in fp32 with weights decided by `seed`.
 
     `vocab_size` is the tokenizer's; the model may have more rows. Under `torch.device("meta")` it has no
-    weights.
+    weights; `materialise` gives it those that it has otherwise. `activation_checkpointing` says what backward computes
+    again, true being "full".
     Raises: ConfigError naming every setting that does not fit.
     """
     return _BUILDERS[config.kind](

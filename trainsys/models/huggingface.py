@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.loss import cross_entropy
+from parallel.shards import Shard, shard_of
 from trainsys.config import ModelConfig
 from trainsys.errors import ConfigError, MissingExtraError
 from trainsys.models.attention import Core
+from trainsys.models.initialisation import seed_of
+from trainsys.models.layers import Head
+from trainsys.models.recompute import Recompute, as_recompute, checkpoint_arguments
 
+_PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose logits are known to be the product with the head and nothing more."""
 PREFIX = "causal_lm."
 """What the names of a `HuggingFaceModel`'s parameters have before those of the model inside."""
 
@@ -33,14 +40,27 @@ class HuggingFaceModel(nn.Module):
         self.causal_lm: Any = causal_lm
         self.config: Any = causal_lm.config
         self._aux_weight = float(getattr(self.config, "router_aux_loss_coef", 0.0) or 0.0)
+        self.weights_folder: Path | None = None
+        """Where the weights are that a model on the meta device has none of yet."""
+        head = causal_lm.get_output_embeddings()
+        self._fuses_loss = type(head) is nn.Linear and not self._aux_weight
+        if self._fuses_loss:
+            head.__class__ = Head
         self._separates_documents = self._examine()
         self.core: Core | None = None
 
     def forward(
-        self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, T, V] and the weighted auxiliary loss; with document ids every document counts from 0.
 
+        With `targets_BT` their summed cross-entropy takes the place of the logits, which are never all there where
+        the model does nothing to them and has no auxiliary loss.
         Where ranks share sequences (`trainsys.models.context`) positions are those given.
 
         Raises: ConfigError if there are document ids and the model attends across them whatever one says.
@@ -55,10 +75,18 @@ class HuggingFaceModel(nn.Module):
                 problem = f"{self.config.model_type} models cannot keep documents apart; allowed: false"
                 raise ConfigError([f"config: data.document_mask: {problem}"])
             positions_BT = restarted_positions(document_ids_BT)
-        output = self.causal_lm(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False, **wants)
-        if self._aux_weight:
-            return output.logits, self._aux_weight * output.aux_loss
-        return output.logits, output.logits.new_zeros((), dtype=torch.float32)
+        given = {"input_ids": tokens_BT, "position_ids": positions_BT, "use_cache": False, **wants}
+        if targets_BT is not None and self._fuses_loss:
+            loss = self.causal_lm.get_output_embeddings()(self._hidden(given), targets_BT)
+            return loss, loss.new_zeros((), dtype=torch.float32)
+        output = self.causal_lm(**given)
+        result = output.logits if targets_BT is None else cross_entropy(output.logits, targets_BT)
+        aux_loss = self._aux_weight * output.aux_loss if self._aux_weight else result.new_zeros((), dtype=torch.float32)
+        return result, aux_loss
+
+    def _hidden(self, given: Mapping[str, Any]) -> Tensor:
+        """What goes into the head."""
+        return self.causal_lm.base_model(**given).last_hidden_state  # type: ignore[no-any-return]
 
     def _apply(self, fn: Any, recurse: bool = True) -> HuggingFaceModel:
         """Converts as usual, but for the buffers that are not saved: they keep their dtype.
@@ -83,9 +111,11 @@ class HuggingFaceModel(nn.Module):
     def _examine(self) -> bool:
         """Whether positions that restart separate documents, tried on four tokens.
 
+        Finds out as well whether the logits are the head's product and nothing more.
         Raises: ConfigError if an output changes with a later token.
         """
         if next(self.causal_lm.parameters()).is_meta:
+            self._fuses_loss = self._fuses_loss and self.config.model_type in _PLAIN_HEADS
             return True
         training = self.causal_lm.training
         self.causal_lm.eval()
@@ -96,6 +126,10 @@ class HuggingFaceModel(nn.Module):
             )
             return output.logits[0]  # type: ignore[no-any-return]
 
+        if self._fuses_loss:
+            given = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+            product = self.causal_lm.get_output_embeddings()(self._hidden({**given, "use_cache": False}))[0]
+            self._fuses_loss = torch.equal(product, logits([1, 2, 3, 4]))
         base, other_end, other_start = logits([1, 2, 3, 4]), logits([1, 2, 3, 5]), logits([5, 2, 3, 4])
         self.causal_lm.train(training)
         rounding = 1e-5 * float(base.abs().max())
@@ -120,7 +154,12 @@ def blocks_of(model: HuggingFaceModel) -> list[nn.Module]:
 
 
 def build_huggingface(
-    config: ModelConfig, *, vocab_size: int, max_positions: int, activation_checkpointing: bool, seed: int
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    max_positions: int,
+    activation_checkpointing: bool | Recompute,
+    seed: int,
 ) -> HuggingFaceModel:
     """The causal LM in `config.path` in fp32, with its safetensors weights if there are any, else by `seed`.
 
@@ -140,12 +179,71 @@ def build_huggingface(
                 problem = f"'{path}' has pickled weights (*.bin), which are not read; convert them to safetensors"
                 raise ConfigError([f"config: model.path: {problem}"])
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
                 causal_lm = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-    if activation_checkpointing:
+            if torch.get_default_device().type != "meta":
+                _initialise(causal_lm, seed)
+    if (recompute := as_recompute(activation_checkpointing)) != "none":
         enable = getattr(causal_lm, "activation_checkpointing_enable", None)  # its name from 5.2x on
-        (enable or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
-    return HuggingFaceModel(causal_lm.train())
+        (enable or causal_lm.gradient_checkpointing_enable)(checkpoint_arguments(recompute))
+    model = HuggingFaceModel(causal_lm.train())
+    if any(path.glob("*.safetensors")):
+        model.weights_folder = path
+    return model
+
+
+def _initialise(causal_lm: Any, seed: int) -> None:
+    """Initial values as the model itself draws them, module by module, each from a seed of its own."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        seen: set[nn.Parameter] = set()
+        for name, module in causal_lm.named_modules():
+            own = {parameter for parameter in module._parameters.values() if parameter is not None}
+            if own - seen:  # a head that is the embedding keeps its values
+                _draw(causal_lm, module, name, seed)
+            seen |= own
+
+
+def _draw(causal_lm: Any, module: nn.Module, name: str, seed: int) -> None:
+    torch.manual_seed(seed_of(seed, name))
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.__dict__.pop("_is_hf_initialized", None)
+    causal_lm._init_weights(module)
+
+
+@torch.no_grad()
+def initial_parts(model: HuggingFaceModel, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yields this rank's part of each parameter that is on the meta device, with the values of `build_huggingface`.
+
+    A module's whole parameters are there for a moment, on the CPU. Buffers of rotary embeddings come to be as well.
+    """
+    causal_lm = model.causal_lm
+    seen: set[nn.Parameter] = set()
+    for path, module in causal_lm.named_modules():
+        meta = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.is_meta and p not in seen}
+        if meta:
+            shards = {leaf: shard_of(parameter) for leaf, parameter in meta.items()}
+            values = _drawn(causal_lm, module, path, seed, shards)
+            seen.update(meta.values())
+            for leaf, part in values.items():
+                yield f"{PREFIX}{path}.{leaf}", part
+        elif any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
+            if not hasattr(module, "original_inv_freq"):
+                raise ConfigError([f"config: model.path: {path} has buffers that cannot be made after the fact"])
+            causal_lm._init_weights(module)
+
+
+def _drawn(causal_lm: Any, module: nn.Module, path: str, seed: int, shards: Mapping[str, Shard]) -> dict[str, Tensor]:
+    """This rank's parts of a module's parameters, with the values that the whole module gets."""
+    kept = dict(module._parameters)
+    for leaf, shard in shards.items():
+        module._parameters[leaf] = nn.Parameter(torch.empty(shard.global_shape, dtype=torch.float32, device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        _draw(causal_lm, module, path, seed)
+    drawn = {leaf: shards[leaf].take(module._parameters[leaf]) for leaf in shards}  # type: ignore[arg-type]
+    module._parameters.update(kept)
+    return drawn
 
 
 def read_config(folder: str) -> Any:

@@ -29,11 +29,17 @@ class Linear(nn.Linear):
         """Leaves the weight unset."""
 
 
-class Head(Linear):
+class Head(nn.Linear):
     """The product with the vocabulary, or the loss of its logits without keeping them."""
 
     compiled = False
     """Whether the passes over the logits are fused by torch.compile."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leaves the weight unset."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits [B, T, V]; with targets [B, T] their summed cross-entropy in nats, at least fp32."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from parallel.pipeline import Layer
 from parallel.pipeline.runtime import Inputs
@@ -83,7 +82,6 @@ class Stage(nn.Module):
         super().__init__()
         config, num_layers = model.config, len(model.blocks)
         self.config = config
-        self.activation_checkpointing = model.activation_checkpointing
         self.is_first, self.is_last = first == 0, end == num_layers
         if self.is_first or (self.is_last and config.tied_head):
             self.embedding = model.embedding
@@ -114,9 +112,6 @@ class Stage(nn.Module):
         if aux is None:
             aux = x_BTD.new_zeros((), dtype=torch.promote_types(x_BTD.dtype, torch.float32))
         for block in blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD, more = checkpoint(block, x_BTD, cos, sin, plan, use_reentrant=False)
-            else:
-                x_BTD, more = block(x_BTD, cos, sin, plan)
+            x_BTD, more = block(x_BTD, cos, sin, plan)
             aux = aux + more
         return (self.head(self.norm(x_BTD), targets_BT) if self.is_last else x_BTD), aux
