@@ -96,10 +96,8 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, repeats: i
             "FSDP2": _plain_fsdp(size, device, world_size),
             "ZeRO 3": _zero(size, device, groups),
         }
-        error = max(
-            _error(runners["DDP"], runners["replicate"], x, world_size),
-            _error(runners["FSDP2"], runners["ZeRO 3"], x, 1),
-        )
+        pairs = (("DDP", "replicate"), ("FSDP2", "ZeRO 3"))
+        error = max(_error(runners[theirs], runners[ours], x) for theirs, ours in pairs)
         times: dict[str, list[float]] = {name: [] for name in runners}
         for index in range(_WARM_UP + repeats):
             for name, runner in runners.items():
@@ -171,15 +169,14 @@ def _runner(model: nn.Module, data: DataParallel) -> Runner:
     return Runner(step, gradients)
 
 
-def _error(baseline: Runner, candidate: Runner, x: Tensor, scale: int) -> float:
+def _error(baseline: Runner, candidate: Runner, x: Tensor) -> float:
     """Return the largest difference of a gradient, relative to the largest of its elements."""
     baseline.step(x)
     candidate.step(x)
     theirs, mine = baseline.gradients(), candidate.gradients()
     assert theirs.keys() == mine.keys()
-    return max(
-        float((mine[n].flatten() - g.flatten()).abs().max() / g.abs().max().clamp(min=1e-30)) for n, g in theirs.items()
-    )
+    differences = {name: (mine[name].flatten() - theirs[name].flatten()).abs().max() for name in theirs}
+    return max(float(difference / theirs[name].abs().max()) for name, difference in differences.items())
 
 
 def _timed(action: Callable[[], Any], device: torch.device) -> float:
