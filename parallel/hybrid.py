@@ -134,7 +134,7 @@ def apply(
     if degrees.tensor > 1:
         group = groups.get("tensor")
         tensor.parallelize(model, plan_for(model), group, sequence=degrees.sequence, overlap=degrees.overlap)
-    if any(isinstance(module, expert.MoE) for module in model.modules()):
+    if degrees.expert > 1 or expert.has_experts(model):
         sequence = degrees.tensor > 1 and degrees.sequence
         expert.parallelize(model, expert.ExpertGroups.of(groups), sequence=sequence, overlap=degrees.overlap)
     context = None
