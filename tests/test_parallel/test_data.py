@@ -114,6 +114,7 @@ class Case:
     bucket_numel: int = 100
     compute_dtype: torch.dtype | None = None
     num_experts: int = 0
+    is_compiled: bool = False
 
 
 @dataclass
@@ -175,6 +176,9 @@ def train(case: Case, rank: int, world_size: int) -> tuple[list[float], Kept]:
         model = Net(case.num_experts).to(narrow or wide)
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             experts.spread(groups)
+        if case.is_compiled:
+            for block in model.blocks:
+                block.compile(backend="aot_eager")  # all but the generation of code
         data = make(case, model, groups)
         optimizer = torch.optim.AdamW([master.tensor for master in data.masters], lr=1e-2, eps=1e-6)
         kept: Kept = {}
@@ -313,6 +317,10 @@ def test_bf16_keeps_masters_and_sums_in_fp32() -> None:
         torch.testing.assert_close(found.losses, expected.losses, rtol=2e-2, atol=0)
         for _, _, gradient, value in reports[0][index][1].values():
             assert gradient.dtype == value.dtype == torch.float32
+
+
+def test_compiled_blocks_are_sharded_and_replicated() -> None:
+    check(2, [Case("shard", SHARDS, is_compiled=True), Case("replicate", TWO, is_compiled=True)])
 
 
 def late_gradient(rank: int, world_size: int) -> None:
