@@ -12,10 +12,9 @@ rank's part of the tokens:
 
 With `overlap` a rank begins with the tokens it has, or with those that others wait for, while the rest is on its
 way: parts travel round the ring of ranks, one hop a product, or are fetched by the GPUs' copy engines
-(`parallel.symmetric`). Nothing waits on the host. Without, the collective and
-the product follow each other. Results are the same but for the order of sums: for two ranks and products whose library
-computes a row alike whatever the number of rows they are equal to the bit; with more ranks the ring sums in an order
-of its own.
+(`parallel.symmetric`). Nothing waits on the host. Without, the collective and the product follow each other. Results
+are the same but for the order of sums: for two ranks and products whose library computes a row alike whatever the
+number of rows they are equal to the bit; with more ranks the ring sums in an order of its own.
 
 The operators are opaque to torch.compile and to selective recomputation, which see one call each.
 """
@@ -26,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +37,6 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
 )
 
 from parallel import symmetric
-
-if TYPE_CHECKING:
-    pass
 
 _SMALL_BYTES = 2**20
 """Sequences of fewer bytes than this are transposed to send the batch in one collective; larger ones go one by one,
@@ -81,7 +77,7 @@ def check_tokens(num_tokens: int, group: ProcessGroup) -> None:
 def _column(x: Tensor, weight: Tensor, group: str, sequence: bool, overlap: bool) -> Tensor:
     if not sequence:
         return _linear(x, weight.t())
-    return _gather_product(x, weight.t(), group, overlap)[0]
+    return _gather_product(x, weight.t(), _ranks(group), overlap)[0]
 
 
 @_column.register_fake
@@ -146,7 +142,7 @@ def _row_backward(
     grad = grad.contiguous()
     if not sequence:
         return _linear(grad, weight), _outer(grad, x)
-    grad_x, gathered = _gather_product(grad, weight, group, overlap)
+    grad_x, gathered = _gather_product(grad, weight, _ranks(group), overlap)
     return grad_x, _outer(gathered, x)
 
 
