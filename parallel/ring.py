@@ -241,7 +241,8 @@ class _Ring(torch.autograd.Function):
         transfers = _Transfers(plan.steps, group, torch.stack((key, value), 2))
         transfers.fetch(0)
         local, local_lse = kernels.forward(query, key, value, scale=scale, causal=True, found=plan.found)
-        out, lse = local.to(local_lse.dtype), local_lse.contiguous()
+        # Copies: what is merged below must not change a result that selective recomputation keeps.
+        out, lse = local.to(local_lse.dtype, copy=True), local_lse.clone(memory_format=torch.contiguous_format)
         for number, step in enumerate(plan.steps):
             transfers.fetch(number + 1)
             key_value = transfers.fetched(number)

@@ -16,6 +16,7 @@ class Feed:
 
     def __init__(self, hybrid: Hybrid, device: torch.device) -> None:
         self._context = hybrid.context
+        self._in_pipeline = hybrid.pipeline is not None
         self._tells = hybrid.tells
         self._device = device
 
@@ -33,6 +34,8 @@ class Feed:
             )
             assert part.targets is not None
             tokens, targets, positions, documents = part.tokens, part.targets, part.positions, part.document_ids
+        if positions is None and self._in_pipeline:  # a later stage may see fewer tokens than there are positions
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         return {
             "tokens_BT": self._send(tokens),
             "targets_BT": self._send(targets),

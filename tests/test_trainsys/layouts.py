@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from parallel import Mesh, MeshGroups, hybrid
-from parallel.config import ParallelConfig, StagesConfig
+from parallel.config import ParallelConfig
 from trainsys import meter, models, recipe, schedule
 from trainsys.check import accumulation_steps, data_ranks
 from trainsys.config import RunConfig
@@ -69,8 +69,8 @@ class Layout:
         chosen += [f"--parallel.stages.schedule={d.stages.schedule}"]
         chosen += [f"--batch.micro_sequences={GLOBAL // (MICROS * d.replicate * d.shard)}"]
         keys = {setting.partition("=")[0] for setting in self.settings}
-        kept = [setting for setting in SETTINGS if setting.partition("=")[0] not in keys]
-        return recipe.load(["tiny"], [*kept, *chosen, *self.settings]).config
+        kept = [setting for setting in (*SETTINGS, *chosen) if setting.partition("=")[0] not in keys]
+        return recipe.load(["tiny"], [*kept, *self.settings]).config
 
 
 @dataclass
@@ -228,6 +228,3 @@ def _document_ids(micro: MicroBatch) -> Tensor:
 
 def _micro_batches(config: RunConfig, step: int, data_rank: int) -> list[MicroBatch]:
     return [micro_batch(each, document_mask=True) for each in _windows(config, step, data_rank)]
-
-
-__all__ = ["Layout", "Report", "StagesConfig", "build", "open_layout", "reference", "take_steps", "train_rank"]

@@ -94,18 +94,16 @@ class Stage(nn.Module):
         x: Tensor,
         aux: Tensor | None,
         *,
-        positions_BT: Tensor | None = None,
+        positions_BT: Tensor,
         document_ids_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """From tokens [B, T] or the residual stream to the residual stream, logits, or the summed loss of targets.
 
-        The auxiliary loss is added to `aux`, which is None for the first stage.
+        The auxiliary loss is added to `aux`, which is None for the first stage. Positions are given, as the stream
+        may be shared along the sequence.
         """
-        num_tokens = x.shape[1] if self.is_first or positions_BT is None else positions_BT.shape[1]
         x_BTD = self.embedding(x) if self.is_first else x
-        if positions_BT is None:
-            positions_BT = torch.arange(num_tokens, device=x.device)
         cos, sin = rotation(positions_BT, self.config.head_dim, self.config.rope_theta, x_BTD.dtype)
         blocks = [block for block in self.blocks.values() if isinstance(block, Block)]
         plan = blocks[0].attention.core.prepare(document_ids_BT, positions_BT, x_BTD)
