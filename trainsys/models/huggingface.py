@@ -214,7 +214,7 @@ def _draw(causal_lm: Any, module: nn.Module, name: str, seed: int) -> None:
 def initial_parts(model: HuggingFaceModel, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yields this rank's part of each parameter that is on the meta device, with the values of `build_huggingface`.
 
-    A module's whole parameters are there for a moment, on the CPU. Buffers of rotary embeddings come to be as well.
+    A module's whole parameters are there for a moment, on the CPU.
     """
     causal_lm = model.causal_lm
     seen: set[nn.Parameter] = set()
@@ -226,12 +226,22 @@ def initial_parts(model: HuggingFaceModel, seed: int) -> Iterator[tuple[str, Ten
             seen.update(meta.values())
             for leaf, part in values.items():
                 yield f"{PREFIX}{path}.{leaf}", part
-        elif any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
-            for leaf, buffer in module._buffers.items():
-                module._buffers[leaf] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
-            if not hasattr(module, "original_inv_freq"):
-                raise ConfigError([f"config: model.path: {path} has buffers that cannot be made after the fact"])
-            causal_lm._init_weights(module)
+
+
+@torch.no_grad()
+def make_buffers(model: HuggingFaceModel) -> None:
+    """Makes the buffers that are on the meta device, which rotary embeddings derive from the configuration.
+
+    Raises: ConfigError if there are others.
+    """
+    for path, module in model.causal_lm.named_modules():
+        if not any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            continue
+        if not hasattr(module, "original_inv_freq"):
+            raise ConfigError([f"config: model.path: {path} has buffers that cannot be made after the fact"])
+        for leaf, buffer in module._buffers.items():
+            module._buffers[leaf] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
+        model.causal_lm._init_weights(module)
 
 
 def _drawn(causal_lm: Any, module: nn.Module, path: str, seed: int, shards: Mapping[str, Shard]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from parallel.shards import shard_of, shards_of
 from trainsys.config import ModelConfig
 from trainsys.errors import ConfigError, MissingExtraError
-from trainsys.models.huggingface import PREFIX, HuggingFaceModel, initial_parts
+from trainsys.models.huggingface import PREFIX, HuggingFaceModel, initial_parts, make_buffers
 from trainsys.models.initialisation import fill, materialise_decoder, spread
 
 
@@ -30,6 +30,7 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype, seed
                 fill(model, name, values, device, dtype)
         else:
             _read(model, model.weights_folder, device, dtype)
+        make_buffers(model)
     else:
         config: Any = model.config
         assert isinstance(config, ModelConfig), "a decoder, or the modules of its stages with its config"
