@@ -297,7 +297,7 @@ def _tokens_sent(plan: Plan, length: int, batch: int) -> list[int]:
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a square product, the best of some."""
-    side = 8192 if device.type == "cuda" else 512
+    side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from trainsys.config import ModelConfig
 from trainsys.errors import ConfigError
 from trainsys.models import blocks, build
-from trainsys.models.context import share_sequences
+from trainsys.models.context import attend_through, share_sequences
 from trainsys.models.huggingface import HuggingFaceModel
 
 Method = Literal["ring", "ulysses"]
@@ -234,11 +234,10 @@ class NoCore:
 @pytest.mark.parametrize(
     ("kind", "changes", "problem"),
     [
-        ("mistral", {"sliding_window": 4}, "attention asks for sliding_window"),
-        ("gemma2", {"head_dim": 8}, "attention asks for s"),
+        ("mistral", {"sliding_window": 4}, "sliding_window is 4"),
+        ("gemma2", {"head_dim": 8}, "layer_types have sliding_attention"),
         ("llama", {"attention_dropout": 0.1}, r"attention_dropout is 0\.1"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "attention is not open"),
-        ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}, "attention asks for s"),
     ],
 )
 def test_other_attention_is_refused(kind: str, changes: dict[str, Any], problem: str) -> None:
@@ -247,6 +246,17 @@ def test_other_attention_is_refused(kind: str, changes: dict[str, Any], problem:
         share_sequences(model, NoCore())
     tokens = torch.tensor([[1, 2, 3]])
     assert model(tokens)[0].shape == (1, 3, VOCABULARY)  # it still works as before
+
+
+@pytest.mark.parametrize(
+    "asked", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}], ids=lambda a: str([*a])
+)
+def test_what_a_config_did_not_say_stops_the_first_forward(asked: dict[str, Any]) -> None:
+    operands = [torch.zeros(1, 4, 3, 8) for _ in range(3)]
+    module = nn.Module()
+    module.config = huggingface("llama").config
+    with pytest.raises(ConfigError, match=f"llama models cannot share .* asks for {next(iter(asked))}"):
+        attend_through(module, *operands, None, core_plan=(NoCore(), None), **asked)
 
 
 def test_a_model_without_attention_is_refused() -> None:

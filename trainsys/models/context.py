@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.shards import shards_of
 from trainsys.errors import ConfigError
 from trainsys.models.attention import Core, PlainCore, set_core
 from trainsys.models.huggingface import HuggingFaceModel
@@ -44,10 +45,17 @@ def _share(model: HuggingFaceModel, core: Core) -> None:
     text = causal_lm.config.get_text_config()
     if getattr(text, "attention_dropout", 0.0):
         raise _refusal(text, f"attention_dropout is {text.attention_dropout}, of which ranks would draw differently")
+    if other := set(getattr(text, "layer_types", None) or ()) - {"full_attention"}:
+        raise _refusal(text, f"layer_types have {', '.join(sorted(other))}")
+    if (window := getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True):
+        raise _refusal(text, f"sliding_window is {window}")
     if not getattr(causal_lm, "_supports_attention_backend", False):
         raise _refusal(text, f"attention is not open to other code in transformers {transformers.__version__}")
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
-    if not next(causal_lm.parameters()).is_meta:
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend_through)
+    # Matrices that ranks share already are of models whose attention is known (`parallel.plans`), and a trial of them
+    # would need the other ranks; what a config does not say still stops the first forward.
+    is_cut = any(shard.axes for shard in shards_of(causal_lm).values())
+    if not is_cut and not next(causal_lm.parameters()).is_meta:
         _try(causal_lm, text)
     causal_lm.set_attn_implementation(_NAME)
     model.core = core
@@ -92,7 +100,7 @@ def _probe_logits(causal_lm: Any, **more: Any) -> Tensor:
     return output.logits.float()  # type: ignore[no-any-return]
 
 
-def _attend(
+def attend_through(
     module: Any,
     query_BHTE: Tensor,
     key_BKTE: Tensor,
