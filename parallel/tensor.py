@@ -226,6 +226,10 @@ def _problems(module: nn.Module, style: Style, num_ranks: int) -> Iterator[str]:
     kind = nn.Embedding if isinstance(style, VocabularyEmbedding) else nn.Linear
     if isinstance(style, Column | Row | VocabularyEmbedding | VocabularyHead) and not isinstance(module, kind):
         yield f"{type(module).__name__} is no {kind.__name__}, which alone can be shared as {type(style).__name__}"
+    elif isinstance(style, VocabularyEmbedding | VocabularyHead):
+        rows = len(module.weight)  # type: ignore[arg-type]
+        if -(-rows // num_ranks) * (num_ranks - 1) >= rows:
+            yield f"{num_ranks} ranks cannot share {rows} rows of a vocabulary: the last would have none"
     if isinstance(style, Heads):
         heads, kv_heads = style.num_heads, style.num_kv_heads
         allowed = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]

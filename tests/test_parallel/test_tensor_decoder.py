@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from parallel.errors import PlanError
 from parallel.plans import plan_for
 from parallel.shards import shard_of, shards_of
+from parallel.styles import VocabularyEmbedding
 from parallel.tensor import parallelize
 from tests.ranks import run_ranks
 from tests.test_parallel.tensor_models import ALL, How, Trained, assert_equal, batch, train, train_shared
 from trainsys.config import ModelConfig, MoEConfig
-from trainsys.models import build, materialise
+from trainsys.models import blocks, build, materialise
 from trainsys.models.decoder import Decoder
 
 SMALL = ModelConfig(num_layers=2, dim=16, num_heads=4, num_kv_heads=4, ffn_dim=24, vocab_size=32, tied_head=False)
@@ -87,6 +88,9 @@ def _refusals(rank: int, world_size: int) -> None:
     assert dist.group.WORLD is not None
     with pytest.raises(PlanError, match=r"parallel\.tensor: nothing\.\*: no module has such a name"):
         parallelize(make(SMALL), {"nothing.*": ()}, dist.group.WORLD, sequence=False, overlap=False)
+    tiny = nn.Sequential(nn.Embedding(1, 4))
+    with pytest.raises(PlanError, match=r"0: 2 ranks cannot share 1 rows of a vocabulary: the last would have none"):
+        parallelize(tiny, {"0": (VocabularyEmbedding(),)}, dist.group.WORLD, sequence=False, overlap=False)
 
 
 def _tags(rank: int, world_size: int) -> None:
@@ -101,6 +105,32 @@ def _tags(rank: int, world_size: int) -> None:
     shards = shards_of(_share(make(mixed)))
     assert {name for name, shard in shards.items() if "blocks.1.feed_forward." in name and shard.axes} == set()
     assert shards["blocks.0.feed_forward.down.weight"].axes == ("tensor",)
+
+
+def _compiled(rank: int, world_size: int) -> None:
+    tokens, targets, _ = batch(30)
+    for sequence in (False, True):
+        found = []
+        for compiled in (False, True):
+            model = build(
+                SMALL,
+                vocab_size=30,
+                max_positions=64,
+                activation_checkpointing="selective" if sequence else False,
+                seed=1,
+            )
+            _share(model, sequence=sequence)
+            if compiled:
+                for block in blocks(model):
+                    block.compile(backend="aot_eager", fullgraph=True)  # type: ignore[no-untyped-call]
+            loss, _ = model(tokens, targets_BT=targets)
+            loss.backward()
+            found.append({name: p.grad for name, p in model.named_parameters()})
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)  # fp32, other orders of sums
+
+
+def test_shared_blocks_are_one_graph_for_the_compiler() -> None:
+    run_ranks(_compiled, 2)
 
 
 def _all(rank: int, world_size: int) -> None:
