@@ -66,13 +66,14 @@ class Measured:
 class Layer(nn.Module):
     """A residual MLP."""
 
-    def __init__(self, width: int, index: int) -> None:
+    def __init__(self, width: int, index: int, device: torch.device) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(index)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        generator = torch.Generator(device).manual_seed(index)
+        self.up = nn.Linear(width, 4 * width, bias=False, device=device)
+        self.down = nn.Linear(4 * width, width, bias=False, device=device)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         grown: Tensor = self.down(functional.gelu(self.up(functional.rms_norm(x, x.shape[-1:]))))
@@ -99,7 +100,7 @@ def main() -> int:
     parser.add_argument("--no-deepspeed", action="store_true", help="leave the baseline out")
     options = parser.parse_args()
     backend: Backend = "nccl" if torch.cuda.device_count() >= options.ranks else "gloo"
-    sizes = Sizes(24, 4096, 8192, 16) if backend == "nccl" else Sizes(8, 256, 512, 8)
+    sizes = Sizes(24, 2048, 3072, 16) if backend == "nccl" else Sizes(8, 256, 512, 8)
     if options.smoke:
         sizes, options.repeats = Sizes(2 * options.ranks, 16, 4, 2 * options.ranks), 1
     found = spawn(measure, options.ranks, backend, sizes, options.repeats, not options.no_deepspeed)
@@ -126,7 +127,7 @@ def measure(rank: int, world_size: int, sizes: Sizes, repeats: int, against_deep
         optimizer = torch.optim.SGD([p for module in stages for p in module.parameters()], lr=LR)
         cases[kind] = _ours(pipeline, optimizer, micro_batches)
     if against_deepspeed:
-        cases["deepspeed"] = _deepspeed(sizes, world_size, micro_batches)
+        cases["deepspeed"] = _deepspeed(sizes, world_size, micro_batches, device)
     for turn, (name, step) in itertools.product(range(repeats + 1), cases.items()):
         dist.barrier()
         _finish(device)
@@ -151,7 +152,7 @@ def _ours(pipeline: Pipeline, optimizer: torch.optim.Optimizer, micro_batches: l
     return step
 
 
-def _deepspeed(sizes: Sizes, world_size: int, micro_batches: list[Inputs]) -> Callable[[], float]:
+def _deepspeed(sizes: Sizes, world_size: int, micro_batches: list[Inputs], device: torch.device) -> Callable[[], float]:
     try:
         import deepspeed
         from deepspeed.pipe import PipelineModule
@@ -159,7 +160,7 @@ def _deepspeed(sizes: Sizes, world_size: int, micro_batches: list[Inputs]) -> Ca
         raise RuntimeError("pip install 'trainsys[train]' for DeepSpeed, or pass --no-deepspeed") from error
     deepspeed.utils.logging.logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
-    layers = [Layer(sizes.width, index) for index in range(sizes.layers)]
+    layers = [Layer(sizes.width, index, device) for index in range(sizes.layers)]
     module = PipelineModule(layers, num_stages=world_size, loss_fn=functional.mse_loss, partition_method="uniform")
     config = {
         "train_micro_batch_size_per_gpu": sizes.rows,
@@ -193,9 +194,9 @@ def _stages(schedule: Schedule, rank: int, sizes: Sizes, device: torch.device) -
     each = sizes.layers // schedule.num_stages
     return [
         Stage(
-            [Layer(sizes.width, index) for index in range(stage * each, (stage + 1) * each)],
+            [Layer(sizes.width, index, device) for index in range(stage * each, (stage + 1) * each)],
             is_last=stage + 1 == schedule.num_stages,
-        ).to(device)
+        )
         for stage in schedule.stages_of(rank)
     ]
 

@@ -1,4 +1,4 @@
-"""How models are taken apart for parallel.hybrid: the decoder's stages, whose parameters are named as in the whole."""
+"""How models are taken apart for parallel.hybrid: stages whose parameters are named as in the whole."""
 
 # Shapes: B batch, T tokens of this rank, D model width.
 
@@ -15,6 +15,8 @@ from trainsys.errors import ConfigError
 from trainsys.models.attention import Core, rotation
 from trainsys.models.context import share_sequences
 from trainsys.models.decoder import Block, Decoder
+from trainsys.models.huggingface import HuggingFaceModel, blocks_of
+from trainsys.models.huggingface_stages import HuggingFaceStage
 from trainsys.models.moe import MoE
 
 
@@ -31,31 +33,46 @@ class Anatomy:
 
     def layers(self, model: nn.Module) -> tuple[Sequence[Layer], Layer, Layer]:
         """Return the costs of the blocks, the embedding and the head; times are operations per token."""
-        decoder = _decoder(model)
-        config = decoder.config
-        attention = 6 * self._length * config.num_heads * config.head_dim  # causal scores and mixing, forward and back
-        blocks = [Layer(time=attention + 6 * _used(block), state_bytes=16 * _numel(block)) for block in decoder.blocks]
-        weight = decoder.head.weight
+        if isinstance(model, HuggingFaceModel):
+            text = model.config.get_text_config()
+            heads = text.num_attention_heads
+            width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+            layers, weight = blocks_of(model), model.causal_lm.lm_head.weight
+        else:
+            decoder = _decoder(model)
+            width = decoder.config.num_heads * decoder.config.head_dim
+            layers, weight = list(decoder.blocks), decoder.head.weight
+        attention = 6 * self._length * width  # causal scores and mixing, forward and back
+        blocks = [Layer(time=attention + 6 * _used(block), state_bytes=16 * _numel(block)) for block in layers]
         # A tied head is a copy on the last stage. Looking rows up costs next to nothing.
         return blocks, Layer(time=0.0, state_bytes=16 * weight.numel()), Layer(time=6.0 * weight.numel())
 
     def stage(self, model: nn.Module, first: int, end: int) -> nn.Module:
         """Return blocks [first, end) as a stage."""
+        if isinstance(model, HuggingFaceModel):
+            return HuggingFaceStage(model, first, end)
         return Stage(_decoder(model), first, end)
 
     def stream(self, stages: Sequence[nn.Module], inputs: Inputs, num_ranks: int) -> Tensor:
         """Return an uninitialised tensor like the residual stream between stages."""
         tokens_BT, stage = inputs["tokens_BT"], stages[0]
-        assert isinstance(stage, Stage)
         assert tokens_BT is not None
-        like = next(stage.parameters())
-        return like.new_empty(tokens_BT.shape[0], tokens_BT.shape[1] // num_ranks, stage.config.dim)
+        if isinstance(stage, HuggingFaceStage):
+            if num_ranks > 1:  # masks are made for as many tokens as there are hidden states
+                raise ConfigError(
+                    ["config: parallel.sequence: not in pipelines of Hugging Face models; allowed: false"]
+                )
+            dim = stage.config.get_text_config().hidden_size
+        else:
+            assert isinstance(stage, Stage)
+            dim = stage.config.dim
+        return next(stage.parameters()).new_empty(tokens_BT.shape[0], tokens_BT.shape[1] // num_ranks, dim)
 
 
 def _decoder(model: nn.Module) -> Decoder:
     if isinstance(model, Decoder):
         return model
-    raise ConfigError(["config: parallel.pipeline: Hugging Face models have no stages; allowed: 1"])
+    raise ConfigError([f"config: parallel.pipeline: {type(model).__name__} has no stages; allowed: 1"])
 
 
 def _numel(module: nn.Module) -> int:
