@@ -8,8 +8,8 @@ each seeded by the coordinates along which it differs, and lets the default gene
     a sequence shard, a rank's heads                 all axes
     what even pipeline stages do alike               replicate, shard, context
 
-Where no sequence is sharded and attention drops nothing, one process and many draw different numbers for the same
-element only if they see different elements: tensor ranks alone then drop the bits of one process.
+Tensor ranks without a sequence shard drop the very elements that one process drops, if seeded alike. Where ranks see
+different elements (parts of sequences, heads, batches) what they drop is equal in distribution only.
 """
 
 from __future__ import annotations

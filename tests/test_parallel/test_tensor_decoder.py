@@ -157,8 +157,10 @@ def _dropped(rank: int, world_size: int, sequence: bool) -> Tensor:
 
 
 def test_without_a_sequence_shard_ranks_drop_the_elements_that_one_process_drops() -> None:
+    (alone,) = run_ranks(_dropped, 1, False)
     one, other = run_ranks(_dropped, 2, False)
-    assert torch.equal(one, other)
+    assert torch.equal(one, alone)
+    assert torch.equal(other, alone)
     parts = run_ranks(_dropped, 2, True)
     assert parts[0].shape[1] == parts[1].shape[1] == 6
     assert not torch.equal(parts[0], parts[1])
