@@ -24,7 +24,7 @@ from tests.test_trainsys.test_engine import (
     relative,
     take_steps,
 )
-from trainsys.engine import Engine
+from trainsys.engines import Engine
 
 pytestmark = needs_gpus(1)
 TIMEOUT_S = 180

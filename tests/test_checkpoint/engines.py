@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from trainsys.engine import _import_deepspeed, _local_rank
+from parallel import Mesh, ParallelConfig
+from trainsys.engine import _local_rank, import_deepspeed
 from trainsys.partition import partition_of
+from trainsys.placement import Placement
 
 
 class Net(torch.nn.Module):
@@ -38,7 +40,7 @@ def engine_of(
     fp32_gradients: bool = False,
 ) -> Any:
     """Return an engine; the default group is there. Stage 1 with bf16 and fp32 gradients is another optimizer."""
-    deepspeed = _import_deepspeed("cpu")
+    deepspeed = import_deepspeed("cpu")
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
     torch.manual_seed(seed)
     model = Net()
@@ -89,5 +91,7 @@ def train(engine: Any, num_steps: int, seed: int = 0) -> list[float]:
 def slices(engine: Any, stage: int) -> dict[str, Any]:
     """Return this rank's part of parameters, masters and moments, as the trainer finds them in the engine's memory."""
     separate = next(engine.module.parameters()).dtype != torch.float32
-    partition = partition_of(stage, engine.module, engine.optimizer, separate_master=separate)
+    mesh = Mesh(ParallelConfig(replicate=dist.get_world_size()), dist.get_world_size())
+    placement = Placement(mesh, dist.get_rank(), {})
+    partition = partition_of(stage, engine.module, engine.optimizer, placement, separate_master=separate)
     return dict(partition.slices())
