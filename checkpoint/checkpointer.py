@@ -72,7 +72,7 @@ class Loaded:
     read_bytes: int
     """Bytes of tensors that were read from the storage and verified."""
     reread_bytes: int
-    """Bytes of them that were read again when they were copied; of local files, all, from the kernel's cache."""
+    """Bytes of them that were read again when they were copied: what could not be held in memory."""
     needed_bytes: int
     """Bytes of tensors that went into the destinations."""
     info: CheckpointInfo

@@ -87,9 +87,9 @@ class CheckpointConfig:
 
     The others wait twice as long for rank 0, so that it is the one who tells what is missing."""
     load_buffer_bytes: int = 4 << 30
-    """Host memory in which a load from a storage that is no local disk keeps bytes until all are verified.
+    """Host memory in which a load keeps bytes until all are verified; of local files at most half of what is free.
 
-    The rest is read twice. From a local disk everything is: its second reading comes from the kernel's cache."""
+    The rest is read twice."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """The tier before the local one."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)

@@ -51,7 +51,7 @@ class LoadReport:
     read_bytes: int = 0
     """Bytes of tensors that were read from the storage and verified."""
     reread_bytes: int = 0
-    """Bytes of them that were read again when they were copied; of local files, all, from the kernel's cache."""
+    """Bytes of them that were read again when they were copied: what could not be held in memory."""
     needed_bytes: int = 0
     """Bytes of tensors that went into destinations."""
 

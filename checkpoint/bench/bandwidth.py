@@ -13,7 +13,7 @@ one before when the time has been taken, so that all of them find the page cache
 - `load`: seconds to fill existing tensors. The files' pages are dropped from the cache before (posix_fadvise), as
   far as the kernel does so on request: the bounds tell.
   This package's are of fresh tensors, as a run that resumes has them; `in place` stands for destinations that must
-  not be touched before all is verified, for which everything is read twice, the second time from the cache.
+  not be touched before all is verified, for which everything is held in memory until then.
 - bounds, from the same turns: one file of as many bytes, written in 8 MiB pieces and synced once, read back in
   16 MiB pieces (`raw`); the same past the page cache, by as many threads as this package has (`raw direct`).
 
