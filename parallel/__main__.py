@@ -1,4 +1,5 @@
-"""`python -m parallel mesh` prints how ranks are laid out, `bench-collectives` how fast they talk.
+"""`python -m parallel mesh` prints how ranks are laid out, `table` what runs on which engine, `bench-collectives` how
+fast ranks talk.
 
 Exit code 2: what was asked for does not fit.
 """
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from parallel import picture, recipes
+from parallel import legal, picture, recipes
 from parallel.errors import ParallelError
 from parallel.mesh import Along, Axis, Mesh
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str]) -> int:
 
         return collectives.main(arguments[1:])
     options = _parser().parse_args(arguments)
+    if options.command == "table":
+        print(legal.table())
+        return 0
     try:
         mesh = _mesh(options)
     except ParallelError as error:
@@ -76,7 +80,7 @@ def _axes(mesh: Mesh) -> list[Along]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m parallel", description="Layouts of ranks, and how fast they talk.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     mesh = commands.add_parser("mesh", help="draw the ranks of a mesh", description=_MESH)
     mesh.add_argument("recipes", nargs="*", metavar="RECIPE", help="TOML files, or names of recipes that ship")
     mesh.add_argument("--world", type=int, metavar="N", help="number of ranks (default: the product of the degrees)")
@@ -89,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     mesh.add_argument("--groups", action="store_true", help="also list the groups of each axis")
     mesh.add_argument("--json", action="store_true", help="print ranks and groups as JSON instead")
     mesh.add_argument("--width", type=int, metavar="N", help="columns to draw in (default: the terminal's)")
+    commands.add_parser(
+        "table", help="which layouts run on which engine", description="Which layouts run on which engine."
+    )
     commands.add_parser("bench-collectives", help="measure collectives", add_help=False)
     return parser
 

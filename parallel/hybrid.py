@@ -176,8 +176,9 @@ def _cut(
     schedule = build(degrees.stages.schedule, degrees.pipeline, num_micro_batches, per_rank=degrees.stages.per_rank)
     own = schedule.stages_of(group.rank())
     stages = [anatomy.stage(model, ends[stage] - sizes[stage], ends[stage]) for stage in own]
+    tied_names = _tied_names(model)  # while they are one parameter: `place` may give each stage its own
     module = place(Part(stages))
-    tied = _tie(model, stages, own, schedule, groups)
+    tied = _tie(tied_names, stages, own, schedule, groups)
     tokens_shared = degrees.tensor if degrees.sequence else 1
     pipeline = Pipeline(
         stages,
@@ -206,28 +207,28 @@ class Part(nn.Module):
 
 
 def _merge(source: nn.Module, target: nn.Module) -> None:
-    """Add what `source` holds to `target`; containers that both have are merged, other modules are the same."""
+    """Add what `source` holds to `target`; of two modules of one name the children are put together in a third."""
+    for name, parameter in source.named_parameters(recurse=False):
+        target.register_parameter(name, parameter)
     for name, child in source.named_children():
         known = target._modules.get(name)
-        if known is None and not isinstance(child, nn.ModuleDict):
+        if known is None or known is child:
             target.add_module(name, child)
-        elif isinstance(child, nn.ModuleDict):
-            if known is None:
-                known = nn.ModuleDict()
-                target.add_module(name, known)
-            _merge(child, known)
-        else:
-            assert known is child, f"stages of one rank have different modules {name}"
+            continue
+        both = nn.Module()
+        _merge(known, both)
+        _merge(child, both)
+        target.add_module(name, both)
 
 
 def _tie(
-    model: nn.Module, stages: Sequence[nn.Module], own: Sequence[int], schedule: Schedule, groups: MeshGroups
+    names: Sequence[str], stages: Sequence[nn.Module], own: Sequence[int], schedule: Schedule, groups: MeshGroups
 ) -> dict[str, Tied]:
     """Return the parameters that the first and the last stage both have, on different ranks, if one of them is here."""
     first, last = schedule.rank_of[0], schedule.rank_of[-1]
     members = groups.mesh.group(groups.rank, "pipeline")
     tied: dict[str, Tied] = {}
-    for name in _tied_names(model) if first != last else ():
+    for name in names if first != last else ():
         for stage, module in zip(own, stages, strict=True):
             if stage in (0, schedule.num_stages - 1):
                 pair = groups.of((members[first], members[last]), f"tied {name}")

@@ -295,19 +295,20 @@ def _context(config: RunConfig) -> Iterator[Problem]:
 
 def _pipeline(config: RunConfig) -> Iterator[Problem]:
     degrees, stages = config.parallel, config.parallel.stages
-    if config.model.kind == "hf":
-        yield "parallel.pipeline", f"{degrees.pipeline}: Hugging Face models have no stages; allowed: 1"
-        return
     number = num_stages(stages.schedule, degrees.pipeline, stages.per_rank)
-    if number > config.model.num_layers:
+    if config.model.kind == "hf" and degrees.tensor > 1 and degrees.sequence:
+        yield "parallel.sequence", "true: not in pipelines of Hugging Face models; allowed: false"
+    is_known = config.model.kind == "decoder"  # a folder has its own number of layers
+    layers = config.model.num_layers if is_known else number
+    if number > layers:
         yield (
             "parallel.pipeline",
-            f"{number} stages for {config.model.num_layers} layers (model.num_layers); one each",
+            f"{number} stages for {layers} layers (model.num_layers); one each",
         )
-    if stages.layers and (len(stages.layers) != number or sum(stages.layers) != config.model.num_layers):
+    if stages.layers and (len(stages.layers) != number or (is_known and sum(stages.layers) != layers)):
         yield (
             "parallel.stages.layers",
-            f"{stages.layers} is not {number} stages with {config.model.num_layers} layers together",
+            f"{stages.layers} is not {number} stages with {layers} layers together",
         )
     if min(config.batch.micro_sequences, config.batch.global_sequences) >= 1 and stages.per_rank >= 1:
         try:

@@ -41,7 +41,7 @@ from trainsys.errors import MissingExtraError, NumericsError
 from trainsys.feed import Feed
 from trainsys.muon import Muon
 from trainsys.partition import Slices, partition_of
-from trainsys.placement import Placement
+from trainsys.placement import Placement, elsewhere
 
 if TYPE_CHECKING:
     from trainsys.meter import Phases
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         """Hand this rank's part of the model (on its device, in its dtype) and its optimizer to DeepSpeed."""
         model, settings = hybrid.module, config.engine
         device = next(model.parameters()).device
-        deepspeed = _import_deepspeed(device.type)
+        deepspeed = import_deepspeed(device.type)
         self._hybrid = hybrid
         self._feed = Feed(hybrid, device)
         self._stage: int = settings.zero_stage
@@ -106,6 +106,7 @@ class DeepSpeedEngine:
             self._placement,
             separate_master=settings.precision != "fp32",
         )
+        self._elsewhere = elsewhere(self._partition.slices(), hybrid.groups.get("pipeline"))
         self._steps_taken = 0.0
         if isinstance(optimizer, Muon) and self._stage > 0:
             self._describe_shards(optimizer)
@@ -183,7 +184,7 @@ class DeepSpeedEngine:
 
     def slices(self) -> Slices:
         """Return live views of this rank's weights and optimizer state, by logical name."""
-        return self._partition.slices()
+        return {**self._partition.slices(), **self._elsewhere}
 
     def fence_with(self, checkpointer: Fencing) -> None:
         """Let a checkpointer fence before every update, for just what that updates."""
@@ -443,7 +444,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     return built
 
 
-def _import_deepspeed(device_type: str) -> Any:
+def import_deepspeed(device_type: str) -> Any:
     """Return DeepSpeed, made to work on the device that the model is on rather than on the best it finds."""
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     try:

@@ -31,7 +31,7 @@ from trainsys.feed import Feed
 from trainsys.models import blocks
 from trainsys.muon import Muon
 from trainsys.partition import STATE_KEYS, Fragment, Gradient, Partition, Slices
-from trainsys.placement import Placement
+from trainsys.placement import Placement, elsewhere
 
 if TYPE_CHECKING:
     from trainsys.meter import Phases
@@ -64,6 +64,7 @@ class TorchEngine:
         for tied, name in zip(self._tied, tied_names, strict=True):
             tied.parameter = masters[name].tensor
         self._masters = _Masters(hybrid, self._data, self._optimizer, frozenset(tied_names))
+        self._elsewhere = elsewhere(self._masters.slices(), hybrid.groups.get("pipeline"))
         self._steps_taken = 0.0
         if isinstance(self._optimizer, Muon):
             self._describe_shards(self._optimizer)
@@ -133,7 +134,7 @@ class TorchEngine:
 
     def slices(self) -> Slices:
         """Return live views of this rank's weights and optimizer state, by logical name."""
-        return self._masters.slices()
+        return {**self._masters.slices(), **self._elsewhere}
 
     def fence_with(self, checkpointer: Fencing) -> None:
         """Let a checkpointer fence before every update, for just what that updates."""

@@ -1,4 +1,4 @@
-"""Where this rank's tensors lie in those of the whole model, and how many ranks hold the same: for checkpoints. Pure.
+"""Where this rank's tensors lie in those of the whole model, and how many ranks hold the same: for checkpoints.
 
 Parallel layers tag parameters with a parallel.shards.Shard; a checkpoint wants that as a layout of its own, and to
 know of equal copies, of which one is written. ZeRO's flat partitions are ranges of such a local tensor.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from checkpoint import FlatSlice, LayoutSlice, Replica
 from checkpoint.layout import DimLayout, Layout, Run
-from checkpoint.state import TensorLike
+from checkpoint.state import TensorLike, pieces_of
 from parallel import Mesh
 from parallel.shards import DimShard, Shard, whole
 
@@ -80,6 +82,24 @@ class Placement:
         if name not in self._layouts:
             self._layouts[name] = tuple(_dim(dim) for dim in shard.dims)
         return self._layouts[name]
+
+
+def elsewhere(slices: Mapping[str, TensorLike], stages: dist.ProcessGroup) -> dict[str, TensorLike]:
+    """Return an empty part of every tensor that only other ranks of the group have; all of them call.
+
+    So every rank has something to say of every name, and a name that nobody has is still noticed.
+    """
+    if stages.size() == 1:
+        return {}
+    mine = {piece.name: (tuple(piece.global_shape), piece.tensor.dtype) for piece in pieces_of(slices)}
+    everyone: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(stages.size())]
+    dist.all_gather_object(everyone, mine, group=stages)
+    known = {name: described for each in everyone for name, described in each.items()}
+    return {
+        name: FlatSlice(torch.empty(0, dtype=dtype), shape, 0)
+        for name, (shape, dtype) in known.items()
+        if name not in mine
+    }
 
 
 def _dim(dim: DimShard) -> DimLayout:

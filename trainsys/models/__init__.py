@@ -15,7 +15,7 @@ from torch import nn
 from trainsys.config import ModelConfig
 from trainsys.models.decoder import Block, build_decoder
 from trainsys.models.folder import load_pretrained, save_pretrained
-from trainsys.models.huggingface import HuggingFaceModel, blocks_of, build_huggingface
+from trainsys.models.huggingface import blocks_of, build_huggingface
 from trainsys.models.materialise import materialise
 from trainsys.models.recompute import Recompute
 from trainsys.models.size import flops_per_token, hidden_matrices, num_parameters
@@ -62,6 +62,6 @@ def build(
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a built model or of the stages of one, first to last."""
-    if isinstance(model, HuggingFaceModel):
+    if hasattr(getattr(model, "config", None), "get_text_config"):  # transformers' own
         return blocks_of(model)
     return [module for module in model.modules() if isinstance(module, Block)]

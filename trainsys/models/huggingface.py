@@ -147,8 +147,8 @@ def restarted_positions(document_ids_BT: Tensor) -> Tensor:
     return index_T - starts_BT.cummax(dim=1).values
 
 
-def blocks_of(model: HuggingFaceModel) -> list[nn.Module]:
-    """The decoder layers, first to last."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model or of stages of one, first to last."""
     layer_type = _transformers().modeling_layers.GradientCheckpointingLayer
     return [module for module in model.modules() if isinstance(module, layer_type)]
 
