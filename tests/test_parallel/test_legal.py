@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import parallel
 from parallel import ParallelConfig, ParallelError
 from parallel.legal import ROWS, choose, describe, refusals, table
 
@@ -35,3 +38,8 @@ def test_the_table_has_a_line_for_every_row_and_a_reason_for_every_refusal() -> 
 def test_layouts_are_called_by_their_kinds() -> None:
     assert describe(ParallelConfig()) == "1 rank"
     assert describe(ParallelConfig(pipeline=2, tensor=2, context=2, shard=4, expert=4)) == "TP x PP x CP x EP x DP"
+
+
+def test_the_readme_has_the_table_as_it_is() -> None:
+    readme = Path(parallel.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert f"```text\n{table()}\n```" in readme
