@@ -107,3 +107,15 @@ def test_parts_of_a_piece_are_rows_of_their_own():
         (3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 5),
     ]
     assert plan.nbytes - len(plan.header) == CHUNK_BYTES + 5
+
+
+def test_larger_parcels_hold_the_same_bytes_in_fewer_pieces_small_tensors_last():
+    sizes = [CHUNK_BYTES, 5, 2 * CHUNK_BYTES + 3, 7, CHUNK_BYTES]
+    pieces = pieces_of({f"t{i}": RankLocal(torch.empty(n, dtype=torch.uint8)) for i, n in enumerate(sizes)})
+    plans = [plan_shard(pieces, whole_parts(pieces), [0] * len(pieces), 0, n * CHUNK_BYTES) for n in (1, 4)]
+    assert [len(plan.parcels) for plan in plans] == [5, 2]
+    for plan in plans:
+        assert sum(parcel.nbytes for parcel in plan.parcels) == sum(sizes)
+        assert max(parcel.nbytes for parcel in plan.parcels) <= plan.parcel_bytes
+        assert [cut.source for cut in plan.parcels[-1].cuts[-2:]] == [1, 3]
+    assert plans[0].header == plans[1].header
