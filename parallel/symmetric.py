@@ -2,8 +2,8 @@
 
 Every GPU of a group has a buffer that the others can read. A rank puts its part there, all meet at a barrier on the
 device, and each fetches what it needs; all on a stream of its own, so nothing waits on the host. Multicast is never
-used: torch would set it up with the buffers unless TORCH_SYMM_MEM_DISABLE_MULTICAST is set, so without that variable
-there are no symmetric buffers (`available`).
+used: torch would set it up with the first buffers of a process, so its switch for that, the environment variable
+TORCH_SYMM_MEM_DISABLE_MULTICAST, is set before.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ALIGNMENT = 256
 
 
 def available(group: ProcessGroup, like: Tensor) -> bool:
-    """Return whether GPUs of the group can read each other's memory without multicast being set up."""
-    if not like.is_cuda or os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
+    """Return whether GPUs of the group can read each other's memory."""
+    if not like.is_cuda:
         return False
     return _can_read(group.group_name, group.size(), like.device)
 
@@ -81,6 +81,7 @@ class Buffers:
     def _claim(self, num_bytes: int, itemsize: int) -> int:
         """Return the offset, in elements, of the next slot, after all ranks have made it large enough."""
         if num_bytes > self._slot_bytes:
+            os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # torch reads it once, at its first buffer
             import torch.distributed._symmetric_memory as symmetric_memory
 
             torch.cuda.synchronize()

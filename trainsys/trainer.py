@@ -281,8 +281,7 @@ class Trainer:
         )
         stack.callback(part.close)
         if config.engine.compile:
-            for block in models.blocks(part.module):
-                block.compile()
+            models.compile_parts(part.module)
         return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
 
     def _materialise(self, part: torch.nn.Module) -> torch.nn.Module:

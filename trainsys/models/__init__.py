@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from parallel.tensor import ParallelHead
 from trainsys.config import ModelConfig
 from trainsys.models.decoder import Block, build_decoder
 from trainsys.models.folder import load_pretrained, save_pretrained
 from trainsys.models.huggingface import blocks_of, build_huggingface
+from trainsys.models.layers import Head
 from trainsys.models.materialise import materialise
 from trainsys.models.recompute import Recompute
 from trainsys.models.size import flops_per_token, hidden_matrices, num_parameters
@@ -25,6 +27,7 @@ __all__ = [
     "Anatomy",
     "blocks",
     "build",
+    "compile_parts",
     "flops_per_token",
     "hidden_matrices",
     "load_pretrained",
@@ -65,3 +68,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     if hasattr(getattr(model, "config", None), "get_text_config"):  # transformers' own
         return blocks_of(model)
     return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Let torch.compile have what a built model repeats, its blocks, and the passes over its logits."""
+    for block in blocks(model):
+        block.compile()
+    for module in model.modules():
+        if isinstance(module, Head | ParallelHead):
+            module.compiled = True
