@@ -70,7 +70,8 @@ def _sharing_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 def _shared(name: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         parameter = module._parameters[name]
-        if parameter is None or not torch.is_grad_enabled():
+        # FSDP2 asks for the sharded parameter (a DTensor) to put gradients on it: that must be the parameter itself.
+        if parameter is None or not torch.is_grad_enabled() or hasattr(parameter, "placements"):
             return parameter
         return collectives.replicate(parameter, module.__dict__[_GROUP])
 
