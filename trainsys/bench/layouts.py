@@ -21,6 +21,7 @@ figures say what the path costs there, nothing about GPUs).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import statistics
 import sys
@@ -42,11 +43,13 @@ from parallel.config import ParallelConfig
 from parallel.pipeline import build as build_schedule
 from parallel.pipeline import predict
 from parallel.pipeline.replay import Costs
+from parallel.shards import shards_of
 from trainsys import meter, models
 from trainsys.check import accumulation_steps, data_ranks
 from trainsys.config import BatchConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 from trainsys.data import MicroBatch, StepBatch
 from trainsys.engines import DTYPES, open_engine
+from trainsys.models.initialisation import fill
 from trainsys.optim import build_optimizer, plan_of
 from trainsys.step import train_step
 
@@ -160,12 +163,11 @@ def hybrid_case(case: Case, size: Size, device: torch.device, control: dist.Proc
             groups,
             models.Anatomy(size.length),
             num_micro_batches=accumulation_steps(config),
-            place=lambda module: models.materialise(module, device, DTYPES[size.precision], config.seed),
+            place=lambda module: _place(module, device, DTYPES[size.precision]),
         )
         stack.callback(part.close)
         if size.is_compiled:
-            for block in models.blocks(part.module):
-                block.compile()
+            models.compile_parts(part.module)
         engine = open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
         stack.callback(engine.close)
         phases = meter.Phases(device)
@@ -191,10 +193,9 @@ def plain_case(size: Size, device: torch.device, control: dist.ProcessGroup) -> 
     """Yield the steps of an ordinary FSDP2 loop."""
     world_size = dist.get_world_size()
     config = configure(Case(ParallelConfig(shard=world_size)), size)
-    model = models.materialise(_model(config), device, torch.float32, config.seed)
+    model = _place(_model(config), device, torch.float32)
     if size.is_compiled:
-        for block in models.blocks(model):
-            block.compile()
+        models.compile_parts(model)
     mesh = init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(DTYPES[size.precision], torch.float32, cast_forward_inputs=False)
     for module in (*models.blocks(model), model):
@@ -230,6 +231,18 @@ def _model(config: RunConfig) -> nn.Module:
         )
 
 
+@torch.no_grad()
+def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Bring a module without memory to its device; weights are drawn there, by name: on a CPU that takes minutes."""
+    for name, shard in shards_of(module).items():
+        values = torch.ones(shard.global_shape, device=device)
+        if values.ndim > 1:
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+            values.normal_(0, 0.02, generator=torch.Generator(device).manual_seed(seed))
+        fill(module, name, shard.take(values), device, dtype)
+    return module.to(device=device, dtype=dtype)
+
+
 def measure(rank: int, world_size: int, backend: Backend, size: Size, names: list[str], rounds: int) -> dict[str, Any]:
     """Return the seconds of every counted step, the first loss and the peak memory by case."""
     device = device_of(backend)
@@ -239,6 +252,7 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, names: lis
     memory: dict[str, float] = {}
     for _ in range(rounds):
         for name in names:
+            begun = time.perf_counter()
             _forget(device)
             case = (CASES | DEEPSPEED).get(name)
             opened = plain_case(size, device, control) if case is None else hybrid_case(case, size, device, control)
@@ -250,6 +264,9 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, names: lis
                     seconds[name].append(_timed(step, _WARM_UP + index, device, control))
             if device.type == "cuda":
                 memory[name] = _most(torch.cuda.max_memory_allocated(device), control)
+            if rank == 0:  # what a job that is ended early has found
+                step_s = statistics.median(seconds[name][-size.steps :])
+                print(f"{name}: {step_s:.4g} s a step; {time.perf_counter() - begun:.0f} s in all", flush=True)
     config = configure(CASES["ZeRO 3"], size)
     return {
         "seconds": seconds,
