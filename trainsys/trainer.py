@@ -265,7 +265,7 @@ class Trainer:
                 config.model,
                 vocab_size=shared.prepared.vocab_size,
                 max_positions=config.data.sequence_length,
-                activation_checkpointing=config.engine.recompute,
+                recompute=config.engine.recompute,
                 seed=config.seed,
             )
         self._parameters = models.num_parameters(model)

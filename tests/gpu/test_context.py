@@ -85,7 +85,7 @@ def test_flash_kernels_agree_with_plain_products() -> None:
 def model() -> nn.Module:
     config = ModelConfig(num_layers=2, dim=512, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=64, vocab_size=128)
     sizes = {"vocab_size": 128, "max_positions": LENGTH}
-    return build(config, **sizes, activation_checkpointing=False, seed=0).cuda()
+    return build(config, **sizes, recompute="none", seed=0).cuda()
 
 
 def decoder_rank(rank: int, world_size: int) -> None:

@@ -17,6 +17,7 @@ from trainsys.errors import ConfigError
 from trainsys.models import blocks, build
 from trainsys.models.context import attend_through, share_sequences
 from trainsys.models.huggingface import HuggingFaceModel
+from trainsys.models.recompute import Recompute
 
 Method = Literal["ring", "ulysses"]
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -24,9 +25,9 @@ STEPS, BATCH, LENGTH, VOCABULARY = 10, 2, 24, 64
 CONFIG = ModelConfig(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=VOCABULARY)
 
 
-def decoder(dtype: torch.dtype, activation_checkpointing: bool = False) -> nn.Module:
+def decoder(dtype: torch.dtype, recompute: Recompute = "none") -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "max_positions": LENGTH}
-    model = build(CONFIG, **sizes, activation_checkpointing=activation_checkpointing, seed=3)
+    model = build(CONFIG, **sizes, recompute=recompute, seed=3)
     return model.to(dtype)
 
 
@@ -92,7 +93,7 @@ def decoder_rank(rank: int, world_size: int, methods: list[Method]) -> list[list
     for method in methods:
         context = Context(dist.group.WORLD, method)
         for documents in (False, True):
-            own, shared = decoder(torch.float64), decoder(torch.float64, activation_checkpointing=documents)
+            own, shared = decoder(torch.float64), decoder(torch.float64, "full" if documents else "none")
             share_sequences(shared, context.core)
             losses, gradients = train(own, None, documents)
             shared_losses, shared_gradients = train(shared, context, documents)

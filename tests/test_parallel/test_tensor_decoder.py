@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 def make(config: ModelConfig) -> Decoder:
-    model = build(config, vocab_size=30, max_positions=64, activation_checkpointing=False, seed=1)
+    model = build(config, vocab_size=30, max_positions=64, recompute="none", seed=1)
     assert isinstance(model, Decoder)
     return model.double()
 
@@ -59,9 +59,9 @@ def _share(model: nn.Module, *, sequence: bool = True) -> nn.Module:
 
 def _materialised(rank: int, world_size: int) -> None:
     config = VARIANTS["odd and tied"]
-    wanted = _share(build(config, vocab_size=30, max_positions=64, activation_checkpointing=False, seed=1)).bfloat16()
+    wanted = _share(build(config, vocab_size=30, max_positions=64, recompute="none", seed=1)).bfloat16()
     with torch.device("meta"):
-        model = build(config, vocab_size=30, max_positions=64, activation_checkpointing=False, seed=1)
+        model = build(config, vocab_size=30, max_positions=64, recompute="none", seed=1)
     _share(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     materialise(model, torch.device("cpu"), torch.bfloat16, 1)
@@ -116,7 +116,7 @@ def _compiled(rank: int, world_size: int) -> None:
                 SMALL,
                 vocab_size=30,
                 max_positions=64,
-                activation_checkpointing="selective" if sequence else False,
+                recompute="selective" if sequence else "none",
                 seed=1,
             )
             _share(model, sequence=sequence)

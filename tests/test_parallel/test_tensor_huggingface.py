@@ -58,7 +58,7 @@ def write(folder: Path, name: str, **changes: Any) -> Path:
 
 def make(folder: Path) -> HuggingFaceModel:
     config = ModelConfig(kind="hf", path=str(folder))
-    model = build(config, vocab_size=300, max_positions=32, activation_checkpointing=False, seed=1)
+    model = build(config, vocab_size=300, max_positions=32, recompute="none", seed=1)
     assert isinstance(model, HuggingFaceModel)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # ones and zeros would hide a wrong part
@@ -88,7 +88,7 @@ def _materialised(rank: int, world_size: int, folders: list[Path]) -> None:
     assert dist.group.WORLD is not None
     for folder in folders:
         config = ModelConfig(kind="hf", path=str(folder))
-        built = {"vocab_size": 300, "max_positions": 32, "activation_checkpointing": False, "seed": 4}
+        built = {"vocab_size": 300, "max_positions": 32, "recompute": "none", "seed": 4}
         wanted = build(config, **built)  # type: ignore[arg-type]
         with torch.device("meta"):
             model = build(config, **built)  # type: ignore[arg-type]

@@ -99,7 +99,7 @@ def build(config: RunConfig) -> torch.nn.Module:
         config.model,
         vocab_size=VOCAB,
         max_positions=LENGTH,
-        activation_checkpointing=config.engine.recompute,
+        recompute=config.engine.recompute,
         seed=3,
     )
 

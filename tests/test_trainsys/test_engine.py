@@ -72,7 +72,7 @@ def build(config: RunConfig, local_rank: int = 0) -> torch.nn.Module:
         config.model,
         vocab_size=VOCAB,
         max_positions=LENGTH,
-        activation_checkpointing=config.engine.recompute,
+        recompute=config.engine.recompute,
         seed=3,
     ).to(setup.device_of(config, local_rank))
 

@@ -23,7 +23,7 @@ BYTES = load_tokenizer("bytes")
 
 
 def make(config: ModelConfig = SMALL, *, max_positions: int = 32) -> Decoder:
-    model = build(config, vocab_size=257, max_positions=max_positions, activation_checkpointing=False, seed=0)
+    model = build(config, vocab_size=257, max_positions=max_positions, recompute="none", seed=0)
     assert isinstance(model, Decoder)
     initialise(model, num_layers=1, seed=0, std=0.4)
     return model.double().eval()
@@ -42,7 +42,7 @@ def make_huggingface(folder: Path) -> nn.Module:
         initializer_range=0.4,
     ).save_pretrained(folder)
     config = ModelConfig(kind="hf", path=str(folder))
-    return build(config, vocab_size=257, max_positions=32, activation_checkpointing=False, seed=0).double()
+    return build(config, vocab_size=257, max_positions=32, recompute="none", seed=0).double()
 
 
 def without_cache(model: nn.Module, context: list[int], num_tokens: int, seed: int, limit: int = 32) -> list[int]:

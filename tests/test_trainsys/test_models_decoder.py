@@ -35,7 +35,7 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 0], [3, 4, 5, 6, 7, 8, 9, 
 
 def make(config: ModelConfig, *, seed: int = 0, checkpointing: bool = False, std: float = 0.4) -> Decoder:
     """A float64 decoder with weights large enough that attention and routing are far from uniform."""
-    model = build(config, vocab_size=32, max_positions=64, activation_checkpointing=checkpointing, seed=seed)
+    model = build(config, vocab_size=32, max_positions=64, recompute="full" if checkpointing else "none", seed=seed)
     assert isinstance(model, Decoder)
     initialise(model, num_layers=1, seed=seed, std=std)
     return model.double()
@@ -133,7 +133,7 @@ def test_the_model_in_a_production_dtype_follows_float64(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, dropout=0.3), replace(SMALL, moe=EXPERTS)])
-def test_activation_checkpointing_changes_no_bit(config: ModelConfig) -> None:
+def test_recomputation_changes_no_bit(config: ModelConfig) -> None:
     results = []
     for checkpointing in (False, True):
         model = make(config, checkpointing=checkpointing)
@@ -143,7 +143,7 @@ def test_activation_checkpointing_changes_no_bit(config: ModelConfig) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
 
 
-def test_activation_checkpointing_keeps_one_activation_a_block() -> None:
+def test_recomputation_keeps_one_activation_a_block() -> None:
     def saved_elements(checkpointing: bool) -> int:
         model = make(replace(SMALL, num_layers=4), checkpointing=checkpointing)
         sizes: list[int] = []
@@ -191,7 +191,7 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def build_small(config: ModelConfig, *, seed: int = 0) -> nn.Module:
-    return build(config, vocab_size=30, max_positions=64, activation_checkpointing=False, seed=seed)
+    return build(config, vocab_size=30, max_positions=64, recompute="none", seed=seed)
 
 
 def test_building_leaves_the_global_generator_alone() -> None:
@@ -203,7 +203,7 @@ def test_building_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(("dim", "std"), [(128, 0.05), (1024, 1 / 32)])
 def test_initial_spread_is_as_documented(dim: int, std: float) -> None:
     config = ModelConfig(num_layers=8, dim=dim, num_heads=1, head_dim=32, ffn_dim=64, vocab_size=512)
-    model = build(config, vocab_size=512, max_positions=8, activation_checkpointing=False, seed=0)
+    model = build(config, vocab_size=512, max_positions=8, recompute="none", seed=0)
     for name, parameter in model.requires_grad_(False).named_parameters():
         if parameter.ndim == 1:
             assert bool((parameter == 1).all()), name
@@ -222,7 +222,7 @@ def test_a_model_on_the_meta_device_has_names_and_shapes_but_no_memory() -> None
 
 
 def test_the_vocabulary_is_rounded_up_to_64_rows_and_a_tied_head_shares_them() -> None:
-    model = build(replace(SMALL, vocab_size=0), vocab_size=257, max_positions=8, activation_checkpointing=False, seed=0)
+    model = build(replace(SMALL, vocab_size=0), vocab_size=257, max_positions=8, recompute="none", seed=0)
     assert isinstance(model, Decoder)
     assert model.embedding.weight.shape == (320, 16)
     assert model.head.weight is model.embedding.weight
@@ -230,11 +230,11 @@ def test_the_vocabulary_is_rounded_up_to_64_rows_and_a_tied_head_shares_them() -
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match=r"model\.vocab_size: 32 is under the tokenizer's 33 tokens"):
-        build(SMALL, vocab_size=33, max_positions=8, activation_checkpointing=False, seed=0)
+        build(SMALL, vocab_size=33, max_positions=8, recompute="none", seed=0)
 
 
 def test_more_tokens_than_positions_are_refused() -> None:
-    model = build(SMALL, vocab_size=32, max_positions=9, activation_checkpointing=False, seed=0)
+    model = build(SMALL, vocab_size=32, max_positions=9, recompute="none", seed=0)
     with pytest.raises(ValueError, match="10 tokens do not fit the model's limit of 9 positions"):
         model(TOKENS)
 

@@ -26,7 +26,7 @@ TOKENS = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(
 
 
 def make(config: ModelConfig) -> Decoder:
-    model = build(config, vocab_size=257, max_positions=12, activation_checkpointing=False, seed=3)
+    model = build(config, vocab_size=257, max_positions=12, recompute="none", seed=3)
     assert isinstance(model, Decoder)
     return model
 

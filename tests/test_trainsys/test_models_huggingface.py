@@ -63,7 +63,7 @@ def write_config(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def make(folder: Path, *, seed: int = 0, vocab_size: int = 257, **changes: Any) -> nn.Module:
-    settings = {"max_positions": 32, "activation_checkpointing": False, **changes}
+    settings = {"max_positions": 32, "recompute": "none", **changes}
     return build(ModelConfig(kind="hf", path=str(folder)), vocab_size=vocab_size, seed=seed, **settings)
 
 
@@ -170,11 +170,11 @@ def test_the_tokenizers_files_go_with_the_model(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out2")("abba")["input_ids"] == [3, 1, 0]
 
 
-def test_activation_checkpointing_changes_no_bit_of_the_gradient(tmp_path: Path) -> None:
+def test_recomputation_changes_no_bit_of_the_gradient(tmp_path: Path) -> None:
     folder = write_config(tmp_path, "llama")
     results = []
     for checkpointing in (False, True):
-        model = make(folder, activation_checkpointing=checkpointing)
+        model = make(folder, recompute="full" if checkpointing else "none")
         model(TOKENS, document_ids_BT=DOCUMENTS)[0].square().sum().backward()
         results.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -183,7 +183,7 @@ def test_activation_checkpointing_changes_no_bit_of_the_gradient(tmp_path: Path)
 def test_blocks_parameters_and_flops_of_a_llama_are_those_of_our_decoder(tmp_path: Path) -> None:
     model = make(write_config(tmp_path, "llama"))
     same = ModelConfig(num_layers=2, dim=32, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=300, tied_head=False)
-    decoder = build(same, vocab_size=300, max_positions=32, activation_checkpointing=False, seed=0)
+    decoder = build(same, vocab_size=300, max_positions=32, recompute="none", seed=0)
     assert len(blocks(model)) == 2
     assert num_parameters(model) == num_parameters(decoder)
     assert flops_per_token(model, 16) == flops_per_token(decoder, 16)

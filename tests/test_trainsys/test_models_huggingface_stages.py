@@ -21,7 +21,7 @@ TARGETS = TOKENS.roll(-1, 1).masked_fill(DOCUMENTS == 8, -100)
 def _model(folder: Path, name: str) -> HuggingFaceModel:
     path = str(write_config(folder, name, num_hidden_layers=4))
     config = ModelConfig(kind="hf", path=path)
-    model = build(config, vocab_size=257, max_positions=64, activation_checkpointing=False, seed=0)
+    model = build(config, vocab_size=257, max_positions=64, recompute="none", seed=0)
     assert isinstance(model, HuggingFaceModel)
     return model.double()
 

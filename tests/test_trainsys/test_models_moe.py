@@ -36,7 +36,7 @@ TOKENS = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0
 
 
 def _make(config: ModelConfig, *, checkpointing: bool = False) -> Decoder:
-    model = build(config, vocab_size=32, max_positions=12, activation_checkpointing=checkpointing, seed=3)
+    model = build(config, vocab_size=32, max_positions=12, recompute="full" if checkpointing else "none", seed=3)
     assert isinstance(model, Decoder)
     return model
 
@@ -84,14 +84,14 @@ def test_biases_keep_their_dtype_and_values_whatever_the_model_becomes() -> None
     model.to(torch.bfloat16)
     assert all(torch.equal(bias, torch.full((8,), 0.001)) for bias in _biases(model))
     with torch.device("meta"):
-        empty = Decoder(model.config, max_positions=12, activation_checkpointing=False)
+        empty = Decoder(model.config, max_positions=12, recompute="none")
     empty.to_empty(device="cpu")
     assert all(torch.equal(bias, torch.zeros(8)) for bias in _biases(empty))
     assert all(not router.load.any() for router in _routers(empty))
 
 
 def test_biases_are_saved_with_the_weights(tmp_path: Path) -> None:
-    model = build(SMALL, vocab_size=257, max_positions=12, activation_checkpointing=False, seed=3).eval()
+    model = build(SMALL, vocab_size=257, max_positions=12, recompute="none", seed=3).eval()
     for router in _routers(model):
         router.bias.copy_(torch.linspace(0, 1, 8))
     state = model.state_dict()

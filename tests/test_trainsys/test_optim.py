@@ -21,7 +21,7 @@ MUON = OptimConfig(kind="muon", lr=1e-3, muon_lr=1e-2)
 
 
 def make(config: ModelConfig = SMALL) -> nn.Module:
-    return build(config, vocab_size=32, max_positions=16, activation_checkpointing=False, seed=0)
+    return build(config, vocab_size=32, max_positions=16, recompute="none", seed=0)
 
 
 def names(model: nn.Module, config: OptimConfig) -> dict[str, list[str]]:

@@ -122,7 +122,7 @@ class Bench:
             ModelConfig(dim=DIM, num_heads=HEADS, head_dim=HEAD_DIM),
             vocab_size=257,
             max_positions=self._length,
-            activation_checkpointing=False,
+            recompute="none",
             seed=0,
         ).to(dtype)
         tokens = torch.randint(0, 257, (self._sequences, self._length))

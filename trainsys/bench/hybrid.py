@@ -97,7 +97,7 @@ def _measure(rank: int, case: Case, repeats: int) -> dict[str, Any]:
 
 def _model(config: RunConfig) -> torch.nn.Module:
     length = config.data.sequence_length
-    return models.build(config.model, vocab_size=257, max_positions=length, activation_checkpointing="none", seed=0)
+    return models.build(config.model, vocab_size=257, max_positions=length, recompute="none", seed=0)
 
 
 def _batch(config: RunConfig, rank: int, step: int) -> StepBatch:

@@ -226,7 +226,7 @@ def _model(config: RunConfig) -> nn.Module:
             config.model,
             vocab_size=config.model.vocab_size,
             max_positions=config.data.sequence_length,
-            activation_checkpointing=config.engine.recompute,
+            recompute=config.engine.recompute,
             seed=config.seed,
         )
 

@@ -44,21 +44,21 @@ def build(
     *,
     vocab_size: int,
     max_positions: int,
-    activation_checkpointing: bool | Recompute,
+    recompute: Recompute,
     seed: int,
 ) -> nn.Module:
     """The model that `config` describes, on the CPU in fp32 with weights decided by `seed`.
 
     `vocab_size` is the tokenizer's; the model may have more rows. Under `torch.device("meta")` it has no
-    weights; `materialise` gives it those that it has otherwise. `activation_checkpointing` says what backward computes
-    again, true being "full".
+    weights; `materialise` gives it those that it has otherwise. `recompute` says what backward computes
+    again.
     Raises: ConfigError naming every setting that does not fit.
     """
     return _BUILDERS[config.kind](
         config,
         vocab_size=vocab_size,
         max_positions=max_positions,
-        activation_checkpointing=activation_checkpointing,
+        recompute=recompute,
         seed=seed,
     )
 

@@ -90,19 +90,17 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens in, logits out; weights are unset until `initialise` or a state dict fills them.
 
-    `max_positions` is the most tokens of a row (None: any number). `activation_checkpointing` is what backward
-    computes again: a `Recompute`, true for full.
+    `max_positions` is the most tokens of a row (None: any number). `recompute` is what backward computes
+    again.
     """
 
-    def __init__(
-        self, config: ModelConfig, *, max_positions: int | None, activation_checkpointing: bool | Recompute
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, max_positions: int | None, recompute: Recompute) -> None:
         super().__init__()
         self.config = config
         self.max_positions = max_positions
-        recompute = as_recompute(activation_checkpointing)
+        how = as_recompute(recompute)
         self.embedding = Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, layer, recompute) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, how) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Head(config.dim, config.vocab_size)
         if config.tied_head:
@@ -159,14 +157,14 @@ def build_decoder(
     *,
     vocab_size: int,
     max_positions: int,
-    activation_checkpointing: bool | Recompute,
+    recompute: Recompute,
     seed: int,
 ) -> Decoder:
     """A decoder with its initial weights (`initialisation.spread`)."""
     model = Decoder(
         resolve(config, vocab_size),
         max_positions=max_positions,
-        activation_checkpointing=activation_checkpointing,
+        recompute=recompute,
     )
     initialise(model, num_layers=config.num_layers, seed=seed, std=spread(config.dim))
     return model

@@ -57,7 +57,7 @@ def save_pretrained(
         return
     resolved = resolve(config, tokenizer.vocab_size)
     with torch.device("meta"):
-        model = Decoder(resolved, max_positions=max_positions, activation_checkpointing=False)
+        model = Decoder(resolved, max_positions=max_positions, recompute="none")
     kept = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     if resolved.tied_head:
         kept.pop("head.weight", None)
@@ -85,7 +85,7 @@ def load_pretrained(folder: Path) -> nn.Module:
     described = json.loads(path.read_text())
     if described.get("model_type") != _MODEL_TYPE:
         config = ModelConfig(kind="hf", path=str(folder))
-        return build_huggingface(config, vocab_size=0, max_positions=0, activation_checkpointing=False, seed=0).eval()
+        return build_huggingface(config, vocab_size=0, max_positions=0, recompute="none", seed=0).eval()
     return _load_decoder(Path(folder), described).eval()
 
 
@@ -93,7 +93,7 @@ def _load_decoder(folder: Path, described: Mapping[str, Any]) -> Decoder:
     sizes = dict(described["model"])
     config = ModelConfig(**{**sizes, "moe": MoEConfig(**sizes["moe"])})
     with torch.device("meta"):
-        model = Decoder(config, max_positions=described["max_positions"], activation_checkpointing=False)
+        model = Decoder(config, max_positions=described["max_positions"], recompute="none")
     state = _safetensors().load_file(folder / "model.safetensors")
     _check_names(_shapes(model), state)
     if config.tied_head:

@@ -158,7 +158,7 @@ def build_huggingface(
     *,
     vocab_size: int,
     max_positions: int,
-    activation_checkpointing: bool | Recompute,
+    recompute: Recompute,
     seed: int,
 ) -> HuggingFaceModel:
     """The causal LM in `config.path` in fp32, with its safetensors weights if there are any, else by `seed`.
@@ -182,7 +182,7 @@ def build_huggingface(
                 causal_lm = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
             if torch.get_default_device().type != "meta":
                 _initialise(causal_lm, seed)
-    if (recompute := as_recompute(activation_checkpointing)) != "none":
+    if as_recompute(recompute) != "none":
         enable = getattr(causal_lm, "activation_checkpointing_enable", None)  # its name from 5.2x on
         (enable or causal_lm.gradient_checkpointing_enable)(checkpoint_arguments(recompute))
     model = HuggingFaceModel(causal_lm.train())

@@ -31,15 +31,14 @@ _KEPT = {
 which are larger than what they come from."""
 
 
-def as_recompute(value: bool | str) -> Recompute:
-    """Return a setting by name; true is full, false none.
+def as_recompute(value: str) -> Recompute:
+    """Return a setting by name.
 
     Raises: ValueError.
     """
-    named = {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
-    if named not in get_args(Recompute):
-        raise ValueError(f"recompute is {value!r}; allowed: {', '.join(get_args(Recompute))}, true, false")
-    return named  # type: ignore[return-value]
+    if value not in get_args(Recompute):
+        raise ValueError(f"recompute is {value!r}; allowed: {', '.join(get_args(Recompute))}")
+    return value  # type: ignore[return-value]
 
 
 def run(function: Callable[..., Any], how: Recompute, *args: Any) -> Any:
