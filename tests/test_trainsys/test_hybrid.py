@@ -19,15 +19,18 @@ from parallel.shards import whole
 from tests.ranks import run_ranks
 from tests.test_trainsys.layouts import Layout, Report, reference, train_rank
 
-EXPERTS = ("--model.moe.num_experts=4", "--model.moe.ffn_dim=16", "--model.num_layers=3", "--model.tied_head=false")
+EXPERTS = ("--model.moe.num_experts=4", "--model.moe.ffn_dim=16", "--model.tied_head=false")
 """The balancing loss looks at a whole micro-batch, on whatever ranks its tokens are."""
 UNCLIPPED = "--engine.gradient_clip_norm=0"
+FOUR_LAYERS = "--model.num_layers=4"
 
 
 def layout(stage: int, *settings: str, **degrees: Any) -> Layout:
     """In float64 without ZeRO; DeepSpeed's ZeRO keeps fp32 masters, and so is fp32 all through."""
     experts = EXPERTS if degrees.get("expert", 1) > 1 else ()
-    settings = (f"--engine.zero_stage={stage}", *experts, *settings)
+    # Three layers do not come out even on two stages.
+    layers = () if FOUR_LAYERS in settings else (f"--model.num_layers={3 if degrees.get('pipeline', 1) > 1 else 2}",)
+    settings = (f"--engine.zero_stage={stage}", *experts, *layers, *settings)
     return Layout(ParallelConfig(**degrees), settings, torch.float32 if stage else torch.float64)
 
 
@@ -96,7 +99,7 @@ ROWS_TESTED = [
     layout(0, tensor=2, replicate=2),
     layout(0, pipeline=2, replicate=2),
     layout(0, context=2, replicate=2),
-    layout(0, pipeline=2, tensor=2, stages=StagesConfig(schedule="zbv")),
+    layout(0, FOUR_LAYERS, pipeline=2, tensor=2, stages=StagesConfig(schedule="zbv")),
     layout(0, context=2, tensor=2),
     layout(0, pipeline=2, context=2),
     layout(0, replicate=4, expert=2),
@@ -105,12 +108,9 @@ ROWS_TESTED = [
     layout(0, UNCLIPPED, pipeline=2, replicate=2, expert=2),
     layout(0, replicate=2, shard=2),
     layout(1, tensor=4),
-    layout(1, pipeline=2, replicate=2),
-    layout(1, pipeline=2, tensor=2),
     layout(1, pipeline=2, shard=2, expert=2),
     layout(2, replicate=4, expert=2),
     layout(2, UNCLIPPED, tensor=2, shard=2),
-    layout(2, context=2, shard=2),
     layout(3, tensor=2, shard=2),
     # 8 ranks
     layout(0, pipeline=2, tensor=2, replicate=2),
@@ -121,6 +121,7 @@ ROWS_TESTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_row_of_the_table_takes_the_steps_of_one_process(world_size: int) -> None:
     check([each for each in ROWS_TESTED if each.world_size == world_size])

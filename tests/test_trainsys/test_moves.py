@@ -21,7 +21,8 @@ TORCH = "--engine.backend=torch"
 
 
 def layout(stage: int, *settings: str, **degrees: Any) -> Layout:
-    return Layout(ParallelConfig(**degrees), (f"--engine.zero_stage={stage}", *settings), torch.float32)
+    settings = (f"--engine.zero_stage={stage}", "--model.num_layers=2", *settings)
+    return Layout(ParallelConfig(**degrees), settings, torch.float32)
 
 
 def save_rank(rank: int, world_size: int, saves: list[tuple[Layout, str]]) -> None:
@@ -69,6 +70,7 @@ MOVES = [
 """To and from 1, 2 and 4 ranks: heads copied to 4 ranks, a tied embedding on two stages, flat ranges of all of them."""
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(tmp_path: Path) -> None:
     """fp32, whose losses after 10 steps differ by 1e-6 between layouts at most."""
     folders = [str(tmp_path / str(index)) for index in range(len(MOVES))]
