@@ -95,6 +95,8 @@ ROWS_TESTED = [
     layout(1, UNCLIPPED, pipeline=2),
     layout(1, tensor=2, sequence=False),
     layout(3, context=2, attention="ulysses"),
+    layout(1, "--optim.kind=muon", pipeline=2),
+    layout(2, "--optim.kind=muon", replicate=2, expert=2),
     # 4 ranks
     layout(0, tensor=2, replicate=2),
     layout(0, pipeline=2, replicate=2),
