@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from checkpoint.commit import COMMIT, PARTS, AttemptName
+from checkpoint.commit import COMMIT, PARTS, TABLE, AttemptName
 from checkpoint.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -92,7 +92,35 @@ class Scan:
     """Checkpoints no more: what is left are files that others refer to."""
 
 
-def scan(storage: Storage, *, skip_unreadable: bool = False) -> Scan:
+class Known:
+    """Checkpoints of one root that were read before: what did not change since is not read again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[object, Reader]] = {}
+
+    def open(self, storage: Storage, folder: str) -> Reader:
+        """As `Reader`; record and slice table are read where their size or the time of their last change differ."""
+        stamp = _stamp(storage, folder)
+        before, reader = self._seen.pop(folder, (None, None))
+        reader = reader.again() if reader and stamp and stamp == before else Reader(storage, folder)
+        if stamp:
+            self._seen[folder] = stamp, reader
+        return reader
+
+    def note(self, storage: Storage, reader: Reader) -> None:
+        """Take a checkpoint that this process has written."""
+        stamp = _stamp(storage, reader.folder)
+        if stamp:
+            self._seen[reader.folder] = stamp, reader
+
+
+def _stamp(storage: Storage, folder: str) -> object:
+    """Return what changes with a checkpoint's record and table; None where that cannot be told."""
+    found = [(e.name, e.nbytes, e.modified_s) for e in storage.entries(folder) if e.name in (COMMIT, TABLE)]
+    return found if len(found) == 2 and all(time is not None for *_, time in found) else None
+
+
+def scan(storage: Storage, *, skip_unreadable: bool = False, known: Known | None = None) -> Scan:
     """Look at every attempt of a root.
 
     Raises StorageError where a commit record cannot be read, or counts it as broken with `skip_unreadable`.
@@ -104,7 +132,7 @@ def scan(storage: Storage, *, skip_unreadable: bool = False) -> Scan:
     names = (AttemptName.parse(entry.name) for entry in storage.entries("") if entry.is_folder)
     for name in sorted((n for n in names if n), key=lambda n: (n.step, n.launch, n.ordinal)):
         try:
-            committed.append(Reader(storage, name.folder))
+            committed.append(known.open(storage, name.folder) if known else Reader(storage, name.folder))
         except CheckpointNotFound:
             is_retired = storage.size(f"{name.folder}/{RETIRED}") is not None
             (retired if is_retired else uncommitted).append(name)
@@ -153,9 +181,9 @@ def latest(storage: Storage, verify: Verify) -> Reader | None:
     return None
 
 
-def next_sequence(storage: Storage, *, skip_unreadable: bool = False) -> int:
+def next_sequence(storage: Storage, *, skip_unreadable: bool = False, known: Known | None = None) -> int:
     """Return the sequence of the next commit; `skip_unreadable` as for `scan`."""
-    found = scan(storage, skip_unreadable=skip_unreadable)
+    found = scan(storage, skip_unreadable=skip_unreadable, known=known)
     return 1 + max((reader.record.sequence for reader in found.committed), default=0)
 
 
@@ -186,7 +214,12 @@ class Removal:
 
 
 def removable(
-    storage: Storage, *, keep_last: int, keep_every: int, abandoned: Callable[[AttemptName], bool]
+    storage: Storage,
+    *,
+    keep_last: int,
+    keep_every: int,
+    abandoned: Callable[[AttemptName], bool],
+    known: Known | None = None,
 ) -> list[Removal]:
     """Return what may go: superseded checkpoints, retired ones that nothing refers to, abandoned attempts.
 
@@ -195,7 +228,7 @@ def removable(
     """
     if keep_last < 1:
         raise ValueError(f"keep_last: {keep_last}; allowed are integers from 1")
-    found = scan(storage)
+    found = scan(storage, known=known)
     held = functools.partial(_is_held, storage)
     gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every, held=held)
     referred = references(reader for reader in found.committed if reader not in gone)

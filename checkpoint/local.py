@@ -25,6 +25,7 @@ _LEAST_DIRECT_BYTES = 256 << 10
 """What is read past the cache is at least so much: less is over sooner in one piece."""
 _PAGE = 4096
 """Offset, length and memory address of a direct write are multiples of this: the largest that disks ask for."""
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _LocalFile:
@@ -152,10 +153,10 @@ class LocalStorage:
         return sorted(found, key=lambda e: e.name)
 
     def size(self, path: str) -> int | None:
-        full = self._root / path
+        full = f"{self._root}/{path}"
         with named(full, "look at"):
             try:
-                found = full.stat()
+                found = os.stat(full)
             except (FileNotFoundError, NotADirectoryError):
                 return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
@@ -180,6 +181,11 @@ class LocalStorage:
     def write(self, path: str, data: bytes) -> None:
         full = self._root / path
         with self._temporary(full, infix=_own_infix()) as (descriptor, _):
+            _LocalFile(descriptor, full).write(data)
+
+    def show(self, path: str, data: bytes) -> None:
+        full = self._root / path
+        with self._temporary(full, infix=_own_infix(), lasts=False) as (descriptor, _):
             _LocalFile(descriptor, full).write(data)
 
     def write_new(self, path: str, data: bytes) -> None:
@@ -214,36 +220,38 @@ class LocalStorage:
             with contextlib.suppress(FileNotFoundError):
                 if full.is_dir() and not full.is_symlink():
                     shutil.rmtree(full)
-                else:
-                    full.unlink()
+                    return
+                full.unlink()
             if full.parent.exists():
                 _sync_folder(full.parent)
 
     @contextlib.contextmanager
     def _temporary(
-        self, full: Path, publish: Callable[[Path, Path], None] | None = None, infix: str = ""
+        self, full: Path, publish: Callable[[Path, Path], None] | None = None, infix: str = "", *, lasts: bool = True
     ) -> Iterator[tuple[int, Path]]:
-        """Yield descriptor and name of a new file that becomes `full`, durably, when the block ends.
+        """Yield descriptor and name of a new file that becomes `full` when the block ends, durably if it `lasts`.
 
         What a killed process leaves of a large file is written over by the next one to write it; small ones, which
         several processes may write at once, have an `infix` in their temporary names.
         """
         temporary = full.with_name(f".{full.name}{infix}.tmp")
         with named(full, "create"):
-            self._make_folder(full.parent)
+            self._make_folder(full.parent, lasts=lasts)
             # A link that somebody put there could lead anywhere, and a pipe could keep us waiting.
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(temporary, flags, 0o644)
         try:
             try:
                 yield descriptor, temporary
-                with named(full, "write"):
-                    os.fsync(descriptor)
+                if lasts:
+                    with named(full, "write"):
+                        os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             with named(full, "write"):
                 (publish or os.rename)(temporary, full)
-                _sync_folder(full.parent)
+                if lasts:
+                    _sync_folder(full.parent)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to tell; a leftover is collected later
                 temporary.unlink()
@@ -263,15 +271,16 @@ class LocalStorage:
             raise OSError("it is no plain file")
         return descriptor
 
-    def _make_folder(self, folder: Path) -> None:
-        """Make a folder and its parents, each durable in its own parent."""
+    def _make_folder(self, folder: Path, *, lasts: bool) -> None:
+        """Make a folder and its parents, each durable in its own parent if they are to last."""
         missing = []
         while not folder.exists():
             missing.append(folder)
             folder = folder.parent
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            _sync_folder(path.parent)
+            if lasts:
+                _sync_folder(path.parent)
 
 
 def _own_infix() -> str:
@@ -308,8 +317,7 @@ def _set_aside(descriptor: int, nbytes: int) -> None:
     """
     if nbytes == 0:
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    while libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+    while _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
         number = ctypes.get_errno()
         if number in (errno.EOPNOTSUPP, errno.ENOSYS):
             os.ftruncate(descriptor, nbytes)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -152,6 +153,15 @@ class SliceTable:
             columns["digests"].append(row.digests)
         return cls(pa.table(columns, schema=_SCHEMA), metadata, "new slice table")
 
+    def described(self, metadata: Mapping[str, Any]) -> SliceTable:
+        """Return these rows with other metadata."""
+        return SliceTable(self._table, metadata, self.source)
+
+    def outline(self) -> pa.Table:
+        """Return all that decides whether tensors are whole: the columns but for the digests, of which their number."""
+        counts = pc.list_value_length(self._table.column("digests"))
+        return self._table.drop_columns(["digests"]).append_column("digests", counts)
+
     @classmethod
     def merge(cls, tables: Sequence[SliceTable]) -> SliceTable:
         """Return the rows of all tables."""
@@ -268,6 +278,29 @@ class SliceTable:
         row = SavedSlice(**self._columns.row(i), chunk_bytes=self.chunk_bytes)
         row.check(self.source)
         return row
+
+
+class TableForm:
+    """A slice table whose digests are still missing: made once for all saves that have the same rows."""
+
+    def __init__(self, slices: Sequence[Sequence[SavedSlice]]) -> None:
+        """`slices` are, for each part of a file, the rows of all names of its memory."""
+        self._table = SliceTable.of((row for rows in slices for row in rows), {})._table
+        counts = [chunk_count(rows[0].nbytes) for rows in slices]
+        starts = np.cumsum([0, *counts])
+        runs = [(start, count) for start, count, rows in zip(starts, counts, slices, strict=False) for _ in rows]
+        self._offsets = pa.array(np.cumsum([0, *(count for _, count in runs)]), pa.int32())
+        self._order: Ints = np.concatenate([np.arange(start, start + count) for start, count in runs] or [starts[:0]])
+        self._num_digests = int(starts[-1])
+
+    def filled(self, digests: Sequence[int]) -> SliceTable:
+        """Return the table, given the digests of all parts in file order."""
+        if len(digests) != self._num_digests:
+            raise AssertionError(f"{len(digests)} digests for {self._num_digests} chunks")
+        values = pa.array(np.array(digests, dtype=np.uint64)[self._order], pa.uint64())
+        column = pa.ListArray.from_arrays(self._offsets, values)
+        place = _SCHEMA.get_field_index("digests")
+        return SliceTable(self._table.set_column(place, _SCHEMA.field(place), column), {}, "new slice table")
 
 
 def _rows_problem(rows: Sequence[SavedSlice]) -> str | None:

@@ -214,6 +214,9 @@ class MemoryStorage:
         answers, lost = self._ask(request, data)
         self._require(path, list(answers), lost)
 
+    def show(self, path: str, data: bytes) -> None:
+        self.write(path, data)
+
     def write_new(self, path: str, data: bytes) -> None:
         request = {"op": "write", "path": self._full(path), "tag": _tag(data), "new": True}
         done: list[Agent] = []

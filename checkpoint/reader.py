@@ -69,18 +69,31 @@ class Want:
 class Reader:
     """One committed checkpoint. Opening it verifies the commit record; the rest is verified as it is read."""
 
-    def __init__(self, storage: Storage, folder: str) -> None:
+    def __init__(
+        self, storage: Storage, folder: str, *, record: CommitRecord | None = None, table: SliceTable | None = None
+    ) -> None:
+        """Open a checkpoint; what is given of it was verified or written by this process, and is not read."""
         self.folder = folder
         self._storage = storage
+        if table is not None:
+            self.__dict__["table"] = table
+        self.record = record or self._read_record()
+        self._files: Mapping[str, FileRecord] = {f.path: f for f in self.record.files}
+        self._placed = False
+
+    def again(self) -> Reader:
+        """Return a reader that looks at the files anew, but not into the record, nor the slice table if it was read."""
+        return Reader(self._storage, self.folder, record=self.record, table=self.__dict__.get("table"))
+
+    def _read_record(self) -> CommitRecord:
+        storage, folder = self._storage, self.folder
         source = f"{folder}/{COMMIT}"
         nbytes = storage.size(source)
         if nbytes is None:
             raise CheckpointNotFound(f"{storage.url}/{folder}: no {COMMIT}: nothing was committed here")
         if nbytes > MAX_RECORD_BYTES:
             raise CorruptCheckpoint(f"{source}: {nbytes} bytes; no commit record has more than {MAX_RECORD_BYTES}")
-        self.record = CommitRecord.from_bytes(storage.read(source), source)
-        self._files: Mapping[str, FileRecord] = {f.path: f for f in self.record.files}
-        self._placed = False
+        return CommitRecord.from_bytes(storage.read(source), source)
 
     @property
     def url(self) -> str:

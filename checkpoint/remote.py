@@ -131,6 +131,9 @@ class FsspecStorage:
         with remote(full, "write"):
             self._put(full, data)
 
+    def show(self, path: str, data: bytes) -> None:
+        self.write(path, data)
+
     def write_new(self, path: str, data: bytes) -> None:
         full = self._path(path)
         with remote(full, "write"):

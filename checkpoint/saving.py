@@ -15,14 +15,14 @@ from typing import Any
 
 from checkpoint import catalog, process
 from checkpoint.arena import Arena, Slot, free_memory_bytes, slot_bytes
-from checkpoint.commit import Attempt, AttemptName
+from checkpoint.commit import Agreement, Attempt, AttemptName
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
 from checkpoint.delta import Narrowed
 from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped, StorageError
 from checkpoint.format import fingerprint
 from checkpoint.handle import Outcome, SaveHandle, SaveStats
-from checkpoint.manifest import FileRecord
+from checkpoint.manifest import FileRecord, TableForm
 from checkpoint.planning import Draft
 from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader
@@ -110,6 +110,9 @@ class Saver:
         self._ordinals: Counter[int] = Counter()
         self._failed: set[tuple[str, AttemptName]] = set()
         self._first_write_s: dict[str, float] = {}
+        self._known: dict[str, catalog.Known] = {tier.name: catalog.Known() for tier in tiers.tiers}
+        self._agreements: dict[str, Agreement] = {tier.name: Agreement() for tier in tiers.tiers}
+        self._form: tuple[ShardPlan, TableForm] | None = None
         self._arena: Arena | None = None
         self._copier: Copier | None = None
         self._drain: Drain | None = None
@@ -126,7 +129,7 @@ class Saver:
     def abandon(self, name: AttemptName, tiers: Sequence[tuple[str, Storage]], error: BaseException) -> None:
         """Tell the other ranks that this one cannot take part in an attempt."""
         for tier, storage in tiers:
-            self._abandon(tier, self._attempt(name, storage, None), error)
+            self._abandon(tier, self._attempt(tier, name, storage, None), error)
 
     def has_room(self, *, may_skip: bool) -> bool:
         """Return whether another save may start; while there are too many, wait, unless it is to be skipped then."""
@@ -142,7 +145,7 @@ class Saver:
         snapshot = Snapshot(request.draft, request.moments, arena, trace, is_digested=is_digested)
         tiers = [tier for tier, _ in request.tiers]
         handle = _new_handle(request, snapshot, trace)
-        attempts = {t: self._attempt(name, storage, request.deadline_s) for t, storage in request.tiers}
+        attempts = {t: self._attempt(t, name, storage, request.deadline_s) for t, storage in request.tiers}
         after = {t: e for save, _ in self._running() for t, e in save.ended.items()}
         ended = {tier: threading.Event() for tier in tiers}
         self._num_saves += 1
@@ -246,9 +249,9 @@ class Saver:
             return process.ProcessDrain(self._config.writer_threads)
         return ThreadDrain(self._config.writer_threads)
 
-    def _attempt(self, name: AttemptName, storage: Storage, deadline_s: float | None) -> Attempt:
+    def _attempt(self, tier: str, name: AttemptName, storage: Storage, deadline_s: float | None) -> Attempt:
         timeout_s = min(self._config.commit_timeout_s, deadline_s or self._config.commit_timeout_s)
-        return Attempt(storage, name, self._rank, self._world_size, timeout_s)
+        return Attempt(storage, name, self._rank, self._world_size, timeout_s, self._agreements[tier])
 
     def _run(self, save: _Save, work: Callable[[_Save], None]) -> None:
         thread = threading.Thread(target=work, args=(save,), name=f"checkpoint-step-{save.request.step}", daemon=True)
@@ -286,15 +289,18 @@ class Saver:
         timer = self._watch(save)
         try:
             flow = self._open(save)
-            threads = [
-                threading.Thread(target=self._finish, args=(save, tier, flow), name=f"checkpoint-{tier}", daemon=True)
-                for tier in save.attempts
-                if flow is not None and not save.handle.at(tier).done()
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            if flow is not None:
+                tiers = [tier for tier in save.attempts if not save.handle.at(tier).done()]
+                threads = [
+                    threading.Thread(target=self._finish, args=(save, t, flow), name=f"checkpoint-{t}", daemon=True)
+                    for t in tiers[1:]
+                ]
+                for thread in threads:
+                    thread.start()
+                for tier in tiers[:1]:
+                    self._finish(save, tier, flow)
+                for thread in threads:
+                    thread.join()
         except BaseException as error:  # noqa: BLE001  carried to the handle
             self._fail_all(save, error)
         finally:
@@ -384,7 +390,6 @@ class Saver:
         shard = FileRecord(plan.path, plan.nbytes, len(plan.header), fingerprint(plan.header))
         written_s = time.monotonic() - save.called_s
         path, size = f"{rank_name(self._rank)}.objects.json", len(request.objects)
-        rows = plan.rows(digests) + list(known.rows if known else ())
         files = [shard, FileRecord(path, size, size, fingerprint(request.objects)), *(known.files if known else ())]
         # So that the newest commit is the newest state; unless its deadline ends this save first.
         while tier in save.after and not save.handle.at(tier).done() and not save.after[tier].wait(_LOOK_S):
@@ -392,13 +397,16 @@ class Saver:
         if save.handle.at(tier).done():
             raise SaveFailed(f"{attempt.folder}: not committed in time")
         with save.trace.span("commit"):
-            attempt.vote(Written(tuple(rows), tuple(files)), request.draft.blueprint.replicated)
+            rows = (*plan.rows(digests), *(known.rows if known else ())) if request.delta is not None else ()
+            table = rows or self._form_of(plan).filled(digests)
+            attempt.vote(Written(table, tuple(files)), request.draft.blueprint.replicated)
             if tier == "local" and request.promoted and self._promoter is not None:
                 self._promoter.announce(attempt.folder)
             if self._rank == 0:
-                attempt.commit(self._run_id, request.shared, lambda: self._tiers.sequence(save.ordinal, storage))
+                reader = self._commit(save, tier, storage)
             else:
                 attempt.await_commit()
+                reader = Reader(storage, attempt.folder)
         if request.delta is not None and tier == "local":
             request.delta.committed(attempt.folder, rows, files)
         stats = SaveStats(
@@ -411,7 +419,26 @@ class Saver:
             nbytes=sum(piece.nbytes for piece in request.draft.blueprint.pieces),
             written_bytes=sum(parcel.nbytes for parcel in plan.parcels),
         )
-        return catalog.info_of(Reader(storage, attempt.folder), tier), stats
+        return catalog.info_of(reader, tier), stats
+
+    def _commit(self, save: _Save, tier: str, storage: Storage) -> Reader:
+        """Rank 0: commit what all have voted for."""
+        attempt, known = save.attempts[tier], self._known[tier]
+
+        def sequence() -> int:
+            return self._tiers.sequence(save.ordinal, storage, known)
+
+        record = attempt.commit(self._run_id, save.request.shared, sequence)
+        reader = Reader(storage, attempt.folder, record=record, table=attempt.table)
+        known.note(storage, reader)
+        return reader
+
+    def _form_of(self, plan: ShardPlan) -> TableForm:
+        """Return a plan's slice table without digests; that of the plan before is at hand."""
+        form = self._form
+        if form is None or form[0] is not plan:
+            form = self._form = plan, TableForm(plan.slices)
+        return form[1]
 
     def _is_promoted(self, save: _Save, folder: str) -> bool:
         """Whether a local checkpoint is copied to the remote tier.
@@ -477,7 +504,10 @@ class Saver:
 
             # A save under way may refer to what the checkpoint before the newest one has.
             keep_last = max(3, config.keep_last) if self._config.delta else config.keep_last
-            removals = catalog.removable(storage, keep_last=keep_last, keep_every=keep_every, abandoned=abandoned)
+            known = self._known[tier]
+            removals = catalog.removable(
+                storage, keep_last=keep_last, keep_every=keep_every, abandoned=abandoned, known=known
+            )
             for removal in removals:
                 catalog.remove(storage, removal)
         except CheckpointError as error:

@@ -112,6 +112,9 @@ class Storage(Protocol):
     def write(self, path: str, data: bytes) -> None:
         """Write a small file: seen whole or not at all at any time, durable when this returns."""
 
+    def show(self, path: str, data: bytes) -> None:
+        """As `write`, for what need not outlast a power failure: a word from one running process to another."""
+
     def write_new(self, path: str, data: bytes) -> None:
         """As `write`, for a file that must not be there yet; of several writers at once only one succeeds.
 
@@ -131,7 +134,10 @@ class Storage(Protocol):
         """
 
     def remove(self, path: str) -> None:
-        """Remove a file or a whole folder; nothing happens if it is absent."""
+        """Remove a file or a whole folder; nothing happens if it is absent.
+
+        A file is gone for good when this returns; of a folder some may come back after a power failure.
+        """
 
 
 def open_storage(

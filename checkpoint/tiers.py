@@ -122,8 +122,10 @@ class Tiers:
         self._highest = 0
         self._lock = threading.Lock()
 
-    def sequence(self, ordinal: int, storage: Storage) -> int:
+    def sequence(self, ordinal: int, storage: Storage, known: catalog.Known | None = None) -> int:
         """Rank 0: return the sequence of the `ordinal`-th save of this launch, counted from 1, in one of the storages.
+
+        `known` are that storage's checkpoints.
 
         Looks at all tiers once, at the first save; a tier that cannot be read then counts as it was when it could be.
         Copies of one save have the same sequence, even where a later one is committed first, in another tier.
@@ -132,7 +134,7 @@ class Tiers:
             if self._before is None:
                 self._scan(skip_unreadable=True)
                 self._before = self._highest
-            return max(self._before + ordinal, catalog.next_sequence(storage, skip_unreadable=True))
+            return max(self._before + ordinal, catalog.next_sequence(storage, skip_unreadable=True, known=known))
 
     def storage(self, name: str) -> Storage | None:
         """Return the storage of a tier; None if there is no such tier."""

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import CorruptCheckpoint, SaveFailed, UnsupportedFormat
+from checkpoint.commit import Agreement
+from checkpoint.errors import CheckpointError
 from checkpoint.format import chunk_count
-from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
+from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable, TableForm
 from checkpoint.region import Region
 from tests.test_checkpoint.test_region import regions, shapes
 
@@ -46,6 +48,47 @@ def test_rows_come_back_by_name(rows: list[SavedSlice]):
         assert table.rows(row.name, row.owner) == [
             other for other in rows if (other.name, other.owner) == (row.name, row.owner)
         ]
+
+
+@given(st.lists(slices(), max_size=6), st.integers(1, 3))
+def test_a_form_filled_with_digests_is_the_table_of_the_same_rows(rows: list[SavedSlice], num_names: int):
+    named = [[dataclasses.replace(row, name=f"{row.name}{i}") for i in range(num_names)] for row in rows]
+    form = TableForm([[dataclasses.replace(row, digests=()) for row in names] for names in named])
+    for change in (0, 1):  # once made, it serves every save
+        changed = [
+            [dataclasses.replace(row, digests=tuple(d ^ change for d in row.digests)) for row in names]
+            for names in named
+        ]
+        filled = form.filled([digest for names in changed for digest in names[0].digests])
+        expected = [row for names in changed for row in names]
+        assert filled.all_rows() == expected
+        assert filled.to_bytes() == SliceTable.of(expected, {}).to_bytes()
+
+
+def test_a_form_refuses_digests_that_are_not_as_many_as_its_chunks():
+    with pytest.raises(AssertionError, match="2 digests for 1 chunks"):
+        TableForm([[ROW]]).filled([1, 2])
+
+
+def test_votes_are_looked_into_whenever_more_than_digests_changed():
+    whole = dataclasses.replace(ROW, region=Region.whole((3, 4)))
+    half = dataclasses.replace(ROW, region=Region((0, 0), (3, 4), 0, 6))
+    agreement = Agreement()
+
+    def check(row: SavedSlice, **metadata: object) -> None:
+        parts = [SliceTable.of([row], {"world_size": 1, "replicated": "x", **metadata})]
+        agreement.check(parts, SliceTable.merge(parts))
+
+    check(whole)
+    check(dataclasses.replace(whole, digests=(2,)))
+    for row, metadata, message in (
+        (half, {}, "'w'"),
+        (dataclasses.replace(whole, digests=(1, 2)), {}, "2 digests for 48 bytes"),
+        (whole, {"world_size": 2}, "takes the world for 2 ranks"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            check(row, **metadata)
+        check(whole)
 
 
 def test_a_merged_table_has_the_rows_of_all():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import CheckpointConfig, Checkpointer
-from checkpoint.catalog import PIN, PROMOTION, RETIRED, removable, remove, superseded
+from checkpoint.catalog import PIN, PROMOTION, RETIRED, Known, is_sound, removable, remove, scan, superseded
 from checkpoint.commit import COMMIT, AttemptName
 from checkpoint.dcp import StorageWriter
 from checkpoint.format import fingerprint
@@ -241,6 +241,27 @@ def test_a_folder_that_was_copied_for_its_files_alone_is_no_abandoned_attempt(tm
     commit(storage, 2, f"{first}/r00000.safetensors")
     storage.remove(f"{first}/{COMMIT}")
     assert removable(storage, keep_last=1, keep_every=0, abandoned=lambda name: True) == []
+
+
+def test_what_is_known_is_read_again_only_after_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    storage, known = LocalStorage(tmp_path), Known()
+    folder = commit(storage, 1)
+    reads: list[str] = []
+    read = LocalStorage.read
+
+    def counted(self: LocalStorage, path: str) -> bytes:
+        reads.append(path)
+        return read(self, path)
+
+    monkeypatch.setattr(LocalStorage, "read", counted)
+    for _ in range(3):
+        assert [r.record.step for r in scan(storage, known=known).committed] == [1]
+    assert reads == [f"{folder}/{COMMIT}"]
+    (tmp_path / folder / "r00000.safetensors").unlink()
+    assert not is_sound(known.open(storage, folder))  # files are looked at each time
+    assert len(reads) == 1
+    storage.write(f"{folder}/{COMMIT}", b"damaged")
+    assert [name.folder for name, _ in scan(storage, known=known).broken] == [folder]
 
 
 class _Killed(Exception):
