@@ -2,8 +2,8 @@
 
 A shard is a plain safetensors file (`u64 header length | JSON header | tensors without holes`); its header is
 padded with spaces, which the format allows, so that the first tensor starts on a multiple of `ALIGN_BYTES`
-and aligned direct I/O and page-aligned mapping stay possible. Tensors are ordered by falling element size, so
-each is aligned to its own. Digests are xxh3-64 of the consecutive `DIGEST_BYTES` of each slice, counted from the
+and aligned direct I/O and page-aligned mapping stay possible. Tensors are ordered so that each is aligned to
+its own element size. Digests are xxh3-64 of the consecutive `DIGEST_BYTES` of each slice, counted from the
 slice's first byte: what a load reads it can verify alone, and an unchanged chunk keeps its digest when the
 file around it changes.
 """

@@ -40,6 +40,12 @@ def test_every_byte_of_every_piece_is_in_one_cut_and_no_digest_in_two(state: lis
     assert ends == [piece.nbytes for piece in pieces]
 
 
+def test_tensors_of_whole_cache_lines_start_on_one_whatever_else_there_is():
+    pieces, plan = planned([(torch.float64, 3, 0), *((dtype, 1024, 0) for dtype in DTYPES), (torch.uint8, 7, 0)])
+    starts = {rows[0].name: rows[0].byte_start for rows in plan.slices}
+    assert all(starts[p.name] % 64 == 0 for p in pieces if p.nbytes % 64 == 0)
+
+
 @FEW
 @given(STATES)
 def test_slots_are_full_but_for_a_digest_and_the_last_of_a_group(state: list[tuple[torch.dtype, int, int]]):
