@@ -50,12 +50,14 @@ def until_stopped(context: RankContext, payload: dict[str, Any]) -> int:
     print("ready", flush=True)
     step = 0
     heard = False
-    while payload.get("deaf") or not context.stop_requested():
+    while True:  # one step at least: the other rank may have been ready, and the stop here, before this one began
+        step += 1
+        context.heartbeat.beat(step=step, phase="forward")
         if context.stop_requested() and not heard:
             heard = True
             print("heard", flush=True)
-        step += 1
-        context.heartbeat.beat(step=step, phase="forward")
+        if heard and not payload.get("deaf"):
+            break
         time.sleep(0.01)
     print("saved", flush=True)
     return step
