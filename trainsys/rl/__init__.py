@@ -1,0 +1,1 @@
+"""Post-training by reinforcement learning: verifiable tasks, policies, GRPO losses, shared rollouts."""
