@@ -9,6 +9,10 @@ engine has one schedule for a list of layers.
 
 Messages are posted before they are needed, each direction of each pair of ranks on a communicator of its own, and
 waited for where they are used: none is on the critical path unless the schedule has nothing else to do.
+
+On GPUs a message that is posted is a kernel that waits for its peer, so a rank that synchronises its device in the
+middle of a step may wait for ever. Compiling, autotuning and the loading of kernels do; they come with the first step
+of a schedule for inputs of some shapes, whose messages therefore go through the hosts.
 """
 
 from __future__ import annotations
@@ -86,7 +90,10 @@ class Pipeline:
         self._stages = dict(zip(own, stages, strict=True))
         self._hooks, self._tied = hooks, tuple(tied)
         self._plans: dict[Schedule, Plan] = {}
-        self._wires = Wires(group, neighbours(schedule.rank_of), device, timeout_s)
+        pairs = neighbours(schedule.rank_of)
+        self._wires = Wires(group, pairs, device, timeout_s)
+        self._host_wires = Wires(group, pairs, device, timeout_s, via_host=True) if device.type == "cuda" else None
+        self._known: set[object] = set()
 
     def step(self, micro_batches: Sequence[Inputs], seeds: Callable[[int], tuple[Seed, Seed]]) -> tuple[Tensor, Tensor]:
         """Run forward and backward of a step; return (summed loss, summed auxiliary loss), the same on every rank.
@@ -126,6 +133,8 @@ class Pipeline:
     def close(self) -> None:
         """End the communicators; a second call does nothing."""
         self._wires.close()
+        if self._host_wires is not None:
+            self._host_wires.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -145,7 +154,8 @@ class Pipeline:
     ) -> _Step:
         if schedule not in self._plans:
             self._plans[schedule] = plan(schedule, self.rank, _AHEAD)
-        post = _Post(self._wires, schedule, self.rank, self._plans[schedule], lambda i: self._new_x(inputs[i]))
+        wires = self._wires_for(schedule, inputs, seeds is not None)
+        post = _Post(wires, schedule, self.rank, self._plans[schedule], lambda i: self._new_x(inputs[i]))
         step = _Step(self._stages, schedule, inputs, seeds)
         remaining = _gradient_actions(schedule.actions[self.rank])
         for index, action in enumerate(schedule.actions[self.rank]):
@@ -156,6 +166,19 @@ class Pipeline:
                 self._backward(step, post, action, remaining)
         post.drain()
         return step
+
+    def _wires_for(self, schedule: Schedule, inputs: Sequence[Inputs], is_training: bool) -> Wires:
+        """Return what carries the messages of a step: the hosts, if kernels may have to be made in it."""
+        if self._host_wires is None:
+            return self._wires
+        shapes = {
+            tuple((name, None if value is None else value.shape) for name, value in each.items()) for each in inputs
+        }
+        step = (schedule.kind, is_training, frozenset(shapes))
+        if step in self._known:
+            return self._wires
+        self._known.add(step)
+        return self._host_wires
 
     def _forward(self, step: _Step, post: _Post, action: Action) -> None:
         made = step.forward(action, post.take(needs(action, step.schedule.rank_of)))

@@ -21,6 +21,7 @@ figures say what the path costs there, nothing about GPUs).
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import importlib.util
 import statistics
@@ -54,7 +55,8 @@ from trainsys.optim import build_optimizer, plan_of
 from trainsys.step import train_step
 
 BASELINE = "plain FSDP2"
-_WARM_UP = 3
+_WARM_UP = 2
+_CASE_TIMEOUT_S = 120.0
 _LR = 3e-4
 
 
@@ -75,9 +77,9 @@ class Size:
 LARGE = Size(
     ModelConfig(num_layers=24, dim=2048, num_heads=16, num_kv_heads=8, ffn_dim=8192, vocab_size=32768),
     length=4096,
-    global_sequences=16,
-    micro_sequences=2,
-    steps=5,
+    global_sequences=32,
+    micro_sequences=4,
+    steps=3,
     precision="bf16",
     is_compiled=True,
 )
@@ -102,6 +104,8 @@ class Case:
     backend: Any = "torch"
     scale: int = 1
     """Times as many sequences a step, to tell the bubble."""
+    micro_sequences: int | None = None
+    """Of a micro-batch; None: what the size says. Few, for a pipeline: a bubble is as long as a micro-batch."""
 
 
 CASES = {
@@ -109,8 +113,8 @@ CASES = {
     "replicate": Case(ParallelConfig(replicate=2)),
     "tensor": Case(ParallelConfig(tensor=2)),
     "tensor, no overlap": Case(ParallelConfig(tensor=2, overlap=False)),
-    "pipeline": Case(ParallelConfig(pipeline=2)),
-    "pipeline, 2 m": Case(ParallelConfig(pipeline=2), scale=2),
+    "pipeline": Case(ParallelConfig(pipeline=2), micro_sequences=1),
+    "pipeline, 2 m": Case(ParallelConfig(pipeline=2), scale=2, micro_sequences=1),
     "context": Case(ParallelConfig(context=2)),
     "context, ZeRO 3": Case(ParallelConfig(context=2), 3),
 }
@@ -124,7 +128,10 @@ def configure(case: Case, size: Size) -> RunConfig:
         steps=1000,
         model=size.model,
         data=DataConfig(sequence_length=size.length),
-        batch=BatchConfig(global_sequences=size.global_sequences * case.scale, micro_sequences=size.micro_sequences),
+        batch=BatchConfig(
+            global_sequences=size.global_sequences * case.scale,
+            micro_sequences=case.micro_sequences or size.micro_sequences,
+        ),
         optim=OptimConfig(kind="adamw", lr=_LR),
         engine=EngineConfig(backend=case.backend, zero_stage=case.zero_stage, precision=size.precision),
         parallel=case.degrees,
@@ -253,6 +260,7 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, names: lis
     for _ in range(rounds):
         for name in names:
             begun = time.perf_counter()
+            faulthandler.dump_traceback_later(_CASE_TIMEOUT_S, exit=True)  # a rank that waits for ever says where
             _forget(device)
             case = (CASES | DEEPSPEED).get(name)
             opened = plain_case(size, device, control) if case is None else hybrid_case(case, size, device, control)
@@ -267,6 +275,7 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, names: lis
             if rank == 0:  # what a job that is ended early has found
                 step_s = statistics.median(seconds[name][-size.steps :])
                 print(f"{name}: {step_s:.4g} s a step; {time.perf_counter() - begun:.0f} s in all", flush=True)
+    faulthandler.cancel_dump_traceback_later()
     config = configure(CASES["ZeRO 3"], size)
     return {
         "seconds": seconds,
@@ -345,7 +354,7 @@ def _gate(report: Report, result: dict[str, Any], size: Size) -> None:
 
 
 def _gate_bubble(report: Report, size: Size) -> None:
-    num_micro_batches = size.global_sequences // size.micro_sequences
+    num_micro_batches = size.global_sequences // (CASES["pipeline"].micro_sequences or size.micro_sequences)
     short, long = report.median("pipeline", "step"), report.median("pipeline, 2 m", "step")
     measured = 1 - (long - short) / short
     schedule = build_schedule("1f1b", 2, num_micro_batches)
