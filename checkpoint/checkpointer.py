@@ -385,6 +385,21 @@ class Checkpointer:
             info=catalog.info_of(reader, tier),
         )
 
+    def admit_with(self, admit: Callable[[], object]) -> None:
+        """Call `admit` on rank 0 before each commit, and before what it supersedes is removed.
+
+        It raises where this process may do neither any more, because the job goes on without it; the save then fails
+        with that. Call it before the first save.
+        """
+        self._saver.admit = admit
+
+    def cancel(self, error: BaseException) -> None:
+        """Let every save under way fail with `error`, unless it is being committed already. Any thread may call it.
+
+        For a job that lost ranks: their votes will never come, and `close` need not wait for them.
+        """
+        self._saver.cancel_all(error)
+
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for the pending saves, report their errors as `poll` does, release the staging memory. Idempotent.
 

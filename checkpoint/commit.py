@@ -97,13 +97,15 @@ class Attempt:
         world_size: int,
         timeout_s: float,
         agreement: Agreement | None = None,
+        admit: Callable[[], object] | None = None,
     ) -> None:
-        """`agreement` is kept by rank 0 from attempt to attempt."""
+        """`agreement` is kept by rank 0 from attempt to attempt; `admit` raises where this rank may not commit."""
         self.name = name
         self.folder = name.folder
         self.table: SliceTable | None = None
         """After `commit`: all ranks' slices."""
         self._agreement = agreement or Agreement()
+        self._admit = admit
         self._own: SliceTable | None = None
         self._storage = storage
         self._rank = rank
@@ -160,6 +162,8 @@ class Attempt:
             shared=shared,
             versions=_versions(),
         )
+        if self._admit is not None:
+            self._admit()  # last: what is read here must still hold when the record is written
         self._storage.write_new(f"{self.folder}/{COMMIT}", record.to_bytes())
         self.table = merged
         return record

@@ -100,6 +100,8 @@ class Saver:
         tiers: Tiers,
         promoter: Promoter | None,
     ) -> None:
+        self.admit: Callable[[], object] | None = None
+        """Called before each commit and before anything is removed; raises where this process may do neither."""
         self._tiers = tiers
         self._promoter = promoter
         self._config = config
@@ -172,6 +174,11 @@ class Saver:
         for save, _ in self._running():
             if save.handle is handle:
                 self._fail_all(save, error)
+
+    def cancel_all(self, error: BaseException) -> None:
+        """Let every save under way fail, unless it is being committed already. From any thread."""
+        for save, _ in self._running():
+            self._fail_all(save, error)
 
     def prepare(self, draft: Draft) -> None:
         """Get the memory that saves of such a state need, and lock it for its GPUs."""
@@ -251,7 +258,7 @@ class Saver:
 
     def _attempt(self, tier: str, name: AttemptName, storage: Storage, deadline_s: float | None) -> Attempt:
         timeout_s = min(self._config.commit_timeout_s, deadline_s or self._config.commit_timeout_s)
-        return Attempt(storage, name, self._rank, self._world_size, timeout_s, self._agreements[tier])
+        return Attempt(storage, name, self._rank, self._world_size, timeout_s, self._agreements[tier], self.admit)
 
     def _run(self, save: _Save, work: Callable[[_Save], None]) -> None:
         thread = threading.Thread(target=work, args=(save,), name=f"checkpoint-step-{save.request.step}", daemon=True)
@@ -489,6 +496,8 @@ class Saver:
         Of this launch these are the attempts that failed here: every rank voted since, so none still writes
         to them. Of other launches, what was last written before anything of this launch's first checkpoint.
         """
+        if self.admit is not None:
+            self.admit()
         config = self._config.memory if tier == "memory" else self._config
         keep_every = 0 if tier == "memory" else self._config.keep_every
         try:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FaultTolConfig:
-    """Heartbeats of every rank."""
-
-    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
-
-    heartbeat_interval_s: float = 0.5
-    """Seconds between two signs of life of a rank's process; above 0, well under launch.frozen_timeout_s."""
+_PATIENT_PHASES = (
+    "start",
+    "standby",
+    "rendezvous",
+    "prepare",
+    "build",
+    "load",
+    "compile",
+    "warmup",
+    "evaluate",
+    "evaluation",
+    "save",
+    "checkpoint",
+    "export",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +39,7 @@ class HealthConfig:
     """Seconds without progress of the loop until the rank counts as stalled."""
     patience: float = 12.0
     """Factor on `stuck_after_s` and `stalled_after_s` in `patient_phases`."""
-    patient_phases: tuple[str, ...] = ("start", "compile", "warmup", "checkpoint", "evaluation")
+    patient_phases: list[str] = field(default_factory=lambda: list(_PATIENT_PHASES))
     """What a rank may do for long without being ill."""
 
 
@@ -73,3 +79,46 @@ class DetectorConfig:
     """Local times that follow the tokens at least this closely are explained by them."""
     gradient_deviations: float = 8.0
     """A gradient norm this many (robust) deviations from its peers', on a log scale, is an outlier."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """What recovery may cost, and when it is given up."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
+
+    restarts_per_hour: int = 6
+    """Recoveries within an hour; one more ends the run. At least 0."""
+    no_progress_limit: int = 3
+    """Recoveries in a row between which no new step was finished; one more ends the run. At least 1."""
+    backoff_s: float = 1.0
+    """Seconds before the second recovery in a row without a new step; doubled with each further one."""
+    backoff_limit_s: float = 60.0
+    """The longest such pause."""
+    same_error_limit: int = 2
+    """An error of the same type in the same step this often is the program's, and ends the run. At least 1."""
+    shrink: bool = True
+    """Whether to go on with fewer ranks while no spare is there, where a smaller layout is allowed."""
+    spare_wait_s: float = 20.0
+    """Seconds to wait for a spare that is starting before the run shrinks."""
+    abort_timeout_s: float = 5.0
+    """Seconds that survivors get to leave their collectives; who has not is ended and replaced too."""
+    recovery_cost_s: float = 10.0
+    """What a recovery is expected to cost beside the steps done again, to weigh against a slow rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultTolConfig:
+    """Watching ranks, and what becomes of what is seen."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
+
+    mode: Literal["off", "observe", "act"] = "off"
+    """`off`: a rank that dies, freezes or stands still ends the run. `observe`: collectives are recorded and what
+    is found is told and kept in `RUN/events`. `act`: also the run goes on without the rank at fault (launch.spares)."""
+    heartbeat_interval_s: float = 0.5
+    """Seconds between two signs of life of a rank's process; above 0, well under launch.frozen_timeout_s."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """mode=observe, act: from when on a missing sign of life means something."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """mode=act: what recovery may cost."""

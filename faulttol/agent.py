@@ -1,0 +1,208 @@
+"""What can be seen of the ranks of one machine from beside them: an agent that looks, and may end them.
+
+Four levels, each by a sign of its own: the process table, an answer of native code that needs no GIL, a Python thread's
+stamp, and the loop's. `faulttol.health` says what they prove. The agent waits for nobody: a question that is not
+answered stays asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from faulttol import heartbeat
+from faulttol.errors import HeartbeatError
+from faulttol.health import Vitals
+
+_QUESTION = b"POST /handler/ping HTTP/1.1\r\nHost: rank\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_ASK_S = 0.2  # between two questions
+_GONE_POLL_S = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """One process that the agent looks after."""
+
+    rank: int
+    """Whatever number its observer knows it by."""
+    pid: int
+    start_ticks: int
+    """When it began, in the kernel's count: with `pid` it names one process for ever."""
+    heartbeat: Path
+    answers: Path
+    """Socket at which its native code answers (`answer_at`), once it is there."""
+
+
+class NodeAgent:
+    """Looks at the processes of its machine. One thread uses it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._patients: dict[int, _Patient] = {}
+
+    def watch(self, process: Watched) -> None:
+        """Look after one more process."""
+        self._patients[process.rank] = _Patient(process, self._clock())
+
+    def forget(self, rank: int) -> None:
+        """Look after it no more. Idempotent."""
+        patient = self._patients.pop(rank, None)
+        if patient is not None:
+            patient.close()
+
+    def look(self) -> list[Vitals]:
+        """Return what is seen of each process now; returns at once, whatever state they are in."""
+        return [patient.look(self._clock()) for patient in self._patients.values()]
+
+    def end(self, rank: int, timeout_s: float = 10.0) -> bool:
+        """Kill the process, stopped or not, with the group that it leads; whether it is gone within the timeout."""
+        patient = self._patients.get(rank)
+        if patient is None:
+            return True
+        end_process(patient.process.pid, patient.process.start_ticks)
+        deadline_s = time.monotonic() + timeout_s
+        while process_state(patient.process.pid, patient.process.start_ticks) is not None:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_GONE_POLL_S)
+        return True
+
+    def close(self) -> None:
+        """Forget all. Idempotent."""
+        for rank in list(self._patients):
+            self.forget(rank)
+
+
+class _Patient:
+    """One process, and when each of its signs was last seen to change, on the observer's clock."""
+
+    def __init__(self, process: Watched, now_s: float) -> None:
+        self.process = process
+        self._asked: socket.socket | None = None
+        self._asked_at_s = -_ASK_S
+        self._native_at_s: float | None = None
+        self._python_at_s = self._progress_at_s = now_s
+        self._counts = (-1, -1)
+        self._step, self._phase = -1, ""
+
+    def look(self, now_s: float) -> Vitals:
+        state = process_state(self.process.pid, self.process.start_ticks)
+        if state is None:
+            self.close()
+            return Vitals(rank=self.process.rank, process_alive=False, step=self._step, phase=self._phase)
+        with contextlib.suppress(FileNotFoundError, HeartbeatError):  # not there yet
+            self._read(heartbeat.read(self.process.heartbeat), now_s)
+        self._ask(now_s)
+        joined = self._counts[0] >= 0
+        return Vitals(
+            rank=self.process.rank,
+            process_state=state,
+            native_age_s=None if self._native_at_s is None else now_s - self._native_at_s,
+            python_age_s=now_s - self._python_at_s if joined else None,
+            progress_age_s=now_s - self._progress_at_s if joined else None,
+            step=self._step,
+            phase=self._phase,
+        )
+
+    def close(self) -> None:
+        if self._asked is not None:
+            self._asked.close()
+            self._asked = None
+
+    def _read(self, view: heartbeat.HeartbeatView, now_s: float) -> None:
+        alive, progress = view.alive_count, view.progress_count
+        if alive != self._counts[0] or progress != self._counts[1]:
+            self._python_at_s = now_s
+        if progress != self._counts[1]:
+            self._progress_at_s = now_s
+        self._counts, self._step, self._phase = (alive, progress), view.step, view.phase
+
+    def _ask(self, now_s: float) -> None:
+        """Take the answer to the last question if it is there; ask again when it is time."""
+        if self._asked is not None:
+            try:
+                answered = bool(self._asked.recv(4096))
+            except BlockingIOError:
+                return
+            except OSError:
+                answered = False
+            self.close()
+            if answered:
+                self._native_at_s = now_s
+        if now_s - self._asked_at_s < _ASK_S or not self.process.answers.exists():
+            return
+        self._asked_at_s = now_s
+        asked = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            asked.connect(str(self.process.answers))
+            asked.send(_QUESTION)
+        except OSError as error:  # a full queue of questions is an answer that does not come; the age tells
+            asked.close()
+            if error.errno not in (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT):
+                raise
+            return
+        self._asked = asked
+        if self._native_at_s is None:
+            self._native_at_s = now_s  # from here on it can be missed
+
+
+def answer_at(path: Path) -> object:
+    """Let native code of this process answer at a socket, as long as the returned object lives; imports torch."""
+    from torch._C._distributed_c10d import _WorkerServer
+
+    path.unlink(missing_ok=True)
+    with _quiet():
+        return _WorkerServer(str(path))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from announcing the server as a warning on standard error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process that runs began, in the kernel's count; 0 if it has ended."""
+    fields = _stat(pid)
+    return 0 if fields is None else int(fields[19])
+
+
+def process_state(pid: int, ticks: int) -> str | None:
+    """Return the letter of the state of the process that began at `ticks`; None if it has ended."""
+    fields = _stat(pid)
+    return None if fields is None or int(fields[19]) != ticks else fields[0]
+
+
+def end_process(pid: int, ticks: int) -> None:
+    """SIGKILL the process that began at `ticks`, and the group that it leads, unless it has ended."""
+    if process_state(pid, ticks) is None:
+        return
+    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+        if os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat from the state on; None if it has ended, a zombie included."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields

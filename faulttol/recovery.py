@@ -1,0 +1,185 @@
+"""One process's side of recovery: it works in one generation of a job after another, without being started again.
+
+The job's supervisor gives orders, the process tells how it stands:
+
+    supervisor                          process
+    assign(generation, place)   ->      STANDBY -> WORKING
+                                <-      FINISHED, or FAILED where its work raised
+    abort(generation)           ->      its connections are shut, pending collectives raise
+                                <-      QUIESCED: the work has ended, its groups are gone
+    assign(generation + 1, …)   ->      WORKING: the same work is called again, and restores by itself
+    dismiss                     ->      `run` returns
+
+Between two generations the supervisor fences the older one (`faulttol.fence`), ends the processes that are at fault,
+and decides who takes whose place (`faulttol.policy`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+from faulttol.abort import Connections, abort_devices, quiesce
+
+_AGAIN_S = 0.05  # between two attempts at freeing the work: groups may be in the making when the first one comes
+
+State = Literal["standby", "working", "finished", "failed", "quiesced"]
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A process's place in one generation."""
+
+    generation: int
+    place: Mapping[str, Any]
+    """Whatever the supervisor tells; JSON values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a process stands; JSON values."""
+
+    generation: int
+    """The last one it took part in; -1 before the first."""
+    state: State
+    messages: tuple[str, ...] = ()
+    """FAILED, and QUIESCED after it: `Type: text` of the error and of those it came from."""
+    traceback: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Standing:
+        return cls(fields["generation"], fields["state"], tuple(fields["messages"]), fields["traceback"])
+
+
+class Member:
+    """A process of a job that survives the loss of others. One thread works, any other may give orders."""
+
+    def __init__(
+        self,
+        publish: Callable[[Standing], None],
+        describe: Callable[[BaseException], tuple[tuple[str, ...], str]],
+    ) -> None:
+        """`publish` tells the supervisor, `describe` puts an error into (messages, traceback)."""
+        self.connections = Connections()
+        """Record in it while groups are made."""
+        self._publish = publish
+        self._describe = describe
+        self._changed = threading.Condition()
+        self._next: Assignment | None = None
+        self._generation = -1
+        self._aborted = -1
+        self._is_working = False
+        self._has_finished = False
+        self._is_dismissed = False
+        self._releases: list[Callable[[], None]] = []
+
+    def assign(self, assignment: Assignment) -> None:
+        """Order: work in this generation, once the one before is over."""
+        with self._changed:
+            self._next = assignment
+            self._changed.notify_all()
+
+    def abort(self, generation: int) -> None:
+        """Order: let the work of this generation, or an older one, end now. Returns at once."""
+        with self._changed:
+            self._aborted = max(self._aborted, generation)
+            self._changed.notify_all()
+        threading.Thread(target=self._free, args=(generation,), name="faulttol-abort", daemon=True).start()
+
+    def dismiss(self) -> None:
+        """Order: let `run` return."""
+        with self._changed:
+            self._is_dismissed = True
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def releasing(self, release: Callable[[], None]) -> Iterator[None]:
+        """Inside the block, call `release` on an abort, perhaps often and from another thread.
+
+        For waits that no connection of the process groups ends.
+        """
+        with self._changed:
+            self._releases.append(release)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._releases.remove(release)
+
+    def run(self, work: Callable[[Assignment], T]) -> T | None:
+        """Call `work` in each generation that this process is assigned to; return its last result once dismissed.
+
+        None for a process that never worked to the end. An Exception of the work is told to the supervisor, which
+        decides what comes of it; anything else passes through.
+        """
+        result: T | None = None
+        self._publish(Standing(-1, "standby"))
+        while (assignment := self._await_assignment()) is not None:
+            self._publish(Standing(self._generation, "working"))
+            try:
+                result = work(assignment)
+                told = Standing(self._generation, "finished")
+            except Exception as error:  # noqa: BLE001  told to the supervisor, which owns it
+                log.warning("generation %d: the work ended with %s: %s", self._generation, type(error).__name__, error)
+                result = None
+                messages, text = self._describe(error)
+                told = Standing(self._generation, "failed", messages, text)
+                self._publish(told)
+                quiesce(error)
+                told = Standing(self._generation, "quiesced", messages, text)
+            self._rest(has_finished=told.state == "finished")
+            self._publish(told)
+        return result
+
+    def _await_assignment(self) -> Assignment | None:
+        """Return the next place to work in; None when there will be none."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_dismissed or self._next is not None or self._overtaken())
+                if self._is_dismissed:
+                    return None
+                if self._next is not None:
+                    assignment, self._next = self._next, None
+                    self._generation = assignment.generation
+                    self._has_finished = False
+                    if assignment.generation > self._aborted:
+                        self._is_working = True
+                        return assignment
+                generation = self._generation = self._aborted
+                self._has_finished = False
+            # It was over before the work began, or after it had finished.
+            quiesce(None)
+            self._publish(Standing(generation, "quiesced"))
+
+    def _overtaken(self) -> bool:
+        """Whether a generation was aborted that this process had finished its work in."""
+        return self._has_finished and self._aborted >= self._generation
+
+    def _rest(self, *, has_finished: bool) -> None:
+        with self._changed:
+            self._is_working, self._has_finished = False, has_finished
+        self.connections.forget()
+
+    def _free(self, generation: int) -> None:
+        """Break everything that the work may wait for, until it has ended."""
+        while True:
+            with self._changed:
+                if not self._is_working or self._generation > generation:
+                    return
+                releases = list(self._releases)
+            self.connections.shut()
+            abort_devices()
+            for release in releases:
+                release()
+            with self._changed:
+                self._changed.wait(_AGAIN_S)
