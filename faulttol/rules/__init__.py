@@ -1,0 +1,1 @@
+"""The detector's rules: each a pure function from a view of the job to findings."""

@@ -1,0 +1,183 @@
+"""What stops a job: processes that are gone, frozen or stuck, hangs, and collectives that do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import quantiles
+
+from faulttol.config import DetectorConfig, HealthConfig
+from faulttol.events import CollectiveEvent, RankRecord
+from faulttol.finding import Finding, FindingKind, Suspect
+from faulttol.health import Condition, Health, assess
+from faulttol.rules.program import deviation, mismatches
+from faulttol.rules.waiting import Chain, chains
+from faulttol.view import JobView
+
+_BY_CONDITION = {
+    Condition.DEAD: FindingKind.CRASH,
+    Condition.LOST: FindingKind.CRASH,
+    Condition.FROZEN: FindingKind.FREEZE,
+    Condition.STUCK: FindingKind.STUCK,
+}
+
+
+def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[Finding]:
+    """Return what keeps the job from getting further.
+
+    Who is gone, frozen or stuck explains why others wait; so hangs are reported only when no rank is. What does not
+    fit together explains why ranks died of it.
+    """
+    conditions = [assess(vitals, health) for _, vitals in sorted(view.vitals.items())]
+    wrong = mismatches(view, config)
+    unwell = _unwell(view, [found for found in conditions if found.condition in _BY_CONDITION])
+    if wrong:
+        victims = {rank for rank, record in view.records.items() if _last_failed(record)}
+        accused = {rank for finding in wrong for rank in finding.culprits}
+        return wrong + [finding for finding in unwell if not set(finding.culprits) <= victims | accused]
+    if unwell:
+        return unwell
+    hangs = [_hang(view, chain) for chain in chains(view) if chain.age_s > patience_s(view, chain, config, health)]
+    return hangs or _idle(view, conditions)
+
+
+def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: HealthConfig) -> float:
+    """For how many seconds an operation may be open before it hangs."""
+    key = chain.operation.key
+    example = next(iter(chain.operation.events.values()))
+    usual_s = _usual_s(view, example, config, health)
+    limit_s = max(config.hang_after_s, config.hang_factor * usual_s)
+    is_patient = key.source < 0 and any(_phase(view, rank) in health.patient_phases for rank in chain.ranks)
+    return limit_s * health.patience if is_patient else limit_s
+
+
+def _usual_s(view: JobView, like: CollectiveEvent, config: DetectorConfig, health: HealthConfig) -> float:
+    """P99 of how long operations of this kind and size (to a factor of 2) took; 0 before there are five."""
+    size = like.bytes.bit_length()
+    durations_s = [
+        event.duration_ns / 1e9
+        for record in view.records.values()
+        for event in record.events
+        if event.duration_ns is not None
+        and event.state == "ended"
+        and event.kind == like.kind
+        and event.bytes.bit_length() == size
+        and event.step >= config.warmup_steps
+        and event.phase not in health.patient_phases
+    ]
+    return quantiles(durations_s, n=100)[98] if len(durations_s) >= 5 else 0.0
+
+
+def _phase(view: JobView, rank: int) -> str:
+    """What the rank last said that it is doing."""
+    record = view.records.get(rank)
+    if record is None or not record.marks:
+        vitals = view.vitals.get(rank)
+        return vitals.phase if vitals else ""
+    return record.marks[-1].phase
+
+
+def _last_failed(record: RankRecord) -> bool:
+    return bool(record.events) and record.events[-1].state == "failed"
+
+
+def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
+    """One finding for each class; of several dead, those that an error of a collective ended died of the others."""
+    by_kind: dict[FindingKind, list[Health]] = {}
+    for health in conditions:
+        by_kind.setdefault(_BY_CONDITION[health.condition], []).append(health)
+    found = []
+    for kind, group in by_kind.items():
+        first = [h for h in group if not (h.rank in view.records and _last_failed(view.records[h.rank]))]
+        suspects = first if kind is FindingKind.CRASH and first else group
+        score = 1.0 / len(suspects)
+        found.append(
+            Finding(
+                kind=kind,
+                suspects=tuple(Suspect(h.rank, score) for h in suspects),
+                summary="; ".join(f"rank {h.rank}: {h.reason}" for h in suspects),
+                evidence={f"age of rank {h.rank}, s": round(h.age_s, 3) for h in suspects}
+                | {"ranks of the class": len(group)},
+                step=max((view.vitals[h.rank].step for h in suspects), default=-1),
+            )
+        )
+    return found
+
+
+def _hang(view: JobView, chain: Chain) -> Finding:
+    operation = chain.operation
+    example = next(iter(operation.events.values()))
+    where = f"{example.kind} {operation.key.seq} of {operation.key.group}"
+    evidence: dict[str, float | int | str] = {
+        "open for, s": round(chain.age_s, 3),
+        "ranks that wait": chain.num_waiting,
+        "operation": where,
+        "bytes": example.bytes,
+    }
+    if chain.kind == "cycle":
+        return _deadlock(view, chain, where, evidence)
+    if chain.kind == "entered":
+        kind = FindingKind.COMMUNICATION_HANG
+        key = operation.key
+        if operation.is_message:
+            suspects: tuple[Suspect, ...] = (Suspect(key.source, 1.0, key.target),)
+        else:
+            late = [rank for rank in operation.members if operation.events[rank].state == "begun"]
+            suspects = tuple(Suspect(rank, 1.0 / len(late)) for rank in late)
+        summary = f"all entered {where} and it does not end ({chain.age_s:.1f} s)"
+    else:
+        (rank,) = chain.ranks
+        if how := deviation(view, rank):
+            return _left_out(rank, where, how, evidence)
+        kind, suspects = FindingKind.HANG, (Suspect(rank, 1.0),)
+        doing = _phase(view, rank)
+        summary = f"rank {rank} has not entered {where} for {chain.age_s:.1f} s" + (f" (in {doing})" if doing else "")
+    return Finding(
+        kind=kind,
+        suspects=suspects,
+        summary=summary,
+        evidence=evidence,
+        group=operation.key.group,
+        sequence=operation.key.seq,
+        step=example.step,
+    )
+
+
+def _deadlock(view: JobView, chain: Chain, where: str, evidence: dict[str, float | int | str]) -> Finding:
+    """A cycle: whose operations are not those of its earlier steps is the likelier to have left the order."""
+    strange = {rank for rank in chain.ranks if deviation(view, rank)}
+    scores = {rank: (1.0 if rank in strange else 0.1) if strange else 1.0 for rank in chain.ranks}
+    total = sum(scores.values())
+    ranked = sorted(scores, key=lambda rank: (-scores[rank], rank))
+    return Finding(
+        kind=FindingKind.DESYNC,
+        suspects=tuple(Suspect(rank, scores[rank] / total) for rank in ranked),
+        summary=f"ranks {', '.join(map(str, chain.ranks))} wait for each other in a circle, from {where}",
+        evidence=evidence,
+        group=chain.operation.key.group,
+        sequence=chain.operation.key.seq,
+    )
+
+
+def _left_out(rank: int, where: str, how: str, evidence: dict[str, float | int | str]) -> Finding:
+    return Finding(
+        kind=FindingKind.DESYNC,
+        suspects=(Suspect(rank, 1.0),),
+        summary=f"rank {rank} has not entered {where} and left the order of its earlier steps: {how}",
+        evidence=evidence | {"deviation": how},
+    )
+
+
+def _idle(view: JobView, conditions: list[Health]) -> list[Finding]:
+    """Ranks that do not advance although nobody waits in a collective for anybody."""
+    stalled = [health for health in conditions if health.condition is Condition.STALLED]
+    waiting = {rank for rank, record in view.records.items() if any(event.state == "begun" for event in record.events)}
+    if not stalled or waiting:
+        return []
+    return [
+        Finding(
+            kind=FindingKind.HANG,
+            suspects=tuple(Suspect(health.rank, 1.0 / len(stalled)) for health in stalled),
+            summary="; ".join(f"rank {health.rank}: {health.reason}" for health in stalled),
+            evidence={f"age of rank {health.rank}, s": round(health.age_s, 3) for health in stalled},
+        )
+    ]
