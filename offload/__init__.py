@@ -1,21 +1,41 @@
-"""Offload: tiers of memory beyond the device, and what they cost on this machine."""
+"""Offload: tiers of memory beyond the device, what they cost on this machine, and what to put where."""
 
 from offload.config import OffloadConfig
 from offload.cpu import CpuTier
-from offload.errors import BlockError, OffloadError, SpecError, TierError, TierFull
+from offload.cxl import CxlTier
+from offload.errors import (
+    BlockError,
+    BudgetError,
+    Corrupted,
+    OffloadError,
+    PlacementError,
+    SpecError,
+    TierError,
+    TierFull,
+)
+from offload.gpu import GpuTier
 from offload.nvme import NvmeTier
+from offload.striped import StripedTier
 from offload.tier import Block, Tier, TierSpec
+from offload.trace import Trace
 
 __all__ = [
     "Block",
     "BlockError",
+    "BudgetError",
+    "Corrupted",
     "CpuTier",
+    "CxlTier",
+    "GpuTier",
     "NvmeTier",
     "OffloadConfig",
     "OffloadError",
+    "PlacementError",
     "SpecError",
+    "StripedTier",
     "Tier",
     "TierError",
     "TierFull",
     "TierSpec",
+    "Trace",
 ]

@@ -7,45 +7,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 
-from offload.errors import BlockError, OffloadError, TierError, TierFull
+from offload.blocks import flat_bytes, new_block, of, unknown, what
+from offload.digest import digest
+from offload.errors import BlockError, Corrupted, OffloadError, TierError, TierFull
+from offload.medium import Medium
+from offload.throttle import Throttled
 from offload.tier import Block, TierSpec
 
 P = TypeVar("P")
-
-
-class Medium(Protocol[P]):
-    """Where bytes are: reserves places and copies to and from them, blocking.
-
-    `store` and `load` are called from several threads at once, but never twice at once for one place; the
-    others one at a time. Failures are OSErrors, or TierErrors that say more.
-    """
-
-    granularity_bytes: int
-    """What a place takes is rounded up to a multiple of this."""
-
-    def reserve(self, num_bytes: int) -> P:
-        """Return a place for so many bytes, a multiple of the granularity. Raises `TierFull`."""
-        ...
-
-    def release(self, place: P) -> None:
-        """Take a place back."""
-        ...
-
-    def store(self, place: P, data: torch.Tensor) -> None:
-        """Copy a flat uint8 tensor to the start of the place."""
-        ...
-
-    def load(self, place: P, into: torch.Tensor) -> None:
-        """Fill a flat uint8 tensor from the start of the place."""
-        ...
-
-    def close(self) -> None:
-        """Drop all places."""
-        ...
 
 
 @dataclass(slots=True)
@@ -56,16 +29,33 @@ class _Held(Generic[P]):
     taken_bytes: int
     fault: OffloadError | None
     """Why it cannot be read."""
+    in_place: bool = False
+    """Changed by others than transfers: no digest holds."""
+    digest: int | None = None
+    """Of what was written; None: not taken, or changed in place since."""
     last: Future[None] | None = None
     """The transfer that was asked for last."""
 
 
 class ThreadedTier(Generic[P]):
-    """A `Tier` over a medium. `timeout_s` is the longest time that `free` and `close` wait for transfers."""
+    """A `Tier` over a medium, slowed to the spec where that is an emulated one.
 
-    def __init__(self, spec: TierSpec, medium: Medium[P], *, num_threads: int, timeout_s: float = 300.0) -> None:
+    `timeout_s` is the longest time that `free` and `close` wait for transfers. With `digests` every write takes
+    the digest of its bytes and every read compares, before its future is done.
+    """
+
+    def __init__(
+        self,
+        spec: TierSpec,
+        medium: Medium[P],
+        *,
+        num_threads: int,
+        timeout_s: float = 300.0,
+        digests: bool = False,
+    ) -> None:
         self._spec = spec
-        self._medium = medium
+        self._medium: Medium[P] = Throttled(medium, spec) if spec.emulated else medium
+        self._digests = digests
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"tier-{spec.name}")
         self._lock = threading.Lock()  # over the blocks, their last transfers, and the bytes used
@@ -84,33 +74,35 @@ class ThreadedTier(Generic[P]):
         with self._lock:
             return self._used_bytes
 
-    def allocate(self, num_bytes: int) -> Block:
+    def allocate(self, num_bytes: int, owner: str = "") -> Block:
         """Return a new block, which holds nothing until it is written."""
-        if num_bytes < 1:
-            raise BlockError(f"tier {self._spec.name}: a block of {num_bytes} bytes; at least 1")
-        block = Block(self._spec.name, num_bytes)
+        block = new_block(self._spec, num_bytes, owner)
         taken = -(-num_bytes // self._medium.granularity_bytes) * self._medium.granularity_bytes
         with self._lock:
             self._check_open()
             free = self._spec.capacity_bytes - self._used_bytes
             if taken > free:
                 raise TierFull(
-                    f"tier {self._spec.name}: no room for {taken} bytes: {free} of "
+                    f"tier {self._spec.label}: no room for {taken} bytes{of(block)}: {free} of "
                     f"{self._spec.capacity_bytes} are free; free blocks or give it {taken - free} more"
                 )
-            place = self._medium.reserve(taken)
+            try:
+                place = self._medium.reserve(taken)
+            except TierFull as error:
+                raise TierFull(f"tier {self._spec.label}: {what(block)}: {error}") from error
             self._used_bytes += taken
-            nothing = BlockError(f"tier {self._spec.name}: the block holds nothing yet; write it first")
+            nothing = BlockError(f"tier {self._spec.label}: {what(block)} holds nothing yet; write it first")
             self._blocks[block] = _Held(place, taken, nothing)
         return block
 
     def write(self, block: Block, source: torch.Tensor) -> Future[None]:
         """Copy the bytes of `source` into the block."""
-        data = self._bytes(block, source)
+        data = flat_bytes(self._spec, block, source)
 
         def store(held: _Held[P]) -> None:
             held.fault = TierError(self._about("writing", block))
             try:
+                held.digest = digest(data) if self._digests and not held.in_place else None
                 self._medium.store(held.place, data)
             except (OSError, TierError) as error:
                 held.fault = TierError(f"{self._about('writing', block)}: {error}")
@@ -121,7 +113,7 @@ class ThreadedTier(Generic[P]):
 
     def read(self, block: Block, into: torch.Tensor) -> Future[None]:
         """Copy what the last write of the block asked for into `into`."""
-        data = self._bytes(block, into)
+        data = flat_bytes(self._spec, block, into)
 
         def load(held: _Held[P]) -> None:
             if held.fault is not None:
@@ -130,8 +122,26 @@ class ThreadedTier(Generic[P]):
                 self._medium.load(held.place, data)
             except (OSError, TierError) as error:
                 raise TierError(f"{self._about('reading', block)}: {error}") from error
+            if held.digest is not None and digest(data) != held.digest:
+                raise Corrupted(
+                    f"tier {self._spec.label}: {what(block)} came back different from what was written; "
+                    "the device is not to be trusted: restore from a checkpoint, on another one"
+                )
 
         return self._submit(block, load)
+
+    def view(self, block: Block) -> torch.Tensor | None:
+        """Return the block's own bytes where the CPU can address them; see `Tier.view`."""
+        with self._lock:
+            self._check_open()
+            held = self._find(block)
+        view = self._medium.view(held.place, block.num_bytes)
+        if view is not None:
+            if held.last is not None:
+                self._await([held.last])
+            held.fault = held.digest = None
+            held.in_place = True
+        return view
 
     def free(self, block: Block) -> None:
         """Give the block's room back; waits for its transfers."""
@@ -180,46 +190,25 @@ class ThreadedTier(Generic[P]):
             held.last = self._pool.submit(_run_after, held.last, lambda: work(held))
             return held.last
 
-    def _bytes(self, block: Block, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor as flat bytes that share its memory."""
-        problem = (
-            f"on {tensor.device}, not on the CPU"
-            if tensor.device.type != "cpu"
-            else "not contiguous"
-            if not tensor.is_contiguous()
-            else f"of {tensor.nbytes} bytes"
-            if tensor.nbytes != block.num_bytes
-            else ""
-        )
-        if problem:
-            raise BlockError(
-                f"tier {self._spec.name}: a tensor {problem}; a contiguous CPU tensor of the block's "
-                f"{block.num_bytes} bytes is needed"
-            )
-        return tensor.detach().reshape(-1).view(torch.uint8)
-
     def _find(self, block: Block) -> _Held[P]:
         if block not in self._blocks:
-            raise BlockError(
-                f"tier {self._spec.name}: the block of {block.num_bytes} bytes (of tier {block.tier_name}) "
-                "is not, or no longer, one of its blocks"
-            )
+            raise unknown(self._spec, block)
         return self._blocks[block]
 
     def _check_open(self) -> None:
         if self._closed:
-            raise TierError(f"tier {self._spec.name}: it is closed")
+            raise TierError(f"tier {self._spec.label}: it is closed")
 
     def _await(self, transfers: list[Future[None]]) -> None:
         late = wait(transfers, self._timeout_s).not_done
         if late:
             raise TierError(
-                f"tier {self._spec.name}: {len(late)} transfers did not end in {self._timeout_s} s; "
+                f"tier {self._spec.label}: {len(late)} transfers did not end in {self._timeout_s} s; "
                 "the device does not answer"
             )
 
     def _about(self, verb: str, block: Block) -> str:
-        return f"tier {self._spec.name}: {verb} a block of {block.num_bytes} bytes failed"
+        return f"tier {self._spec.label}: {verb} {what(block)} failed"
 
 
 def _run_after(previous: Future[None] | None, work: Callable[[], None]) -> None:

@@ -31,7 +31,8 @@ class TierSpec:
     latency_s: float
     """Time that the smallest read takes; at least 0."""
     emulated: bool = False
-    """Slower on purpose, in place of a device that this machine lacks; every figure from it says so."""
+    """In place of a device that this machine lacks: transfers are slowed to the rates and the latency above, and
+    the label, and so every error, plan and figure, says `emulated`."""
 
     def __post_init__(self) -> None:
         wrong = [
@@ -47,6 +48,11 @@ class TierSpec:
         if wrong:
             raise SpecError("\n".join(f"tier {self.name}: {problem}" for problem in wrong))
 
+    @property
+    def label(self) -> str:
+        """The name, with `(emulated)` behind it where that is so."""
+        return f"{self.name} (emulated)" if self.emulated else self.name
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
@@ -54,6 +60,8 @@ class Block:
 
     tier_name: str
     num_bytes: int
+    owner: str = ""
+    """Whose bytes these are, such as a tensor's name; errors say it."""
 
 
 class Tier(Protocol):
@@ -73,8 +81,16 @@ class Tier(Protocol):
         """Bytes of the capacity that blocks take, rounded up to what the tier gives out at once."""
         ...
 
-    def allocate(self, num_bytes: int) -> Block:
+    def allocate(self, num_bytes: int, owner: str = "") -> Block:
         """Return a new block, which holds nothing until it is written. Raises `TierFull`."""
+        ...
+
+    def view(self, block: Block) -> torch.Tensor | None:
+        """Return the block's own bytes as a flat uint8 tensor where the CPU can address them, else None.
+
+        For work in place, such as an optimizer's. From then on the block counts as written and carries no
+        digest; order against transfers of the block is the caller's. Invalid once the block is freed.
+        """
         ...
 
     def write(self, block: Block, source: torch.Tensor) -> Future[None]:

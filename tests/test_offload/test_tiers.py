@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload import CpuTier, NvmeTier, SpecError, TierError, TierSpec
+from offload import CpuTier, CxlTier, GpuTier, NvmeTier, SpecError, StripedTier, TierError, TierSpec
 from offload.nvme import Extent, Extents
-from tests.test_offload.contract import TierContract, spec
+from tests.contracts.tier import CAPACITY_BYTES, TierContract, spec
 
 
 class TestCpuTier(TierContract):
@@ -31,6 +31,45 @@ class TestNvmeTier(TierContract):
 class TestNvmeTierWithSmallChunksAndFsync(TierContract):
     def make(self, folder: Path) -> NvmeTier:
         return NvmeTier(spec(), folder, num_threads=3, chunk_bytes=5000, fsync=True)
+
+
+class TestCpuTierWithDigests(TierContract):
+    def make(self, folder: Path) -> CpuTier:
+        return CpuTier(spec(), digests=True)
+
+
+class TestGpuTierOnTheCpu(TierContract):
+    def make(self, folder: Path) -> GpuTier:
+        return GpuTier(spec(), torch.device("cpu"))
+
+
+class TestCxlTierOnANode(TierContract):
+    """Node 0 is there on every machine; what makes another one CXL is not the kernel calls."""
+
+    def make(self, folder: Path) -> CxlTier:
+        return CxlTier(spec(), node=0)
+
+
+class TestEmulatedCxlTier(TierContract):
+    label = "t (emulated)"
+
+    def make(self, folder: Path) -> CxlTier:
+        return CxlTier(spec(rate=1e10, emulated=True))
+
+
+class TestStripedTier(TierContract):
+    def make(self, folder: Path) -> StripedTier:
+        half = CAPACITY_BYTES // 2
+        return StripedTier("t", [CpuTier(spec(half, name=f"t{index}")) for index in range(2)])
+
+
+class TestStripedTierOfUnequalParts(TierContract):
+    label = "t (emulated)"
+
+    def make(self, folder: Path) -> StripedTier:
+        quarter = CAPACITY_BYTES // 4
+        fast = CxlTier(spec(3 * quarter, name="t0", rate=3e10, emulated=True))
+        return StripedTier("t", [fast, NvmeTier(spec(quarter, name="t1", rate=1e10), folder, num_threads=2)])
 
 
 class TestNvmeTierThroughThePageCache(TierContract):
@@ -61,7 +100,7 @@ from offload import NvmeTier, TierError, TierSpec
 
 spec = TierSpec(name="t", capacity_bytes=1 << 20, read_bytes_per_s=1.0, write_bytes_per_s=1.0, latency_s=0.0)
 tier = NvmeTier(spec, sys.argv[1])
-small, large = tier.allocate(4096), tier.allocate(1 << 19)
+small, large = tier.allocate(4096), tier.allocate(1 << 19, 'w')
 data = torch.ones(1 << 19, dtype=torch.uint8)
 tier.write(large, data).result(60)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # from here on the disk takes one sector
@@ -72,7 +111,7 @@ for attempt in (lambda: tier.write(large, data), lambda: tier.read(large, data))
         print(error)
 tier.write(small, data[:4096]).result(60)
 try:
-    tier.allocate(1 << 18)
+    tier.allocate(1 << 18, 'm')
 except TierError as error:
     print(type(error).__name__, error)
 try:
@@ -89,10 +128,10 @@ def test_a_failed_write_is_told_by_its_future_by_reads_and_by_close(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     write, read, full, close = done.stdout.splitlines()
-    assert write == "tier t: writing a block of 524288 bytes failed: [Errno 27] File too large"
+    assert write == "tier t: writing a block of 524288 bytes of w failed: [Errno 27] File too large"
     assert read == write
     assert full == (
-        f"TierFull {tmp_path}: no room for 262144 bytes more: File too large; "
+        f"TierFull tier t: a block of 262144 bytes of m: {tmp_path} has no room for 262144 bytes more: File too large; "
         "free some of the disk or lower the tier's capacity"
     )
     assert close == f"close: {write}"

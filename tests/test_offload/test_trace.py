@@ -10,7 +10,7 @@ import pytest
 
 from offload import CpuTier
 from offload.trace import COMPUTE, STALL, Trace, memory_peaks, merged, shared_s
-from tests.test_offload.contract import spec
+from tests.contracts.tier import spec
 
 
 class Clock:

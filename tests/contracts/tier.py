@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,8 +19,17 @@ from offload import Block, BlockError, Tier, TierError, TierFull, TierSpec
 CAPACITY_BYTES = 1 << 20
 
 
-def spec(capacity_bytes: int = CAPACITY_BYTES) -> TierSpec:
-    return TierSpec(name="t", capacity_bytes=capacity_bytes, read_bytes_per_s=1e9, write_bytes_per_s=1e9, latency_s=0.0)
+def spec(
+    capacity_bytes: int = CAPACITY_BYTES, *, name: str = "t", rate: float = 1e9, emulated: bool = False
+) -> TierSpec:
+    return TierSpec(
+        name=name,
+        capacity_bytes=capacity_bytes,
+        read_bytes_per_s=rate,
+        write_bytes_per_s=rate,
+        latency_s=0.0,
+        emulated=emulated,
+    )
 
 
 class TierContract(ABC):
@@ -28,6 +38,9 @@ class TierContract(ABC):
     @abstractmethod
     def make(self, folder: Path) -> Tier:
         """Return an open tier with `spec()`, which may keep files in the folder."""
+
+    label = "t"
+    """What errors call it."""
 
     @pytest.fixture
     def tier(self, tmp_path: Path) -> Iterator[Tier]:
@@ -118,15 +131,17 @@ class TierContract(ABC):
     def test_capacity_is_kept_and_given_back(self, tier: Tier) -> None:
         blocks = [tier.allocate(CAPACITY_BYTES // 4) for _ in range(4)]
         assert tier.used_bytes == CAPACITY_BYTES
-        with pytest.raises(TierFull, match=r"tier t: no room for \d+ bytes: 0 of 1048576 are free"):
+        with pytest.raises(
+            TierFull, match=rf"tier {re.escape(self.label)}: no room for \d+ bytes: 0 of 1048576 are free"
+        ):
             tier.allocate(1)
         tier.free(blocks[1])
         assert tier.used_bytes == CAPACITY_BYTES * 3 // 4
         tier.allocate(CAPACITY_BYTES // 4)
 
     def test_what_was_never_written_is_not_read(self, tier: Tier) -> None:
-        with pytest.raises(BlockError, match="the block holds nothing yet; write it first"):
-            tier.read(tier.allocate(8), torch.zeros(1, dtype=torch.float64)).result(60)
+        with pytest.raises(BlockError, match=r"a block of 8 bytes of layer\.weight holds nothing yet; write it first"):
+            tier.read(tier.allocate(8, "layer.weight"), torch.zeros(1, dtype=torch.float64)).result(60)
 
     def test_a_block_that_is_not_its_own_is_refused(self, tier: Tier, tmp_path: Path) -> None:
         block = tier.allocate(8)
@@ -153,13 +168,27 @@ class TierContract(ABC):
         with pytest.raises(BlockError, match="a block of 0 bytes; at least 1"):
             tier.allocate(0)
 
+    def test_what_is_seen_of_a_block_in_place_is_what_transfers_move(self, tier: Tier) -> None:
+        block = tier.allocate(1000)
+        tier.write(block, torch.full((1000,), 7, dtype=torch.uint8))
+        view = tier.view(block)
+        if view is None:  # it is not the CPU's to address
+            return
+        assert view.tolist() == [7] * 1000
+        view.fill_(9)
+        into = torch.zeros(1000, dtype=torch.uint8)
+        tier.read(block, into).result(60)  # also where digests are taken: changed in place is not corrupted
+        assert into.tolist() == [9] * 1000
+        tier.write(block, torch.zeros(1000, dtype=torch.uint8)).result(60)
+        assert not view.any()
+
     def test_a_closed_tier_says_so(self, tmp_path: Path) -> None:
         with self.make(tmp_path) as tier:
             block = tier.allocate(8)
         tier.close()
         data = torch.zeros(8, dtype=torch.uint8)
         for use in (lambda: tier.allocate(8), lambda: tier.write(block, data), lambda: tier.free(block)):
-            with pytest.raises(TierError, match="tier t: it is closed"):
+            with pytest.raises(TierError, match=rf"tier {re.escape(self.label)}: it is closed"):
                 use()
 
     def test_closing_ends_the_transfers_and_leaves_nothing(self, tmp_path: Path) -> None:
