@@ -3,7 +3,8 @@
 TrainsysError
 └── RLError
     ├── TaskError       no such task, another version of it, or parameters that it does not take
-    └── PolicyError     a prompt or a completion does not fit the policy
+    ├── PolicyError     a prompt or a completion does not fit the policy
+    └── SharingError    a store of rollouts, a key or a swarm cannot be used as asked
 """
 
 from __future__ import annotations
@@ -21,3 +22,7 @@ class TaskError(RLError):
 
 class PolicyError(RLError):
     """A prompt or a completion does not fit the policy."""
+
+
+class SharingError(RLError):
+    """A store of rollouts, a key or a swarm cannot be used as asked."""

@@ -1,0 +1,222 @@
+"""A node and its peers: what is shared arrives, and nobody waits for anybody."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.test_trainsys.rollouts import group, message, row
+from trainsys.rl.rollout import Group
+from trainsys.rl.selection import Quota
+from trainsys.rl.sharing import Exchange, Identity, Pace
+from trainsys.rl.signing import Signer
+from trainsys.rl.stores import Mailbox, Store
+from trainsys.rl.validation import Rejection, Rules, Validator
+
+_QUOTA = Quota(num_local=4, num_external=4, per_peer=4)
+_QUICK = Pace(poll_interval_s=0.002, deadline_s=10)
+
+
+@pytest.fixture
+def mailbox() -> Mailbox:
+    return Mailbox(keep_s=600, budget_bytes=2**20)
+
+
+def _exchange(
+    store: Store, node: str, pace: Pace = _QUICK, rules: Rules | None = None, signer: Signer | None = None
+) -> Exchange:
+    return Exchange(store, Validator(node, rules or Rules()), Identity(node=node, model="tiny", signer=signer), pace)
+
+
+def _taken(exchange: Exchange, now_round: int = 0) -> list[Group]:
+    chosen = exchange.take([], _QUOTA, now_round=now_round, generator=random.Random(0))
+    return [candidate.group for candidate in chosen.external]
+
+
+def _until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.001)
+
+
+def test_what_one_node_shares_another_takes_once(mailbox: Mailbox) -> None:
+    anna, bert = _exchange(mailbox, "anna"), _exchange(mailbox, "bert")
+    anna.share([group(1), group(2)])
+    anna.publish_waiting()
+    for exchange in (anna, bert):
+        exchange.poll()
+        exchange.poll()
+    assert _taken(anna) == []
+    assert sorted(_taken(bert), key=lambda g: g.question.seed) == [group(1), group(2)]
+    assert _taken(bert) == []
+    assert bert.stats().accepted == 2
+    assert bert.stats().rejected == {}
+
+
+def test_own_groups_are_published_whether_or_not_they_are_trained_on(mailbox: Mailbox) -> None:
+    anna = _exchange(mailbox, "anna")
+    silent = [group(seed, right=0) for seed in range(3)]
+    anna.take(silent, Quota(num_local=0, num_external=0), now_round=0, generator=random.Random(0))
+    anna.share(silent)
+    anna.publish_waiting()
+    assert len(mailbox.names()) == anna.stats().published == 1
+
+
+def test_nodes_in_the_background_hear_each_other(mailbox: Mailbox) -> None:
+    with _exchange(mailbox, "anna").start() as anna, _exchange(mailbox, "bert").start() as bert:
+        anna.share([group(1)])
+        bert.share([group(2, node="bert")])
+        _until(lambda: anna.stats().waiting == bert.stats().waiting == 1)
+        assert _taken(bert) == [group(1)]
+        assert _taken(anna) == [group(2, node="bert")]
+
+
+class _Hanging:
+    """A store whose calls do not return until it is closed."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.calls = 0
+
+    def publish(self, name: str, message: bytes) -> None:
+        self.calls += 1
+        self.released.wait(60)
+
+    def names(self) -> list[str]:
+        self.calls += 1
+        self.released.wait(60)
+        return []
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        raise AssertionError("nothing was listed")
+
+    def close(self) -> None:
+        self.released.set()
+
+
+def test_a_store_that_hangs_delays_no_round() -> None:
+    # The reference implementation waits for every peer for 600 s, and then raises.
+    store = _Hanging()
+    with _exchange(store, "anna", Pace(poll_interval_s=0.001, deadline_s=0.005)).start() as anna:
+        began = time.perf_counter()
+        for now_round in range(50):
+            anna.share([group(now_round)])
+            assert _taken(anna, now_round) == []
+        assert time.perf_counter() - began < 5
+        _until(lambda: anna.stats().store_failures > 8)
+    assert store.calls <= 8  # calls that hang are left behind, but not more and more of them
+
+
+class _Failing(Mailbox):
+    """A mailbox that is out of reach until it is repaired."""
+
+    broken = True
+
+    def publish(self, name: str, message: bytes) -> None:
+        if self.broken:
+            raise ConnectionError("out of reach")
+        super().publish(name, message)
+
+    def names(self) -> list[str]:
+        if self.broken:
+            raise ConnectionError("out of reach")
+        return super().names()
+
+
+def test_what_a_store_did_not_take_is_published_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    store = _Failing(keep_s=600, budget_bytes=2**20)
+    with _exchange(store, "anna").start() as anna:
+        anna.share([group(1)])
+        _until(lambda: anna.stats().store_failures > 3)
+        assert anna.stats().published == 0
+        store.broken = False
+        _until(lambda: anna.stats().published == 1)
+    assert "out of reach" in caplog.text
+
+
+def test_a_store_that_is_gone_for_long_costs_old_messages_and_no_memory() -> None:
+    store = _Failing(keep_s=600, budget_bytes=2**20)
+    anna = _exchange(store, "anna", Pace(outbox=3))
+    for seed in range(10):
+        anna.share([group(seed)])
+    assert anna.stats().unpublished == 7
+    store.broken = False
+    anna.publish_waiting()
+    assert len(store.names()) == 3
+
+
+def test_a_peer_that_floods_crowds_out_nobody(mailbox: Mailbox) -> None:
+    loud, quiet = _exchange(mailbox, "loud"), _exchange(mailbox, "quiet")
+    quiet.share([group(1000, node="quiet")])
+    quiet.publish_waiting()
+    for seed in range(30):
+        loud.share([group(seed, node="loud")])
+        loud.publish_waiting()
+    anna = _exchange(mailbox, "anna", Pace(messages_per_poll=8, pool_per_peer=4))
+    anna.poll()
+    assert {found.node for found in _taken(anna)} == {"loud", "quiet"}
+    anna.poll()
+    assert anna.stats().waiting <= 4 + 1
+
+
+def test_a_poisoned_message_among_others_costs_only_itself(mailbox: Mailbox) -> None:
+    name, encoded = message(row(1))
+    mailbox.publish(name, encoded[:-7])
+    mailbox.publish("../../etc/passwd", b"x")
+    mailbox.publish("x" * 5000, b"x")
+    mailbox.publish(*message(row(2, node="bert")))
+    anna = _exchange(mailbox, "carl")
+    rejected: list[Rejection] = []
+    anna.on_rejection = rejected.append
+    anna.poll()
+    assert _taken(anna) == [group(2, node="bert")]
+    assert [rejection.reason for rejection in rejected] == ["bytes"]
+
+
+def test_a_node_that_comes_back_has_its_place(mailbox: Mailbox) -> None:
+    clock = itertools.count(1000).__next__
+    anna = Exchange(mailbox, Validator("anna", Rules()), Identity(node="anna", model=""), _QUICK, clock=clock)
+    bert = _exchange(mailbox, "bert")
+    bert.share([group(1, node="bert")])
+    bert.publish_waiting()
+    anna.poll()
+    anna.share([group(2)])
+    anna.publish_waiting()
+    state = json.loads(json.dumps(anna.state()))
+
+    back = Exchange(mailbox, Validator("anna", Rules()), Identity(node="anna", model=""), _QUICK, clock=lambda: 0.0)
+    back.load_state(state)
+    back.poll()
+    assert _taken(back) == []  # it was seen before
+    back.share([group(3)])
+    back.publish_waiting()
+    own = sorted(name for name in mailbox.names() if name.startswith("anna."))
+    assert len(own) == 2  # its count goes on, though its clock went back
+    bert.poll()
+    assert sorted(found.question.seed for found in _taken(bert)) == [2, 3]
+
+
+def test_signed_nodes_hear_only_signed_nodes(mailbox: Mailbox) -> None:
+    signers = [Signer(letter * 32) for letter in (b"a", b"b")]
+    rules = Rules(require_signatures=True)
+    signed = [_exchange(mailbox, signer.node, rules=rules, signer=signer) for signer in signers]
+    plain = _exchange(mailbox, "plain")
+    for seed, exchange in enumerate([*signed, plain]):
+        exchange.share([group(seed, node="plain")])
+        exchange.publish_waiting()
+    signed[0].poll()
+    assert [found.node for found in _taken(signed[0])] == [signers[1].node]
+    assert signed[0].stats().rejected == {"signature": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    _until(lambda: not any(thread.name.startswith(("anna", "bert", "store")) for thread in threading.enumerate()))

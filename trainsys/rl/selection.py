@@ -1,0 +1,85 @@
+"""Which groups a round trains on: I of its own and J of other nodes'. Pure: values in, values out.
+
+Follows SAPO (arXiv 2509.08721): groups whose rewards are all equal are dropped, the rest are chosen uniformly. Differs:
+the share of one peer is limited, and what is too old is dropped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainsys.rl.rollout import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A validated group of a peer, waiting to be chosen."""
+
+    group: Group
+    rollout_id: bytes
+    arrived_round: int
+    """This node's round when it arrived: age is counted in our rounds, whatever the sender's clock or version says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quota:
+    """What one round may take."""
+
+    num_local: int
+    num_external: int
+    max_age_rounds: int = 8
+    """Rounds of ours that a candidate may have waited."""
+    per_peer: int = 2
+    """Groups of one peer in one round; 1 or more."""
+    filter_local: bool = False
+    """Also of our own only groups with signal are trained on."""
+    filter_external: bool = True
+    """Of peers only groups with signal are trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What to train on, and what came of the candidates."""
+
+    local: tuple[Group, ...]
+    external: tuple[Candidate, ...]
+    kept: tuple[Candidate, ...]
+    """Candidates for later rounds: neither chosen, nor too old, nor without signal."""
+    too_old: int
+    """Candidates dropped for their age."""
+    without_signal: int
+    """Candidates dropped because all their rewards are equal."""
+
+
+def select(
+    local: Sequence[Group], candidates: Sequence[Candidate], quota: Quota, *, now_round: int, generator: random.Random
+) -> Selection:
+    """Choose uniformly among what may be chosen; fewer than asked for where there are not enough.
+
+    No order counts: of the same groups in another order the choice is as likely. Peers are drawn from evenly only as
+    far as `per_peer` makes it so.
+    """
+    own = [group for group in local if group.has_signal or not quota.filter_local]
+    young = [c for c in candidates if now_round - c.arrived_round <= quota.max_age_rounds]
+    useful = [c for c in young if c.group.has_signal or not quota.filter_external]
+    shuffled = generator.sample(useful, len(useful))
+    taken: Counter[str] = Counter()
+    external: list[Candidate] = []
+    kept: list[Candidate] = []
+    for candidate in shuffled:
+        node = candidate.group.node
+        if len(external) < quota.num_external and taken[node] < quota.per_peer:
+            taken[node] += 1
+            external.append(candidate)
+        else:
+            kept.append(candidate)
+    return Selection(
+        local=tuple(generator.sample(own, min(quota.num_local, len(own)))),
+        external=tuple(external),
+        kept=tuple(kept),
+        too_old=len(candidates) - len(young),
+        without_signal=len(young) - len(useful),
+    )

@@ -1,0 +1,300 @@
+"""A node's exchange with its peers: its groups go out, theirs come in, and training waits for neither.
+
+Two threads do all that may take long: one publishes what the node shared, one lists, fetches and validates what others
+did. A call to the store that does not return within its deadline is left behind. Training only hands groups over
+(`share`) and takes what has arrived (`take`): a slow, dead or late peer, or a store out of reach, costs it nothing but
+the groups that do not come.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+from trainsys.rl import schema
+from trainsys.rl.errors import SharingError
+from trainsys.rl.rollout import Group
+from trainsys.rl.selection import Candidate, Quota, Selection, select
+from trainsys.rl.signing import Signer
+from trainsys.rl.stores import Clock, Store
+from trainsys.rl.validation import Rejection, Validator
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Who shares."""
+
+    node: str
+    """Name of this node; with a signer, the signer's."""
+    model: str
+    """For people who look at rollouts."""
+    tokenizer: bytes = b""
+    """Digest of the tokenizer, to share token ids and log-probabilities; empty shares text alone."""
+    signer: Signer | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How much the background does at a time."""
+
+    poll_interval_s: float = 1.0
+    """Between two looks at the store; above 0."""
+    deadline_s: float = 30.0
+    """Longest time one call of the store may take before it is left behind; above 0."""
+    messages_per_poll: int = 64
+    """Messages fetched per look, one of each peer in turn, the newest first."""
+    pool_per_peer: int = 64
+    """Groups of one peer that wait to be chosen; the oldest make room."""
+    outbox: int = 64
+    """Messages that wait to be published; the oldest make room."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharingStats:
+    """What the exchange did since it was opened."""
+
+    published: int
+    accepted: int
+    rejected: Mapping[str, int]
+    """Of messages and rows, by reason."""
+    unpublished: int
+    """Messages given up because the store did not take them in time."""
+    store_failures: int
+    banned: tuple[str, ...]
+    waiting: int
+    """Groups in the pool."""
+
+
+class Exchange:
+    """See the module. `share` and `take` are the training thread's; `close` ends the threads."""
+
+    def __init__(
+        self, store: Store, validator: Validator, identity: Identity, pace: Pace, *, clock: Clock = time.time
+    ) -> None:
+        self._store = store
+        self._validator = validator
+        self._identity = identity
+        self._pace = pace
+        self._clock = clock
+        self._sequence = 0
+        self._round = 0
+        self._outbox: deque[tuple[str, bytes]] = deque()
+        self._pool: OrderedDict[bytes, Candidate] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._validating = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = threading.Event()
+        self._calls = _Calls(pace.deadline_s)
+        self._threads: list[threading.Thread] = []
+        self.on_rejection: Callable[[Rejection], None] = lambda rejection: None
+        """Called for each rejection, on the polling thread."""
+
+    def start(self) -> Exchange:
+        """Begin to publish and poll in the background."""
+        for target in (self._publish_always, self._poll_always):
+            thread = threading.Thread(target=target, name=f"{self._identity.node}-{target.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Publish what is waiting, for at most one deadline, end the threads and close the store."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(self._pace.deadline_s)
+        self._store.close()
+
+    def share(self, groups: Sequence[Group]) -> None:
+        """Hand over groups of this node to be published; returns at once."""
+        if not groups:
+            return
+        created_ms = int(self._clock() * 1000)
+        rows = []
+        for group in groups:
+            # Grows across restarts too, without asking the store what was there before.
+            self._sequence = max(self._sequence + 1, created_ms)
+            row = schema.row_of(
+                group,
+                sequence=self._sequence,
+                model=self._identity.model,
+                created_ms=created_ms,
+                tokenizer=self._identity.tokenizer,
+            )
+            rows.append(self._identity.signer.sign(row) if self._identity.signer else row)
+        message = schema.encode(rows)
+        name = schema.name_of(message, node=rows[0].node, sequence=self._sequence)
+        with self._lock:
+            self._outbox.append((name, message))
+            while len(self._outbox) > self._pace.outbox:
+                self._outbox.popleft()
+                self._counts["unpublished"] += 1
+        self._wake.set()
+
+    def take(self, local: Sequence[Group], quota: Quota, *, now_round: int, generator: random.Random) -> Selection:
+        """Choose what round `now_round` trains on, of `local` and of what has arrived; returns at once."""
+        with self._lock:
+            candidates = list(self._pool.values())
+            self._round = now_round
+        chosen = select(local, candidates, quota, now_round=now_round, generator=generator)
+        keep = {candidate.rollout_id for candidate in chosen.kept}
+        with self._lock:
+            for candidate in candidates:
+                if candidate.rollout_id not in keep:
+                    self._pool.pop(candidate.rollout_id, None)
+        return chosen
+
+    def stats(self) -> SharingStats:
+        """Return the counts so far."""
+        with self._lock:
+            return SharingStats(
+                published=self._counts["published"],
+                accepted=self._counts["accepted"],
+                rejected=dict(self._validator.rejections),
+                unpublished=self._counts["unpublished"],
+                store_failures=self._counts["store failures"],
+                banned=tuple(self._validator.banned),
+                waiting=len(self._pool),
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return this node's place in the store as JSON values: its count, what it saw, whom it banned."""
+        with self._validating:
+            return {"sequence": self._sequence, "validator": self._validator.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the place that `state` returned; before `start`."""
+        self._sequence = state["sequence"]
+        self._validator.load_state(state["validator"])
+
+    def publish_waiting(self) -> None:
+        """Publish what was shared; the background's step, here for who runs nodes in turn."""
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    return
+                name, message = self._outbox[0]
+            self._calls.within_deadline(lambda: self._store.publish(name, message))  # noqa: B023  runs before it changes
+            with self._lock:
+                if self._outbox and self._outbox[0][0] == name:
+                    self._outbox.popleft()
+                self._counts["published"] += 1
+
+    def poll(self) -> None:
+        """Fetch and validate what peers published; the background's step, here for who runs nodes in turn."""
+        listed = self._calls.within_deadline(self._store.names)
+        self._remember_names(listed)
+        limit = self._pace.messages_per_poll
+        for name in _in_turn(name for name in listed if name not in self._known and self._validator.wants(name))[
+            :limit
+        ]:
+            message = self._calls.within_deadline(lambda: self._store.fetch(name, schema.Bounds().message_bytes))  # noqa: B023
+            self._known[name] = None
+            if message is not None:
+                self._admit(name, message)
+
+    def _admit(self, name: str, message: bytes) -> None:
+        with self._validating:
+            accepted, rejected = self._validator.check(name, message)
+        for rejection in rejected:
+            log.debug("rejected of %s: %s", rejection.node, rejection.detail)
+            self.on_rejection(rejection)
+        with self._lock:
+            self._counts["accepted"] += len(accepted)
+            for found in accepted:
+                self._pool[found.rollout_id] = Candidate(found.group, found.rollout_id, self._round)
+            for node in {found.group.node for found in accepted}:
+                of_peer = [key for key, waiting in self._pool.items() if waiting.group.node == node]
+                for key in of_peer[: max(0, len(of_peer) - self._pace.pool_per_peer)]:
+                    del self._pool[key]
+
+    def _remember_names(self, listed: Sequence[str]) -> None:
+        """Forget names that the store does not list any more."""
+        current = set(listed)
+        self._known = OrderedDict((name, None) for name in self._known if name in current)
+
+    def _publish_always(self) -> None:
+        while not self._closed.is_set():
+            self._wake.wait(self._pace.poll_interval_s)  # what could not be published is tried again
+            self._wake.clear()
+            self._attempt(self.publish_waiting)
+        self._attempt(self.publish_waiting)
+
+    def _poll_always(self) -> None:
+        while not self._closed.wait(self._pace.poll_interval_s):
+            self._attempt(self.poll)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  a store raises whatever its medium does; training goes on alone
+            with self._lock:
+                self._counts["store failures"] += 1
+            log.warning("%s: the store failed, and is asked again: %r", self._identity.node, error)
+
+
+def _in_turn(names: Iterable[str]) -> list[str]:
+    """Return names so that every peer has its newest first before any has its second."""
+    ranked: list[tuple[int, str]] = []
+    count: Counter[str] = Counter()
+    for name in sorted(names, reverse=True):
+        node = name.partition(".")[0]
+        ranked.append((count[node], name))
+        count[node] += 1
+    return [name for _, name in sorted(ranked, key=lambda item: item[0])]
+
+
+class _Calls:
+    """Runs calls that may hang; each in a thread of its own, which is left behind at the deadline."""
+
+    _MOST_STUCK = 4
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._stuck = threading.Semaphore(self._MOST_STUCK)
+
+    def within_deadline(self, call: Callable[[], T]) -> T:
+        """Return what `call` does, or raise what it does, or SharingError at the deadline or with too many left."""
+        if not self._stuck.acquire(blocking=False):
+            raise SharingError(f"{self._MOST_STUCK} calls of the store have not returned; no further one is made")
+        results: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:  # noqa: BLE001  carried to the caller
+                errors.append(error)
+            finally:
+                self._stuck.release()
+
+        thread = threading.Thread(target=run, name="store-call", daemon=True)
+        thread.start()
+        thread.join(self._deadline_s)
+        if errors:
+            raise errors[0]
+        if not results:
+            raise SharingError(f"the store has not returned within {self._deadline_s:g} s")
+        return results[0]

@@ -1,0 +1,184 @@
+"""Where nodes leave messages for each other: a folder or bucket, an actor of a Ray cluster, or this process.
+
+A store keeps named bytes for a while. It promises little, so that many things can be one: it may lose messages, list
+them late, or be out of reach; whoever reads from it believes nothing (`trainsys.rl.validation`) and waits for nobody
+(`trainsys.rl.exchange`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from trainsys.rl import schema
+from trainsys.rl.errors import SharingError
+
+Clock = Callable[[], float]
+"""Unix time in seconds."""
+_SUFFIX = ".arrows"
+
+
+class Store(Protocol):
+    """Messages by name; any thread may call any method, which may take long and raise whatever its medium does."""
+
+    def publish(self, name: str, message: bytes) -> None:
+        """Make a message readable under its name: all of its bytes or none."""
+
+    def names(self) -> list[str]:
+        """Return the names of the messages kept now, in any order; those of other nodes may be anything."""
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        """Return the bytes of a message, of a longer one the first `limit` + 1; None where it is gone."""
+
+    def close(self) -> None:
+        """Let go of the medium; idempotent."""
+
+
+def open_store(url: str, *, keep_s: float) -> Store:
+    """Return the store at `url`: `ray-actor://HOST:PORT/NAME`, or a folder or bucket as fsspec knows it.
+
+    Raises:
+        SharingError: there is no such actor, or fsspec cannot open the URL.
+    """
+    if url.startswith("ray-actor://"):
+        from trainsys.rl.mailbox import RayStore
+
+        return RayStore(url)
+    return FolderStore(url, keep_s=keep_s)
+
+
+class FolderStore:
+    """A folder on any file system of fsspec: `URL/<minute>/<name>.arrows`.
+
+    Messages lie in a folder of the minute they were published in, by their sender's clock, so that a listing reads
+    only the minutes that count. A node removes its own messages when they are too old; what a node that died leaves
+    behind is not listed, and may be removed by hand or by a lifecycle rule of the bucket.
+    """
+
+    _BUCKET_S = 60
+
+    def __init__(self, url: str, *, keep_s: float, clock: Clock = time.time, options: dict[str, Any] | None = None):
+        """Open the folder, which need not be there; `options` go to fsspec. Raises: SharingError."""
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url, **(options or {}))
+        except (ImportError, ValueError, OSError) as error:
+            raise SharingError(f"{url}: cannot be a store: {error}") from error
+        self._root = root.rstrip("/")
+        self._keep_s = keep_s
+        self._clock = clock
+        self._own: deque[tuple[int, str]] = deque()
+        self._places: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def publish(self, name: str, message: bytes) -> None:
+        bucket = int(self._clock() // self._BUCKET_S)
+        folder = f"{self._root}/{bucket}"
+        path = f"{folder}/{name}{_SUFFIX}"
+        self._fs.makedirs(folder, exist_ok=True)
+        if isinstance(self._fs, LocalFileSystem):  # others show an object whole or not at all
+            hidden = f"{folder}/.{name}.partial"
+            self._fs.pipe_file(hidden, message)
+            self._fs.mv(hidden, path)
+        else:
+            self._fs.pipe_file(path, message)
+        with self._lock:
+            self._own.append((bucket, path))
+        self._retire()
+
+    def names(self) -> list[str]:
+        # A bucket more than the age says, and one ahead: clocks differ.
+        now = int(self._clock() // self._BUCKET_S)
+        first = int((self._clock() - self._keep_s) // self._BUCKET_S) - 1
+        places: dict[str, str] = {}
+        for bucket in range(now + 1, first - 1, -1):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                for path in self._fs.ls(f"{self._root}/{bucket}", detail=False, refresh=True):
+                    file_name = path.rpartition("/")[2]
+                    if file_name.endswith(_SUFFIX):
+                        places.setdefault(file_name.removesuffix(_SUFFIX), path)
+        with self._lock:
+            self._places = places
+        return list(places)
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        with self._lock:
+            path = self._places.get(name)
+        if path is None:
+            return None
+        try:
+            with self._fs.open(path, "rb", block_size=2**20, cache_type="none") as file:
+                message: bytes = file.read(limit + 1)
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        return message
+
+    def close(self) -> None:
+        return
+
+    def _retire(self) -> None:
+        """Remove own messages that are too old."""
+        oldest = int((self._clock() - self._keep_s) // self._BUCKET_S) - 1
+        while True:
+            with self._lock:
+                if not self._own or self._own[0][0] >= oldest:
+                    return
+                _, path = self._own.popleft()
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+            with contextlib.suppress(OSError):  # others' messages are still in it
+                self._fs.rmdir(path.rpartition("/")[0])
+
+
+class Mailbox:
+    """Messages in memory within a budget of bytes, shared fairly: who has most there loses its oldest first."""
+
+    def __init__(self, *, keep_s: float, budget_bytes: int, clock: Clock = time.monotonic) -> None:
+        self._keep_s = keep_s
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self._messages: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
+        self._bytes_of: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def publish(self, name: str, message: bytes) -> None:
+        with self._lock:
+            self._drop([old for old, (since, _) in self._messages.items() if since < self._clock() - self._keep_s])
+            self._drop([name] if name in self._messages else [])
+            self._messages[name] = (self._clock(), message)
+            sender = _sender(name)
+            self._bytes_of[sender] = self._bytes_of.get(sender, 0) + len(message)
+            while sum(self._bytes_of.values()) > self._budget_bytes:
+                greediest = max(self._bytes_of, key=self._bytes_of.__getitem__)
+                self._drop([next(old for old in self._messages if _sender(old) == greediest)])
+
+    def names(self) -> list[str]:
+        with self._lock:
+            since = self._clock() - self._keep_s
+            return [name for name, (published, _) in self._messages.items() if published >= since]
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        with self._lock:
+            found = self._messages.get(name)
+        return None if found is None else found[1][: limit + 1]
+
+    def close(self) -> None:
+        return
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            sender = _sender(name)
+            self._bytes_of[sender] -= len(self._messages.pop(name)[1])
+            if not self._bytes_of[sender]:
+                del self._bytes_of[sender]
+
+
+def _sender(name: str) -> str:
+    parsed = schema.parse_name(name)
+    return parsed.node if parsed else ""
