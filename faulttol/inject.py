@@ -1,69 +1,431 @@
-"""Faults on schedule, to test with: each is written down before it strikes, so that a test can see it did."""
+"""Faults on schedule, to test with: each is written down before it strikes, so that a test can see it did.
+
+Nothing here needs a privilege. A rank strikes itself, at the beginning of a step (`Injector.at`); what only the
+program can do wrong it asks the injector about: `skips` before a collective, `corrupt` before the optimizer's step,
+`tokens` when it makes a batch. `KINDS` says of every kind what a detector should find, and of the benign ones that it
+should find nothing to act on.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
+import math
 import os
+import random
 import signal
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
+from faulttol import sockets
 from faulttol.errors import InjectedFault
+from faulttol.finding import FindingKind
 
-Kind = Literal["raise", "kill", "freeze", "hang"]
+if TYPE_CHECKING:
+    import torch
+
+_ENDLESS_S = 3600.0
+_STUCK_LINK_BYTES_PER_S = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class KindInfo:
+    """What a kind of fault is, and what should be found of it."""
+
+    what: str
+    finding: FindingKind | None
+    """None: benign."""
+    also: frozenset[FindingKind] = frozenset()
+    """Findings that say the same thing from what is seen at another level."""
+    is_lasting: bool = False
+    """It acts in every step from `step` on, for `num_steps` steps."""
+    is_link: bool = False
+    """It acts on connections: `to_rank`, `rate_bytes_per_s`."""
+
+
+_STOPPED = frozenset({FindingKind.FREEZE, FindingKind.HANG, FindingKind.STUCK, FindingKind.COMMUNICATION_HANG})
+
+KINDS: Mapping[str, KindInfo] = {
+    "raise": KindInfo("raises InjectedFault", FindingKind.CRASH),
+    "exit": KindInfo("exits at once with status 17", FindingKind.CRASH),
+    "abort": KindInfo("aborts, as a failed assertion of native code does", FindingKind.CRASH),
+    "segfault": KindInfo("reads address 0", FindingKind.CRASH),
+    "kill": KindInfo("SIGKILL to itself", FindingKind.CRASH),
+    "freeze": KindInfo("SIGSTOP to itself, for `seconds`", FindingKind.FREEZE, _STOPPED),
+    "gil": KindInfo("native code keeps the GIL, for `seconds`", FindingKind.STUCK, _STOPPED),
+    "hang": KindInfo("sleeps, for `seconds`", FindingKind.HANG, _STOPPED),
+    "spin": KindInfo("runs an empty Python loop, for `seconds`", FindingKind.HANG, _STOPPED),
+    "stuck_link": KindInfo(
+        "one link carries 1 kB/s", FindingKind.COMMUNICATION_HANG, frozenset(), is_lasting=True, is_link=True
+    ),
+    "extra": KindInfo("makes an all-reduce that nobody else makes", FindingKind.DESYNC),
+    "wrong_kind": KindInfo("makes a broadcast that nobody else makes", FindingKind.DESYNC),
+    "wrong_dtype": KindInfo("makes an all-reduce of another dtype first", FindingKind.DESYNC),
+    "skip": KindInfo("leaves out the collectives of one step", FindingKind.DESYNC),
+    "slow": KindInfo("works `seconds` longer in every step", FindingKind.STRAGGLER, is_lasting=True),
+    "slow_jitter": KindInfo(
+        "works 0.5 to 1.5 times `seconds` longer in every step", FindingKind.STRAGGLER, is_lasting=True
+    ),
+    "slow_ramp": KindInfo(
+        "works longer from step to step, up to `seconds` after 16", FindingKind.STRAGGLER, is_lasting=True
+    ),
+    "cpu_hog": KindInfo("a busy process on the rank's CPU", FindingKind.STRAGGLER, is_lasting=True),
+    "slow_link": KindInfo(
+        "the link to `to_rank` carries `rate_bytes_per_s`",
+        FindingKind.COMMUNICATION_SLOW,
+        is_lasting=True,
+        is_link=True,
+    ),
+    "slow_sender": KindInfo(
+        "all that the rank sends is held to `rate_bytes_per_s` a connection",
+        FindingKind.COMMUNICATION_SLOW,
+        is_lasting=True,
+        is_link=True,
+    ),
+    "slow_receiver": KindInfo(
+        "all that is sent to `to_rank` is held to `rate_bytes_per_s` a connection; every rank's own share",
+        FindingKind.COMMUNICATION_SLOW,
+        is_lasting=True,
+        is_link=True,
+    ),
+    "nan": KindInfo("a gradient becomes NaN", FindingKind.NUMERIC),
+    "gradient": KindInfo("a gradient is multiplied by `factor`", FindingKind.NUMERIC),
+    "bit_flip": KindInfo("one bit of one parameter is inverted", FindingKind.NUMERIC),
+    "gc_pause": KindInfo("a garbage collection, then a pause of `seconds`", None),
+    "evaluation": KindInfo("evaluates for `seconds`, in phase `evaluation`", None),
+    "checkpoint": KindInfo("writes for `seconds`, in phase `checkpoint`", None),
+    "uneven": KindInfo(
+        "ranks take turns in working `seconds` longer", None, frozenset({FindingKind.DATA_IMBALANCE}), is_lasting=True
+    ),
+    "imbalance": KindInfo(
+        "has `factor` times the tokens, and works that much longer",
+        None,
+        frozenset({FindingKind.DATA_IMBALANCE}),
+        is_lasting=True,
+    ),
+    "jitter": KindInfo("works up to `seconds` longer, at random", None, is_lasting=True),
+    "all_slow": KindInfo("all ranks work `seconds` longer", None, is_lasting=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
     """One fault of one rank."""
 
-    kind: Kind
-    """`raise`: InjectedFault; `kill`: SIGKILL to itself; `freeze`: SIGSTOP to itself; `hang`: endless sleep."""
+    kind: str
+    """A key of KINDS."""
     rank: int
+    """-1: every rank."""
     step: int
+    """The step at whose beginning it strikes."""
+    num_steps: int = 0
+    """Of what lasts: for how many steps; 0: for good."""
+    seconds: float = 0.0
+    """Of a pause: how long, 0 for good. Of a slow rank: how much longer a step."""
+    to_rank: int = -1
+    """Of a link: the receiver."""
+    rate_bytes_per_s: int = 0
+    """Of a slow link: what it still carries."""
+    factor: float = 2.0
+    """Of a gradient or a batch: multiplied by this."""
+    tensor: str = ""
+    """Of numbers: which one; empty for the largest."""
+    element: int = 0
+    bit: int = 20
+    seed: int = 0
+    """Of what is random."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"fault: kind: {self.kind!r} is unknown; one of {', '.join(KINDS)}")
+
+    @property
+    def info(self) -> KindInfo:
+        """What its kind is."""
+        return KINDS[self.kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """One line of the record."""
+
+    fault: Fault
+    rank: int
+    at_ns: int
+    """`time.monotonic_ns()` of the rank's machine."""
+    is_over: bool
+    """False: it strikes now; True: it stops acting."""
 
 
 class Injector:
-    """One rank's share of a schedule; call `at` at the start of each step."""
+    """One rank's share of a schedule; call `at` at the start of each step.
 
-    def __init__(self, schedule: Sequence[Fault], *, rank: int, record: Path) -> None:
-        self._schedule = [fault for fault in schedule if fault.rank == rank]
+    `connections` (`faulttol.sockets.connections`) are needed for faults of links. `mark_phase` is told of the phases
+    in which the rank evaluates or writes, as `Recorder.mark_phase` is.
+    """
+
+    def __init__(
+        self,
+        schedule: Sequence[Fault],
+        *,
+        rank: int,
+        record: Path,
+        connections: Mapping[int, Sequence[int]] | None = None,
+        mark_phase: Callable[[str], None] | None = None,
+    ) -> None:
+        self._rank = rank
         self._record = record
+        self._connections = connections
+        self._mark_phase = mark_phase or (lambda phase: None)
+        self._acting: dict[Fault, random.Random] = {}
+        self._hogs: dict[Fault, subprocess.Popen[bytes]] = {}
+        self._schedule: list[Fault] = []
+        for fault in schedule:
+            self.add(fault)
+
+    def add(self, fault: Fault) -> None:
+        """Take one more fault into the schedule, if it is one of this rank."""
+        if not self._is_mine(fault):
+            return
+        if fault.info.is_link and self._connections is None:
+            raise ValueError(f"fault: kind: {fault.kind} acts on connections; give Injector(connections=…)")
+        self._schedule.append(fault)
 
     def at(self, step: int) -> None:
         """Strike with what is scheduled for this step, after appending it to the record."""
+        for fault in [one for one in self._acting if one.num_steps and step >= one.step + one.num_steps]:
+            self._stop(fault)
         for fault in self._schedule:
             if fault.step == step:
-                _write_down(fault, self._record)
-                _strike(fault)
+                self._write_down(fault, is_over=False)
+                if fault.info.is_lasting:
+                    self._acting[fault] = random.Random(fault.seed)
+                    self._start(fault)
+                else:
+                    self._strike(fault)
+        for fault, chance in self._acting.items():
+            _slow_down(fault, self._rank, step, chance)
+
+    def skips(self, step: int) -> bool:
+        """True in a step whose collectives the rank is to leave out."""
+        return any(fault.kind == "skip" and fault.step == step for fault in self._schedule)
+
+    def tokens(self, step: int, usual: int) -> int:
+        """Return how many tokens the rank has in the step, of usually so many."""
+        factors = [fault.factor for fault in self._acting if fault.kind == "imbalance"]
+        return round(usual * math.prod(factors))
+
+    def corrupt(self, step: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Damage one of the tensors in place if the schedule says so: parameters, or gradients under their names."""
+        damaged = False
+        for fault in self._schedule:
+            if fault.step == step and fault.info.finding is FindingKind.NUMERIC:
+                name = fault.tensor or max(tensors, key=lambda key: tensors[key].numel())
+                _damage(fault, tensors[name])
+                damaged = True
+        return damaged
+
+    def close(self) -> None:
+        """Stop what still acts. Idempotent."""
+        for fault in list(self._acting):
+            self._stop(fault)
+
+    def _is_mine(self, fault: Fault) -> bool:
+        return fault.rank in (self._rank, -1)
+
+    def _start(self, fault: Fault) -> None:
+        if fault.info.is_link:
+            rate = _STUCK_LINK_BYTES_PER_S if fault.kind == "stuck_link" else fault.rate_bytes_per_s
+            sockets.pace(self._descriptors(fault), rate)
+        if fault.kind == "cpu_hog":
+            self._hogs[fault] = _hog(fault.seconds or 60.0)
+
+    def _stop(self, fault: Fault) -> None:
+        if fault.info.is_link:
+            sockets.pace(self._descriptors(fault), sockets.UNPACED)
+        hog = self._hogs.pop(fault, None)
+        if hog is not None:
+            hog.terminate()  # which `timeout` passes on
+            hog.wait()
+        del self._acting[fault]
+        self._write_down(fault, is_over=True)
+
+    def _descriptors(self, fault: Fault) -> list[int]:
+        assert self._connections is not None
+        ranks = [fault.to_rank] if fault.to_rank >= 0 else [rank for rank in self._connections if rank != self._rank]
+        return [descriptor for rank in ranks for descriptor in self._connections.get(rank, ())]
+
+    def _strike(self, fault: Fault) -> None:
+        if fault.kind == "raise":
+            raise InjectedFault(f"injected at step {fault.step} of rank {self._rank}")
+        if fault.kind in ("evaluation", "checkpoint"):
+            self._mark_phase(fault.kind)
+        strike = _STRIKES.get(fault.kind)
+        if strike is not None:
+            strike(fault)
+
+    def _write_down(self, fault: Fault, *, is_over: bool) -> None:
+        line = {"fault": asdict(fault), "rank": self._rank, "at_ns": time.monotonic_ns(), "is_over": is_over}
+        fd = os.open(self._record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            os.write(fd, json.dumps(line).encode() + b"\n")  # in one piece: ranks share the file
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def strikes(record: Path) -> list[Strike]:
+    """Return all that was written down, over all ranks, in the order of its happening; nothing before the first."""
+    if not record.exists():
+        return []
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    return [Strike(Fault(**one["fault"]), one["rank"], one["at_ns"], one["is_over"]) for one in lines]
 
 
 def fired(record: Path) -> list[Fault]:
     """The faults that struck, over all ranks, in the order of their striking; none before the first."""
-    if not record.exists():
-        return []
-    return [Fault(**json.loads(line)) for line in record.read_text().splitlines()]
+    return [strike.fault for strike in strikes(record) if not strike.is_over]
 
 
-def _write_down(fault: Fault, record: Path) -> None:
-    fd = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        os.write(fd, json.dumps(asdict(fault)).encode() + b"\n")  # in one piece: ranks share the file
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def schedule(
+    kinds: Sequence[str], ranks: Sequence[int], *, first_step: int, every_steps: int, count: int, seed: int
+) -> list[Fault]:
+    """Return `count` faults of kinds and ranks drawn at random, one every so many steps; the same for one seed."""
+    chance = random.Random(seed)
+    return [
+        Fault(
+            kind=chance.choice(list(kinds)),
+            rank=chance.choice(list(ranks)),
+            step=first_step + index * every_steps,
+            num_steps=max(1, every_steps // 2),
+            seconds=0.05,
+            seed=seed + index,
+        )
+        for index in range(count)
+    ]
 
 
-def _strike(fault: Fault) -> None:
-    if fault.kind == "raise":
-        raise InjectedFault(f"injected at step {fault.step} of rank {fault.rank}")
-    if fault.kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault.kind == "freeze":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if fault.kind == "hang":
-        while True:
-            time.sleep(3600)
+def _pause(fault: Fault) -> None:
+    until_s = time.monotonic() + (fault.seconds or math.inf)
+    while (left_s := until_s - time.monotonic()) > 0:
+        time.sleep(min(left_s, _ENDLESS_S))
+
+
+def _spin(fault: Fault) -> None:
+    until_s = time.monotonic() + (fault.seconds or math.inf)
+    while time.monotonic() < until_s:
+        pass
+
+
+def _keep_gil(fault: Fault) -> None:
+    library = ctypes.PyDLL(None)  # unlike CDLL, it does not release the GIL around a call
+    until_s = time.monotonic() + (fault.seconds or math.inf)
+    while (left_s := until_s - time.monotonic()) > 0:
+        library.usleep(ctypes.c_uint(int(min(left_s, 1000.0) * 1e6)))
+
+
+def _freeze(fault: Fault) -> None:
+    waker = None
+    if fault.seconds:
+        waker = subprocess.Popen(["sh", "-c", f"sleep {fault.seconds}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    if waker is not None:
+        waker.wait()
+
+
+def _collect(fault: Fault) -> None:
+    gc.collect()
+    _pause(fault)
+
+
+def _stray_collective(fault: Fault) -> None:
+    """Enter a collective alone; whoever enters the group next meets it."""
+    import torch
+    import torch.distributed as dist
+
+    if fault.kind == "wrong_kind":
+        dist.broadcast(torch.zeros(3), 0)
+    elif fault.kind == "wrong_dtype":
+        dist.all_reduce(torch.zeros(5, dtype=torch.int16))
+    else:
+        dist.all_reduce(torch.zeros(7))
+
+
+def _segfault(fault: Fault) -> None:
+    ctypes.string_at(0)
+
+
+def _exit(fault: Fault) -> None:
+    os._exit(17)
+
+
+def _abort(fault: Fault) -> None:
+    os.abort()
+
+
+def _kill(fault: Fault) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+_STRIKES: Mapping[str, Callable[[Fault], None]] = {
+    "exit": _exit,
+    "abort": _abort,
+    "segfault": _segfault,
+    "kill": _kill,
+    "freeze": _freeze,
+    "gil": _keep_gil,
+    "hang": _pause,
+    "spin": _spin,
+    "extra": _stray_collective,
+    "wrong_kind": _stray_collective,
+    "wrong_dtype": _stray_collective,
+    "gc_pause": _collect,
+    "evaluation": _pause,
+    "checkpoint": _pause,
+}
+"""What strikes once and at once; other kinds act in every step, or where the program asks."""
+
+
+def _slow_down(fault: Fault, rank: int, step: int, chance: random.Random) -> None:
+    """One step's share of a fault that makes work longer."""
+    seconds = fault.seconds
+    if fault.kind == "slow_jitter":
+        seconds *= chance.uniform(0.5, 1.5)
+    elif fault.kind == "slow_ramp":
+        seconds *= min(1.0, (step - fault.step + 1) / 16)
+    elif fault.kind == "jitter":
+        seconds *= random.Random(fault.seed * 1_000_003 + step * 1009 + rank).random()
+    elif fault.kind == "uneven":
+        seconds *= (step + rank) % 2
+    elif fault.kind not in ("slow", "all_slow", "imbalance"):
+        return
+    time.sleep(seconds)
+
+
+def _damage(fault: Fault, tensor: torch.Tensor) -> None:
+    import torch
+
+    flat = tensor.detach().view(-1)
+    place = fault.element % flat.numel()
+    if fault.kind == "nan":
+        flat[place] = math.nan
+    elif fault.kind == "gradient":
+        flat.mul_(fault.factor)
+    else:
+        size = flat.element_size()
+        integers = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+        mask = 1 << (fault.bit % (8 * size - 1))  # the sign bit aside: the mask has to fit
+        integers[place] ^= mask
+
+
+def _hog(seconds: float) -> subprocess.Popen[bytes]:
+    """Start a process that keeps this process's CPU busy, for so long at most."""
+    own = os.sched_getaffinity(0)
+    hog = subprocess.Popen(["timeout", str(seconds), "sh", "-c", "while :; do :; done"])
+    os.sched_setaffinity(hog.pid, own)
+    return hog
