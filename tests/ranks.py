@@ -29,7 +29,7 @@ GRACE_S = 3.0
 """Time the others get to fail by themselves after one rank failed."""
 _EXIT_S = 20.0
 """Time a rank gets to exit when all is delivered, or to write its stacks and die when it is interrupted."""
-_PRELOAD = ["torch", "torch.distributed", "numpy", "pytest"]
+_PRELOAD = ["torch", "torch.distributed", "numpy", "pytest", "tests.preload"]
 
 
 class RankFailed(AssertionError):
@@ -71,7 +71,7 @@ def run_ranks(
 
 def warm_up() -> None:
     """Start the fork server, which imports torch in the background; later calls do nothing."""
-    _context()
+    server_context()
     forkserver.ensure_running()
 
 
@@ -109,8 +109,8 @@ class _Rank:
     @classmethod
     def start(cls, job: _Job) -> _Rank:
         """Fork the rank's process."""
-        ours, theirs = _context().Pipe()
-        process = _context().Process(target=_serve, args=(job, theirs), daemon=True)
+        ours, theirs = server_context().Pipe()
+        process = server_context().Process(target=_serve, args=(job, theirs), daemon=True)
         process.start()
         theirs.close()
         return cls(job, process, ours)
@@ -164,7 +164,8 @@ class _Rank:
         return "".join(f"{name}:\n{text[-8000:]}\n" for name, text in texts if text.strip())
 
 
-def _context() -> ForkServerContext:
+def server_context() -> ForkServerContext:
+    """Return what forks processes of tests, with what `tests.preload` imports."""
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import ranks
 from tests.ranks import GRACE_S, RankFailed, run_ranks
 
 
@@ -104,7 +105,8 @@ def _freeze_on_rank_0(rank: int, world_size: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_frozen_rank_is_ended_too() -> None:
+def test_a_frozen_rank_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_EXIT_S", 2.0)
     with pytest.raises(RankFailed, match="rank 0 did not finish in time"):
         run_ranks(_freeze_on_rank_0, 2, timeout_s=1)
     assert not active_children()
@@ -115,7 +117,8 @@ def _leave_a_thread(rank: int, world_size: int) -> None:
         threading.Thread(target=_wait_for_nothing).start()
 
 
-def test_a_rank_that_does_not_exit_is_reported() -> None:
+def test_a_rank_that_does_not_exit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_EXIT_S", 2.0)
     with pytest.raises(RankFailed, match="did not exit") as info:
         run_ranks(_leave_a_thread, 1)
     assert "_wait_for_nothing" in info.value.reports[0]

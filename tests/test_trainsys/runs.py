@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
-import psutil
-
+from tests import warm
 from trainsys import metrics
 
 SMALL = (
@@ -57,58 +57,55 @@ def write_text(folder: Path, *, documents: int = 40) -> Path:
     return folder
 
 
-def run(command: str, *args: str, cwd: Path, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run `trainsys COMMAND ARGS` to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "trainsys", command, *args],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+def run(
+    command: str, *args: str, cwd: Path, timeout_s: float = 180, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `trainsys COMMAND ARGS` to its end; `fresh` in a new interpreter, else as a fork, see `tests.warm`."""
+    if fresh:
+        return subprocess.run(
+            [sys.executable, "-m", "trainsys", command, *args],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    with tempfile.TemporaryDirectory(prefix="command-") as folder:
+        return warm.run(
+            "trainsys", [command, *args], cwd=cwd, folder=Path(folder), environ=os.environ, timeout_s=timeout_s
+        )
 
 
-def succeed(command: str, *args: str, cwd: Path, timeout_s: float = 180) -> str:
+def succeed(command: str, *args: str, cwd: Path, timeout_s: float = 180, fresh: bool = False) -> str:
     """Run `trainsys COMMAND ARGS`, which must exit with 0, and return its standard output."""
-    done = run(command, *args, cwd=cwd, timeout_s=timeout_s)
+    done = run(command, *args, cwd=cwd, timeout_s=timeout_s, fresh=fresh)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @contextlib.contextmanager
-def running(command: str, *args: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """`trainsys COMMAND ARGS` in the background; its whole process tree is gone afterwards."""
-    with (cwd / "background.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainsys", command, *args], cwd=cwd, stdout=log, stderr=log, text=True
-        )
-        try:
-            yield process
-        finally:
-            kill_tree(process)
-
-
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL the process and all its descendants, as a power cut would."""
+def running(command: str, *args: str, cwd: Path) -> Iterator[warm.Command]:
+    """`trainsys COMMAND ARGS` in the background, as a fork; its whole process tree is gone afterwards."""
+    log = cwd / "background.log"
+    process = warm.Command("trainsys", [command, *args], cwd=cwd, stdout=log, stderr=log, environ=os.environ)
     try:
-        parent = psutil.Process(process.pid)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            os.kill(member.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    psutil.wait_procs(family, timeout=30)
+        yield process
+    finally:
+        process.kill_tree()
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_s: float = 120) -> None:
+class Alive(Protocol):
+    """A process that `wait_for_step` watches."""
+
+    def poll(self) -> int | None: ...
+
+
+def wait_for_step(process: Alive, run_dir: Path, step: int, timeout_s: float = 120) -> None:
     """Return when the run has recorded `step`."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if last_step(run_dir) >= step:
             return
-        assert process.poll() is None, f"ended early with {process.returncode}: {logs(run_dir)}"
+        assert process.poll() is None, f"ended early with {process.poll()}: {logs(run_dir)}"
         time.sleep(0.02)
     raise AssertionError(f"step {step} not reached in {timeout_s} s: {logs(run_dir)}")
 

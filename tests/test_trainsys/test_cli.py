@@ -34,6 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--evaluation.sample_prompt=line ",
         ),
         cwd=folder,
+        fresh=True,
     )
     (folder / "output.txt").write_text(output)
     return folder

@@ -57,7 +57,7 @@ def test_a_run_stopped_once_and_killed_once_ends_with_the_same_bits(tmp_path: Pa
 
     with runs.running("launch", *args, "--resume", cwd=tmp_path) as process:
         runs.wait_for_step(process, broken, min(stopped_at + 4, 11))
-        runs.kill_tree(process)
+        process.kill_tree()
     runs.succeed("launch", *args, "--resume", cwd=tmp_path)
 
     assert runs.losses(broken) == runs.losses(whole)
@@ -203,7 +203,7 @@ def test_ranks_that_did_not_save_in_time_are_no_clean_stop(tmp_path: Path, text:
     with runs.running("launch", *settings, cwd=tmp_path) as process:
         runs.wait_for_step(process, tmp_path / "run", 2)
         for rank in psutil.Process(process.pid).children(recursive=True):
-            if "launch.worker" in rank.cmdline():
+            if os.getsid(rank.pid) == rank.pid and "launch.guardian" not in rank.cmdline():
                 rank.suspend()
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)

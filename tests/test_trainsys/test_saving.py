@@ -35,7 +35,7 @@ def test_a_killed_run_goes_on_from_memory_to_the_same_bits(tmp_path: Path, agent
     args = [*settings, *in_memory, f"--run_dir={broken}"]
     with runs.running("launch", *args, cwd=tmp_path) as process:
         runs.wait_for_step(process, broken, 6)
-        runs.kill_tree(process)
+        process.kill_tree()
     assert not list((broken / "checkpoints").glob("step-*")), "nothing was saved on disk"
     printed = runs.succeed("launch", *args, "--resume", cwd=tmp_path)
     (line,) = [line for line in printed.splitlines() if "resumes after step" in line]
