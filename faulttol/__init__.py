@@ -1,15 +1,27 @@
-"""Notices ranks that died, froze or hang: signs of life of every rank, and injected faults to test with."""
+"""Names the rank or the link that is bad: records every collective, tells what is wrong, and what to do about it."""
 
 from faulttol.config import FaultTolConfig
-from faulttol.errors import FaultTolError, HeartbeatError
+from faulttol.errors import FaultTolError, HeartbeatError, RecorderError, RingError
+from faulttol.events import CollectiveEvent, RankRecord, StepMark
 from faulttol.heartbeat import Heartbeat, HeartbeatView
 from faulttol.heartbeat import read as read_heartbeat
+from faulttol.process import install, mark_phase, mark_step, mark_step_end, uninstall
 
 __all__ = [
+    "CollectiveEvent",
     "FaultTolConfig",
     "FaultTolError",
     "Heartbeat",
     "HeartbeatError",
     "HeartbeatView",
+    "RankRecord",
+    "RecorderError",
+    "RingError",
+    "StepMark",
+    "install",
+    "mark_phase",
+    "mark_step",
+    "mark_step_end",
     "read_heartbeat",
+    "uninstall",
 ]

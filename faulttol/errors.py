@@ -2,6 +2,8 @@
 
 FaultTolError
 ├── HeartbeatError      a heartbeat file that cannot be what it is taken for
+├── RecorderError       a second recorder in one process; a call of one that is not installed
+├── RingError           a file that is no ring of this version, or is damaged
 └── InjectedFault       what a scheduled fault of kind `raise` raises
 """
 
@@ -14,6 +16,14 @@ class FaultTolError(Exception):
 
 class HeartbeatError(FaultTolError):
     """A heartbeat file is malformed, or is written from a process that does not own it."""
+
+
+class RecorderError(FaultTolError):
+    """A process has one recorder at most, and what is asked of it needs it installed."""
+
+
+class RingError(FaultTolError):
+    """A ring of records is malformed or cut short."""
 
 
 class InjectedFault(FaultTolError):

@@ -1,0 +1,106 @@
+"""This process's recorder: it hooks torch for the whole process, so there is one at most."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from faulttol.errors import RecorderError
+
+if TYPE_CHECKING:
+    from faulttol.recorder import Recorder
+
+
+class _Process:
+    recorder: Recorder | None = None
+    lock = threading.Lock()
+
+
+def install(
+    directory: str | Path,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    generation: int = 0,
+    capacity: int = 8192,
+    poll_s: float = 0.005,
+) -> Recorder:
+    """Record every collective and message of this process into `directory`, one ring a rank; return the recorder.
+
+    Before or after the process group is made; nothing in the user's code changes. Put the directory in memory or on a
+    local disk, and let all ranks of a machine share it. `rank` and `world_size` are the process group's, or those of
+    torchrun, unless given. A job that formed its groups anew installs anew, with the next `generation`. `capacity`
+    records are kept (72 bytes each); ends that nobody waits for in Python are noticed every `poll_s`.
+
+    Raises: RecorderError when one is installed already, when the rank is not known, or when this torch lacks what is
+    needed; OSError when the ring cannot be made; ValueError for a number that cannot be.
+    """
+    from faulttol.recorder import Recorder
+    from faulttol.ring import Ring, ring_path
+
+    if not poll_s > 0:
+        raise ValueError(f"poll_s: {poll_s} is not above 0")
+    with _Process.lock:
+        if _Process.recorder is not None:
+            raise RecorderError(f"{_Process.recorder.ring.path}: is being recorded by this process; uninstall it first")
+        rank, world_size = _place(rank, world_size)
+        path = ring_path(Path(directory), rank, generation)
+        ring = Ring(path, rank=rank, world_size=world_size, generation=generation, capacity=capacity)
+        try:
+            _Process.recorder = Recorder(ring, rank, poll_s)
+        except BaseException:
+            ring.close()
+            raise
+        return _Process.recorder
+
+
+def uninstall() -> None:
+    """Take the recorder out of torch; its ring stays on disk. Does nothing where none is installed."""
+    with _Process.lock:
+        recorder, _Process.recorder = _Process.recorder, None
+        if recorder is not None:
+            recorder.close()
+
+
+def mark_step(step: int, *, phase: str = "train", tokens: int | None = None) -> None:
+    """Say that `step` begins, and with it ends the one before; `tokens`: this rank's share of its work.
+
+    This and the other marks do nothing where no recorder is installed: a loop may always call them.
+    """
+    recorder = _Process.recorder
+    if recorder is not None:
+        recorder.mark_step(step, phase=phase, tokens=tokens)
+
+
+def mark_step_end(*, loss: float | None = None, grad_norm: float | None = None, tokens: int | None = None) -> None:
+    """Say that the step is over, and what came of it: numbers of the host, not tensors of a device."""
+    recorder = _Process.recorder
+    if recorder is not None:
+        recorder.mark_step_end(loss=loss, grad_norm=grad_norm, tokens=tokens)
+
+
+def mark_phase(phase: str) -> None:
+    """Say that a phase of the step begins: `eval`, `checkpoint`, …; `mark_step` begins the next."""
+    recorder = _Process.recorder
+    if recorder is not None:
+        recorder.mark_phase(phase)
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return the rank and the world size as given, as the process group says, or as torchrun does."""
+    if rank is None or world_size is None:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            rank = dist.get_rank() if rank is None else rank
+            world_size = dist.get_world_size() if world_size is None else world_size
+        elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            rank = int(os.environ["RANK"]) if rank is None else rank
+            world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
+        else:
+            raise RecorderError("rank, world_size: neither given nor to be had: no process group, no RANK in sight")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: {rank} is none of {world_size} ranks")
+    return rank, world_size

@@ -1,0 +1,427 @@
+"""Records every collective and message of this process into a ring, whoever starts it.
+
+`install()` once a process, before or after the process groups are made. What is written, and when:
+
+    begun    before torch is called; a rank that is stopped or dies inside leaves it in the ring
+    ended    CPU: after `Work.wait`; for those who wait in C++ by the watcher, which asks `is_completed` every `poll_s`
+             device: by the watcher, with the device's own times (`faulttol.device`); nothing waits for the device
+    failed   the call or the waiting raised, or the work ended without success
+
+The path of a record is wrapped: a defect in it loses the event, which is counted, and never reaches training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from faulttol.channels import Channels
+from faulttol.compat import Interception, group_of, work_of
+from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
+from faulttol.events import MESSAGES, MarkKind
+from faulttol.operations import ENDS_AT_WAIT, Operation
+from faulttol.ring import KIND_NUMBERS, Ring
+
+_LOG = logging.getLogger(__name__)
+_MAX_OUTPUTS = 256
+"""Results of functional reduce-scatters that are followed until somebody waits for them."""
+
+
+class _Group:
+    """What is known of one process group."""
+
+    __slots__ = ("backends", "messages", "name", "numbers", "ranks", "ref", "seq", "timed", "unfinished")
+
+    def __init__(self, group: Any, name: str, ranks: tuple[int, ...]) -> None:
+        self.ref = weakref.ref(group)
+        self.name, self.ranks = name, ranks
+        self.seq = 0
+        self.messages: dict[tuple[int, bool], int] = {}
+        self.numbers: dict[str, int] = {}
+        """By device type: the ring's number of this group with the backend it has there."""
+        self.backends: dict[str, str] = {}
+        self.timed = False
+        self.unfinished: list[_Token] = []
+        """Begun without a work of their own: one work will stand for all when coalescing ends."""
+
+
+class _Token:
+    """An operation that goes on."""
+
+    __slots__ = ("age", "device", "group", "index", "is_over", "kind", "output", "ready", "ref", "work")
+
+    def __init__(self, index: int, kind: str, group: _Group, device: Any, ready: Any) -> None:
+        self.index, self.kind, self.group, self.device, self.ready = index, kind, group, device, ready
+        self.output = 0
+        """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
+        self.work: Any = None
+        self.ref: Any = None
+        self.age = 0
+        self.is_over = False
+
+
+class Recorder:
+    """Records this process until `close()`; `faulttol.install` makes it. Marks belong to the loop's thread."""
+
+    def __init__(self, ring: Ring, rank: int, poll_s: float) -> None:
+        self.ring, self.rank = ring, rank
+        self._step, self._phase = -1, "train"
+        self._where = (-1, ring.number("phase", "train"))
+        self._step_is_open = False
+        self._groups: dict[str, _Group] = {}
+        self._dtypes: dict[torch.dtype, int] = {}
+        self._pending: dict[int, _Token] = {}
+        self._outputs: OrderedDict[int, _Token] = OrderedDict()
+        self._clocks: dict[int, DeviceClock] = {}
+        self._channels = Channels(rank)
+        self._follows_tensors = False
+        self._complained = False
+        self._is_on = True
+        self._pid = os.getpid()
+        self._poll_s = poll_s
+        self._closed = threading.Event()
+        self._interception = Interception(self)
+        os.register_at_fork(after_in_child=_switch_off(weakref.ref(self)))
+        self._watcher = threading.Thread(target=self._watch, name="faulttol-recorder", daemon=True)
+        self._watcher.start()
+
+    # The loop's marks.
+
+    def mark_step(self, step: int, *, phase: str = "train", tokens: int | None = None) -> None:
+        """Say that `step` begins, and end the step before if it is open. `tokens`: this rank's share of the work."""
+        if self._step_is_open:
+            self.mark_step_end()
+        self._step, self._phase = step, phase
+        self._step_is_open = True
+        self._mark("step_begin", tokens=tokens)
+
+    def mark_step_end(
+        self, *, loss: float | None = None, grad_norm: float | None = None, tokens: int | None = None
+    ) -> None:
+        """Say that the step is over, and what came of it; numbers on the host, not tensors of a device."""
+        self._step_is_open = False
+        self._mark("step_end", tokens=tokens, loss=loss, grad_norm=grad_norm)
+
+    def mark_phase(self, phase: str) -> None:
+        """Say that a phase of the step begins: `eval`, `checkpoint`, …; the next `mark_step` names a new one."""
+        self._phase = phase
+        self._mark("phase")
+
+    def _mark(
+        self, kind: MarkKind, *, tokens: int | None = None, loss: float | None = None, grad_norm: float | None = None
+    ) -> None:
+        if not self._is_on:
+            return
+        try:
+            self._where = (self._step, self.ring.number("phase", self._phase))
+            if any(isinstance(value, torch.Tensor) and not value.is_cpu for value in (tokens, loss, grad_norm)):
+                raise TypeError("a mark's number is a tensor of a device: reading it would wait for the device")
+            self.ring.mark(kind, time.monotonic_ns(), self._where, tokens, loss, grad_norm)
+        except Exception:  # noqa: BLE001 - recording may lose a mark, and must not end training
+            self._lose()
+
+    # What the interception tells (compat.Sink); none of it raises.
+
+    def begin(self, operation: Operation, group: Any, arguments: tuple[Any, ...]) -> _Token | None:
+        """Write that an operation begins."""
+        if not self._is_on:
+            return None
+        try:
+            return self._begin(operation, group, arguments)
+        except Exception:  # noqa: BLE001 - recording may lose an event, and must not end training
+            self._lose()
+            return None
+
+    def _begin(self, operation: Operation, bare: Any, arguments: tuple[Any, ...]) -> _Token | None:
+        first, size = _measure(operation, arguments)
+        on_device = first is not None and not first.is_cpu
+        if on_device and first.is_cuda and is_capturing():
+            return None
+        group = self._channel(bare) if operation.group is None else self._group(group_of(arguments[operation.group]))
+        kind = operation.kind
+        peer = -1
+        if operation.peer is not None:
+            local = arguments[operation.peer]
+            peer = group.ranks[local] if local < len(group.ranks) else local
+        if kind in MESSAGES:
+            key = (peer, kind == "send")
+            seq = group.messages[key] = group.messages.get(key, 0) + 1
+        else:
+            seq = group.seq = group.seq + 1
+        device_type = "cpu" if not on_device else first.device.type
+        number = group.numbers.get(device_type) or self._number(group, bare, device_type)
+        is_async = on_device and group.backends[device_type] != "gloo"
+        clock = self._clock(group, bare, first.device.index) if is_async and first.is_cuda else None
+        dtype = 0 if first is None or operation.tensors is None else self._dtype(first.dtype)
+        now = time.monotonic_ns()
+        index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._where, peer, (number, dtype))
+        token = _Token(index, kind, group, first.device.index if is_async else None, clock and clock.stamp())
+        if not is_async and kind in _REDUCE_SCATTERS:
+            self._follow_output(arguments[0], token)
+        return token
+
+    def returned(self, token: _Token, result: Any) -> None:
+        """Keep the work until it is over."""
+        try:
+            work = work_of(result)
+            if work is not None:
+                token.work = work
+                self._pending[id(work)] = token
+            elif token.kind == "monitored_barrier":
+                self._end(token, late=False)
+            else:
+                token.group.unfinished.append(token)
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
+
+    def raised(self, token: _Token) -> None:
+        """Write that the operation failed."""
+        self._end(token, late=False, failed=True)
+
+    def awaited(self, work: Any) -> _Token | None:
+        """Return the token of a work on the CPU: its wait is its end. A device's wait is only an order."""
+        token = self._pending.get(id(work))
+        if token is None or token.device is not None:
+            return None
+        del self._pending[id(work)]
+        try:
+            token.age = -1 if work.is_completed() else 0
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
+        return token
+
+    def over(self, token: _Token) -> None:
+        """Write that the operation ended; late if it was over before somebody waited."""
+        self._end(token, late=token.age < 0)
+
+    def coalesced(self, group: Any, work: Any) -> None:
+        """Let one work stand for all that the group began since coalescing started."""
+        try:
+            if not self._is_on:
+                return
+            known = self._groups.get(group.group_name)
+            if known is None or not known.unfinished:
+                return
+            tokens, known.unfinished = known.unfinished, []
+            for token in tokens:
+                if work is None:
+                    self._end(token, late=True)
+                else:
+                    token.work = work
+                    self._pending[id(token)] = token
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
+
+    def tensor_awaited(self, tensor: Any) -> None:
+        """Write the end of the functional reduce-scatter whose result this is."""
+        if not self._outputs:
+            return
+        try:
+            token = self._outputs.get(tensor.data_ptr())
+            if token is not None:
+                self._end(token, late=False)
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
+
+    def making(self, store: Any, rank: int) -> None:
+        """Let the other end of a bare backend know who this rank is in the job."""
+        try:
+            if self._is_on:
+                self._channels.announce(store, rank)
+        except Exception:  # noqa: BLE001 - as in begin; a store that fails here fails its caller next
+            self._lose()
+
+    def made(self, backend: Any, store: Any, rank: int, size: int) -> None:
+        """Remember where the other end says who it is."""
+        try:
+            if self._is_on:
+                self._channels.remember(backend, store, rank, size)
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
+
+    # The end.
+
+    def close(self) -> None:
+        """Take back all that was put into torch, and close the ring, which stays on disk. Idempotent."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._is_on = False
+        self._interception.close()
+        if os.getpid() == self._pid:  # a forked child has no such thread
+            self._watcher.join()
+        self._pending.clear()
+        self.ring.close()
+
+    def switch_off(self) -> None:
+        """Record nothing any more, without taking anything back: what a forked child does."""
+        self._is_on = False
+
+    # Inside.
+
+    def _end(self, token: _Token, *, late: bool, failed: bool = False) -> None:
+        if token.is_over:
+            return
+        token.is_over = True
+        try:
+            self.ring.end(token.index, time.monotonic_ns(), None, failed=failed, late=late)
+            if self._outputs.get(token.output) is token:
+                del self._outputs[token.output]
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
+
+    def _lose(self) -> None:
+        """Count what could not be recorded, and tell of the first one."""
+        if self._closed.is_set():
+            return
+        self.ring.lose()
+        if not self._complained:
+            self._complained = True
+            _LOG.warning("an event could not be recorded; later losses are only counted", exc_info=True)
+
+    def _group(self, group: Any) -> _Group:
+        known = self._groups.get(group.group_name)
+        return known if known is not None and known.ref() is group else self._meet(group)
+
+    def _meet(self, group: Any) -> _Group:
+        """Get to know a group; one that has the name of a group that is gone gets a name of its own."""
+        name, earlier = group.group_name, self._groups.get(group.group_name)
+        ranks = tuple(dist.get_process_group_ranks(group))
+        shown = name
+        if earlier is not None:
+            base, _, count = earlier.name.rpartition("~")
+            shown = f"{base}~{int(count) + 1}" if base else f"{name}~2"
+        known = self._groups[name] = _Group(group, shown, ranks)
+        return known
+
+    def _channel(self, backend: Any) -> _Group:
+        known: _Group | None = self._channels.known(backend)
+        if known is None:
+            known = _Group(backend, *self._channels.resolve(backend))
+            self._channels.know(backend, known)
+        elif not known.ranks:
+            name, ranks = self._channels.resolve(backend)
+            if ranks:  # the other end had not told before: what was counted goes on under the ranks' names
+                known.name, known.ranks = name, ranks
+                known.messages = {(ranks[place], sends): n for (place, sends), n in known.messages.items()}
+                known.numbers.clear()
+        return known
+
+    def _number(self, group: _Group, bare: Any, device_type: str) -> int:
+        backend = bare if bare is not None else group.ref()._get_backend(torch.device(device_type))  # type: ignore[union-attr]
+        name = backend.name().lower()
+        group.backends[device_type] = name
+        if name == "gloo" and not self._follows_tensors:
+            self._follows_tensors = True
+            self._interception.follow_functional_waits(self)
+        number = self.ring.number("group", group.name, name, group.ranks)
+        group.numbers[device_type] = number
+        return number
+
+    def _dtype(self, dtype: torch.dtype) -> int:
+        number = self._dtypes.get(dtype)
+        if number is None:
+            number = self._dtypes[dtype] = self.ring.number("dtype", str(dtype).removeprefix("torch."))
+        return number
+
+    def _clock(self, group: _Group, bare: Any, index: int) -> DeviceClock:
+        if not group.timed:
+            group.timed = True
+            if bare is None:
+                group.ref()._enable_collectives_timing()  # type: ignore[union-attr]
+        clock = self._clocks.get(index)
+        if clock is None:
+            clock = self._clocks[index] = DeviceClock(index)
+        return clock
+
+    def _follow_output(self, output: Any, token: _Token) -> None:
+        while isinstance(output, (list, tuple)):
+            output = output[0]
+        token.output = output.data_ptr()
+        self._outputs[token.output] = token
+        if len(self._outputs) > _MAX_OUTPUTS:
+            self._end(self._outputs.popitem(last=False)[1], late=True)
+
+    # The watcher's thread.
+
+    def _watch(self) -> None:
+        if torch.cuda.is_available() and not leave_captures_alone():
+            _LOG.warning("the CUDA runtime was not found: a graph that is captured while collectives go on may fail")
+        while not self._closed.wait(self._poll_s):
+            if not self._is_on:
+                return
+            self.ring.sign()
+            for key, token in list(self._pending.items()):
+                try:
+                    self._look(key, token)
+                except Exception:  # noqa: BLE001 - as in begin
+                    self._pending.pop(key, None)
+                    self._lose()
+
+    def _look(self, key: int, token: _Token) -> None:
+        work = token.work
+        if work is None:
+            return  # only its caller holds it now: its wait or its end tells
+        if work.is_completed():
+            if self._pending.pop(key, None) is not None:
+                self._end_of_work(token, work)
+            return
+        token.age += 1
+        if token.device is None and token.kind in ENDS_AT_WAIT and token.age > 1:
+            # Held here, it would hold its tensors for as long as nobody waits for it.
+            token.ref = weakref.ref(work, lambda _: self._dropped(key, token))
+            token.work = None
+
+    def _dropped(self, key: int, token: _Token) -> None:
+        """End what nobody can wait for any more, unless its output is still followed."""
+        if self._pending.get(key) is token:
+            del self._pending[key]
+            if self._outputs.get(token.output) is not token:
+                self._end(token, late=True)
+
+    def _end_of_work(self, token: _Token, work: Any) -> None:
+        failed = work.exception() is not None
+        clock = None if token.device is None else self._clocks.get(token.device)
+        if clock is None or token.ready is None:
+            self._end(token, late=True, failed=failed)
+            return
+        duration_ns = None if failed else round(work._get_duration() * 1e6)
+        span = None if duration_ns is None else clock.span(token.group.name, token.ready, duration_ns)
+        clock.release(token.ready)
+        if span is None:
+            self._end(token, late=True, failed=failed)
+        else:
+            self.ring.end(token.index, span.end_ns, duration_ns, failed=False, late=False)
+
+
+def _measure(operation: Operation, arguments: tuple[Any, ...]) -> tuple[Any, int]:
+    """Return a tensor of an operation, None without any, and the bytes of all."""
+    if operation.tensors is None:
+        return (None if operation.device is None else arguments[operation.device]), 0
+    value = arguments[operation.tensors]
+    if isinstance(value, torch.Tensor):
+        return value, value.nbytes
+    if len(value) == 1 and isinstance(value[0], torch.Tensor):
+        return value[0], value[0].nbytes
+    tensors = [t for item in value for t in (item if isinstance(item, (list, tuple)) else (item,))]
+    return (tensors[0] if tensors else None), sum(t.nbytes for t in tensors)
+
+
+def _switch_off(recorder: weakref.ref[Recorder]) -> Any:
+    def in_child() -> None:
+        found = recorder()
+        if found is not None:
+            found.switch_off()
+
+    return in_child
+
+
+_REDUCE_SCATTERS = ENDS_AT_WAIT - MESSAGES
