@@ -77,7 +77,7 @@ def check_tokens(num_tokens: int, group: ProcessGroup) -> None:
 def _column(x: Tensor, weight: Tensor, group: str, sequence: bool, overlap: bool) -> Tensor:
     if not sequence:
         return _linear(x, weight.t())
-    return _gather_product(x, weight.t(), _ranks(group), overlap)[0]
+    return _gather_product(x, weight.t(), _ranks(group), overlap, keep=False)[0]
 
 
 @_column.register_fake
@@ -239,6 +239,26 @@ def _begin_gather(x_BtI: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     return finish
 
 
+def _begin_parts(x_BtI: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to fetch the parts of all ranks through their memory; returns what gives them as [ranks, B, t, I].
+
+    The part of this rank is not there: whoever multiplies it has it.
+    """
+    buffers = symmetric.buffers(group, x_BtI.device)
+    parts = x_BtI.new_empty(buffers.size, *x_BtI.shape)
+
+    def put(rank: int, part: Tensor) -> None:
+        parts[rank].copy_(part)
+
+    arrived = buffers.gather(x_BtI, put)
+
+    def finish() -> Tensor:
+        arrived()
+        return parts
+
+    return finish
+
+
 @dataclass(frozen=True, slots=True)
 class _Hop:
     """A part on its way from the rank before to the rank after."""
@@ -270,8 +290,10 @@ class _Ring:
         return _Hop(received, dist.batch_isend_irecv(hops))
 
 
-def _gather_product(x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overlap: bool) -> tuple[Tensor, Tensor]:
-    """Return (gathered x [B, T, I] times the matrix, gathered x)."""
+def _gather_product(
+    x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overlap: bool, *, keep: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return (gathered x [B, T, I] times the matrix, gathered x); without `keep` the second may be anything."""
     if not overlap:
         gathered = gather_tokens(x_BtI, group)
         return _linear(gathered, matrix_IO), gathered
@@ -280,10 +302,10 @@ def _gather_product(x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overl
     product = x_BtI.new_empty(batch, share * group.size(), matrix_IO.shape[1])
     out = torch.split(product, share, 1)
     if symmetric.available(group, x_BtI):
-        finish = _begin_gather(x_BtI, group)
+        finish = _begin_gather(x_BtI, group) if keep else _begin_parts(x_BtI, group)
         _product_into(x_BtI, matrix_IO, out[group.rank()])
         gathered = finish()
-        for rank, part in enumerate(torch.split(gathered, share, 1)):
+        for rank, part in enumerate(torch.split(gathered, share, 1) if keep else gathered):
             if rank != group.rank():
                 _product_into(part, matrix_IO, out[rank])
         return product, gathered
