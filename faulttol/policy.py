@@ -51,9 +51,10 @@ class Situation:
     """What there is to go on with."""
 
     now_s: float
-    world_size: int
     full_size: int
     """Ranks that the run asked for."""
+    ranks_left: int
+    """Processes of the generation that ended which can go on."""
     spares_ready: int
     spares_starting: int
     smaller_sizes: tuple[int, ...] = ()
@@ -113,12 +114,10 @@ def decide(incident: Incident, before: Sequence[Incident], situation: Situation,
         return stop
     stuck = _fruitless(incident, before)
     pause_s = min(config.backoff_limit_s, config.backoff_s * 2 ** (stuck - 1)) if stuck else 0.0
-    lost = len({loss.rank for loss in incident.losses})
-    left = situation.world_size - lost
     wanted = situation.full_size
-    available = left + situation.spares_ready
+    available = situation.ranks_left + situation.spares_ready
     if available >= wanted:
-        return Resume(wanted, wanted - left, pause_s)
+        return Resume(wanted, max(0, wanted - situation.ranks_left), pause_s)
     waited_s = situation.now_s - incident.at_s
     if situation.spares_starting and available + situation.spares_starting >= wanted and waited_s < config.spare_wait_s:
         return Wait(f"{situation.spares_starting} spare(s) start; {waited_s:.1f} s of {config.spare_wait_s:g} s")

@@ -3,6 +3,7 @@
 from launch.config import LaunchConfig
 from launch.context import RankContext
 from launch.errors import ClusterError, JobNotFound, LaunchError, PlacementError, RankFailed, TokenError
+from launch.fleet import Recovery
 from launch.job import Job, JobResult
 from launch.launcher import run
 from launch.rankenv import RankEnv
@@ -18,6 +19,7 @@ __all__ = [
     "RankContext",
     "RankEnv",
     "RankFailed",
+    "Recovery",
     "TokenError",
     "run",
 ]

@@ -22,6 +22,9 @@ class LaunchConfig:
     """CPUs that Ray reserves for one rank; above 0."""
     gpus_per_rank: float = 0.0
     """GPUs that Ray reserves for one rank; 0 reserves none."""
+    spares: int = 0
+    """Ranks beside those of the layout that are started, imported and kept waiting, to take the place of lost ones;
+    needs faulttol.mode = act. A lost process is replaced by a new spare. 0 or more."""
     start_timeout_s: float = 180.0
     """Seconds until every rank must have joined; past that the run ends and the missing ranks are named."""
     frozen_timeout_s: float = 30.0

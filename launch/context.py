@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from faulttol import Heartbeat
+from faulttol.recovery import Assignment, Member
 from launch import signals
 from launch.rankenv import RankEnv
 
 _HEARTBEAT_INTERVAL_S = 0.5
 
+T = TypeVar("T")
+
 
 class RankContext:
     """One rank's link to its launcher. The launcher makes it; under torchrun or plain Python, `open` does."""
 
-    def __init__(self, env: RankEnv, heartbeat: Heartbeat, stop: threading.Event) -> None:
+    def __init__(self, env: RankEnv, heartbeat: Heartbeat, stop: threading.Event, member: Member | None = None) -> None:
         self.env = env
+        """Under recovery: of the current generation."""
         self.heartbeat = heartbeat
+        self.generation = 0
+        """How often the job was formed anew, without its processes being started again."""
+        self._member = member
         self._stop = stop
         self._joined = False
         self._num_joined = 0
@@ -54,6 +62,34 @@ class RankContext:
         """
         return self._stop.is_set()
 
+    def run(self, work: Callable[[], T]) -> T | None:
+        """Return what `work` returns. In a job with recovery it is called again in every generation.
+
+        There it must restore by itself what it had done, and make its process groups inside `making_groups`. This
+        process may then be a spare that waits for its first generation, and returns None if none came.
+        """
+        if self._member is None:
+            return work()
+        self.heartbeat.beat(step=self.heartbeat.step, phase="standby")
+        return self._member.run(lambda assignment: self._take_part(assignment, work))
+
+    def making_groups(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which process groups are made, so that recovery can break their connections."""
+        return contextlib.nullcontext() if self._member is None else self._member.connections.recording()
+
+    def releasing(self, release: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+        """A block in which recovery calls `release` to end waits that are no collective; perhaps often."""
+        return contextlib.nullcontext() if self._member is None else self._member.releasing(release)
+
+    def _take_part(self, assignment: Assignment, work: Callable[[], T]) -> T:
+        self.env = RankEnv(**assignment.place)
+        self.generation = assignment.generation
+        self._joined, self._num_joined = False, 0
+        os.environ.update(self.env.to_environ())
+        result = work()
+        self.close()
+        return result
+
     def init_process_group(self, backend: str, timeout_s: float) -> None:
         """Join `torch.distributed` with all ranks of the job, every rank calling; a single rank joins alone.
 
@@ -63,15 +99,16 @@ class RankContext:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not in its __all__
 
         self.heartbeat.beat(step=self.heartbeat.step, phase="rendezvous")
-        store = _connect_store(self.env, timeout_s)
-        dist.init_process_group(
-            backend,
-            # New keys for every joining: of a group that was left, the store still has the addresses.
-            store=PrefixStore(f"attempt{self.env.attempt}/{self._num_joined}", store),
-            rank=self.env.rank,
-            world_size=self.env.world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        with self.making_groups():
+            store = _connect_store(self.env, timeout_s)
+            dist.init_process_group(
+                backend,
+                # New keys for every joining: of a group that was left, the store still has the addresses.
+                store=PrefixStore(f"attempt{self.env.attempt}.{self.generation}/{self._num_joined}", store),
+                rank=self.env.rank,
+                world_size=self.env.world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
         self._joined = True
         self._num_joined += 1
 

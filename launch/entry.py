@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from faulttol import Heartbeat
+from faulttol.recovery import Member
 from launch.context import RankContext
 from launch.rankenv import RankEnv
 
@@ -55,18 +56,19 @@ def execute(
     heartbeat_interval_s: float,
     stop: threading.Event,
     joined: Callable[[], object] = lambda: None,
+    member: Member | None = None,
 ) -> Outcome:
     """Import `entry`, call it in this process with its context, and tell how it ended; raises nothing.
 
     The rank's place is read from the environment. The heartbeat begins once the entry is imported: that is
-    when the rank has joined. `joined` is called then, and may block.
+    when the rank has joined. `joined` is called then, and may block. With `member` the job outlives its ranks.
     """
     try:
         function = _load(entry)
         env = RankEnv.from_environ(os.environ)
         with (
             Heartbeat(heartbeat_path, heartbeat_interval_s) as heartbeat,
-            RankContext(env, heartbeat, stop) as context,
+            RankContext(env, heartbeat, stop, member) as context,
         ):
             joined()
             return Returned(_as_json(function(context, payload)))
@@ -98,6 +100,12 @@ def raised(error: BaseException) -> Raised:
         frames = frames.tb_next
     text = "".join(traceback.format_exception(type(error), error, frames))
     return Raised(traceback=text, messages=tuple(chain), at_s=time.time())
+
+
+def described(error: BaseException) -> tuple[tuple[str, ...], str]:
+    """(messages, traceback) of an error, as `raised` has them."""
+    outcome = raised(error)
+    return outcome.messages, outcome.traceback
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
-from launch import local, ray_actors
+from launch import elastic, local, ray_actors
 from launch.config import LaunchConfig
+from launch.fleet import Fleet, Recovery
 from launch.job import Job, JobResult
 from launch.supervisor import Ranks, log_path, supervise
 from launch.verdict import Limits
 
 Start = Callable[[Job, LaunchConfig, float], AbstractContextManager[Ranks]]
 
+StartFleet = Callable[[Job, LaunchConfig, float], AbstractContextManager[Fleet]]
+
+_FLEET_BY_KIND: Mapping[str, StartFleet] = {"local": local.start_fleet}
 _START_BY_KIND: Mapping[str, Start] = {"local": local.start, "ray": ray_actors.start}
 
 
@@ -22,8 +26,11 @@ def run(
     *,
     heartbeat_interval_s: float,
     on_output: Callable[[bytes], None],
+    recovery: Recovery | None = None,
 ) -> JobResult:
     """Run `job` on all its ranks and block until it ended; no rank outlives the call or the calling process.
+
+    With `recovery` the job goes on without ranks that are lost; its entry does its work in `RankContext.run`.
 
     `on_output` gets what rank 0 prints, as it appears. SIGTERM or SIGINT asks every rank to stop, kills what
     is left after `config.stop_grace_s`, and ends in the outcome "stopped"; a second SIGINT kills at once.
@@ -42,6 +49,11 @@ def run(
         exit_timeout_s=config.stop_grace_s,
         heartbeat_interval_s=heartbeat_interval_s,
     )
+    if recovery is not None:
+        with _FLEET_BY_KIND[config.kind](job, config, heartbeat_interval_s) as fleet:
+            return elastic.supervise(
+                fleet, job, limits, recovery, stop_grace_s=config.stop_grace_s, on_output=on_output
+            )
     with _START_BY_KIND[config.kind](job, config, heartbeat_interval_s) as ranks:
         return supervise(ranks, job, limits, stop_grace_s=config.stop_grace_s, on_output=on_output)
 
@@ -63,6 +75,8 @@ def _check(config: LaunchConfig, heartbeat_interval_s: float) -> None:
     wrong += [
         f"launch.{name}: {getattr(config, name)} is not above 0" for name in positive if not getattr(config, name) > 0
     ]
+    if config.spares < 0:
+        wrong.append(f"launch.spares: {config.spares} is below 0")
     if config.gpus_per_rank < 0:
         wrong.append(f"launch.gpus_per_rank: {config.gpus_per_rank} is below 0")
     if not heartbeat_interval_s > 0:

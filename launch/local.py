@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -11,16 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import faulttol
+from faulttol.agent import NodeAgent, Watched, start_ticks
+from faulttol.recovery import Standing
 from launch import context, entry
 from launch.config import LaunchConfig
 from launch.errors import LaunchError
+from launch.fleet import MemberReport, member_log
 from launch.job import Job
+from launch.orders import Order
 from launch.rankenv import RankEnv
 from launch.supervisor import log_path
 from launch.verdict import Exit, Pulse, RankReport
@@ -48,7 +54,7 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
                     store_port=listener.getsockname()[1],
                     store_is_served=True,
                 )
-                ranks.add(_Process(job, env, config, heartbeat_interval_s, Path(folder)))
+                ranks.add(_Process(job, env, config, heartbeat_interval_s, Path(folder), log_path(job.log_dir, rank)))
             # Ranks import torch meanwhile; those that are faster wait in the listener's queue.
             store = context.serve_store(listener, job.world_size)
             yield ranks
@@ -56,6 +62,24 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
         finally:
             listener.close()
             ranks.kill()
+
+
+@contextlib.contextmanager
+def start_fleet(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterator[LocalFleet]:
+    """The running members of `job`, its spares among them; leaving the block ends what is left of them."""
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder, _Guardian(folder) as guardian:
+        listener = context.listen(_LOOPBACK)
+        port = listener.getsockname()[1]
+        fleet = LocalFleet(guardian, job, config, heartbeat_interval_s, (Path(folder), port))
+        try:
+            for _ in range(job.world_size + config.spares):
+                fleet.add()
+            store = context.serve_store(listener, job.world_size)
+            yield fleet
+            del store
+        finally:
+            listener.close()
+            fleet.kill()
 
 
 class LocalRanks:
@@ -96,15 +120,105 @@ class LocalRanks:
                 self._guardian.forget(process.pid)
 
 
+class LocalFleet:
+    """See `fleet.Fleet`."""
+
+    def __init__(
+        self,
+        guardian: _Guardian,
+        job: Job,
+        config: LaunchConfig,
+        heartbeat_interval_s: float,
+        place: tuple[Path, int],
+    ) -> None:
+        """`place` is the folder for notes, and the port of the store."""
+        self._job, self._config, self._heartbeat_interval_s = job, config, heartbeat_interval_s
+        self._folder, self._port = place
+        self._ranks = LocalRanks(guardian)
+        self._processes: list[_Process] = []
+        self._agent = NodeAgent()
+
+    def add(self) -> None:
+        index = len(self._processes)
+        log_file = member_log(self._job, index)
+        env = RankEnv(store_host=_LOOPBACK, store_port=self._port, store_is_served=True)
+        start = functools.partial(_Process, self._job, env, self._config, self._heartbeat_interval_s, self._folder)
+        process = start(log_file, member=index)
+        self._processes.append(process)
+        self._ranks.add(process)
+        self._agent.watch(Watched(index, process.pid, start_ticks(process.pid), *process.signs))
+
+    def look(self) -> list[MemberReport]:
+        vitals = {seen.rank: seen for seen in self._agent.look()}
+        reports = self._ranks.poll()
+        for index, process in enumerate(self._processes):
+            if process.exit is not None:
+                self._agent.forget(index)
+        return [
+            MemberReport(report, process.standing(), vitals.get(index))
+            for index, (process, report) in enumerate(zip(self._processes, reports, strict=True))
+        ]
+
+    def places(self, members: Sequence[int]) -> list[dict[str, Any]]:
+        size = len(members)
+        envs = (
+            RankEnv(
+                rank=rank,
+                world_size=size,
+                local_rank=rank,
+                local_world_size=size,
+                store_host=_LOOPBACK,
+                store_port=self._port,
+                store_is_served=True,
+            )
+            for rank in range(size)
+        )
+        return [asdict(env) for env in envs]
+
+    def order(self, member: int, order: Order) -> None:
+        self._processes[member].tell(json.dumps(order).encode() + b"\n")
+
+    def end(self, member: int) -> None:
+        process = self._processes[member]
+        process.kill()
+        process.wait_until_gone(time.monotonic() + _GONE_TIMEOUT_S)
+
+    def request_stop(self) -> None:
+        self._ranks.request_stop()
+
+    def dump_stacks(self) -> None:
+        self._ranks.dump_stacks()
+
+    def kill(self) -> None:
+        self._ranks.kill()
+        self._agent.close()
+
+
 class _Process:
     """One rank's process, from start to reaped."""
 
-    def __init__(self, job: Job, env: RankEnv, config: LaunchConfig, heartbeat_interval_s: float, folder: Path) -> None:
+    def __init__(
+        self,
+        job: Job,
+        env: RankEnv,
+        config: LaunchConfig,
+        heartbeat_interval_s: float,
+        folder: Path,
+        log_file: Path,
+        member: int | None = None,
+    ) -> None:
+        """`member` is its number in a job with recovery."""
         self.exit: Exit | None = None
-        self._heartbeat_path = folder / f"rank{env.rank}.heartbeat"
-        self._outcome_path = folder / f"rank{env.rank}.outcome.json"
+        name = f"rank{env.rank}" if member is None else f"member{member}"
+        self._heartbeat_path = folder / f"{name}.heartbeat"
+        self._outcome_path = folder / f"{name}.outcome.json"
+        self._standing_path = folder / f"{name}.standing.json"
+        self._answers_path = folder / f"{name}.answers"
+        self._standing: Standing | None = None
+        self._standing_stamp = (0, 0)
         self._outcome: entry.Outcome | None = None
-        description_path = folder / f"rank{env.rank}.job.json"
+        description_path = folder / f"{name}.job.json"
+        recovery = {"standing_path": str(self._standing_path), "answers_path": str(self._answers_path)}
         description_path.write_text(
             json.dumps(
                 {
@@ -114,6 +228,7 @@ class _Process:
                     "heartbeat_path": str(self._heartbeat_path),
                     "heartbeat_interval_s": heartbeat_interval_s,
                     "outcome_path": str(self._outcome_path),
+                    **({} if member is None else recovery),
                 }
             )
         )
@@ -122,7 +237,7 @@ class _Process:
         read_fd, write_fd = os.pipe()
         self._control: IO[bytes] = open(write_fd, "wb", buffering=0)  # noqa: SIM115 - open as long as the rank lives
         try:
-            with open(log_path(job.log_dir, env.rank), "wb") as output:
+            with open(log_file, "wb") as output:
                 self._popen = subprocess.Popen(
                     [sys.executable, "-u", "-m", "launch.worker", str(description_path), str(read_fd)],
                     stdin=subprocess.DEVNULL,
@@ -152,6 +267,21 @@ class _Process:
             view = faulttol.read_heartbeat(self._heartbeat_path)
             pulse = Pulse(view.alive_count, view.progress_count, view.step, view.phase)
         return RankReport(pulse, self._outcome, ended)
+
+    @property
+    def signs(self) -> tuple[Path, Path]:
+        """Where its heartbeat is, and where its native code answers."""
+        return self._heartbeat_path, self._answers_path
+
+    def standing(self) -> Standing | None:
+        """What the process said last of how it stands; None before its first word."""
+        with contextlib.suppress(FileNotFoundError):
+            stat = self._standing_path.stat()
+            stamp = stat.st_ino, stat.st_mtime_ns  # every word is a file of its own
+            if stamp != self._standing_stamp:
+                self._standing = Standing.from_json(json.loads(self._standing_path.read_text()))
+                self._standing_stamp = stamp
+        return self._standing
 
     def tell(self, message: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, ValueError):  # it is gone, or was reaped and its pipe closed

@@ -17,8 +17,8 @@ from launch.verdict import Fault, Limits, RankReport, RankStatus
 
 _POLL_S = 0.1
 _SETTLE_S = 1.0  # how long others may still report after the first failure, so that its cause is among the reports
-_STACKS_S = 0.5  # how long ranks get to write the stacks of their threads before they are killed
-_LONGEST_TICK_S = 5.0  # a supervisor that was itself suspended for longer holds no rank to account for it
+STACKS_S = 0.5  # how long ranks get to write the stacks of their threads before they are killed
+LONGEST_TICK_S = 5.0  # a supervisor that was itself suspended for longer holds no rank to account for it
 _TAIL_BYTES = 8192
 
 
@@ -38,7 +38,7 @@ class Ranks(Protocol):
         """End every rank, whatever state it is in, and return when all are gone. Idempotent."""
 
 
-class _Stop:
+class StopWish:
     """What signals to the launcher have asked for."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def supervise(
     Raises: RankFailed.
     """
     watch = _Watch(ranks, job, on_output)
-    stop = _Stop()
+    stop = StopWish()
     stop_at_s: float | None = None
     with signals.caught(stop.note):
         while True:
@@ -99,7 +99,7 @@ def _collect_stacks(watch: _Watch) -> None:
     """Have ranks say where they are; one that froze cannot, its peers can."""
     watch.quiet = True  # the report shows them, after the rank at fault
     watch.ranks.dump_stacks()
-    deadline_s = watch.now_s + _STACKS_S
+    deadline_s = watch.now_s + STACKS_S
     while watch.now_s < deadline_s:
         time.sleep(_POLL_S)
         watch.look()
@@ -129,7 +129,7 @@ class _Watch:
         printed = self._read_new()
         reports = self.ranks.poll()
         looked_s = time.monotonic()
-        self.now_s += min(looked_s - self._looked_s, _LONGEST_TICK_S)
+        self.now_s += min(looked_s - self._looked_s, LONGEST_TICK_S)
         self._looked_s = looked_s
         self.statuses = [
             verdict.observe(status, report, self.now_s) for status, report in zip(self.statuses, reports, strict=True)
@@ -175,7 +175,7 @@ class _Watch:
             summary=summary,
             traceback=status.outcome.traceback if isinstance(status.outcome, Raised) else "",
             log=str(path),
-            log_tail=_tail(path),
+            log_tail=tail(path),
         )
 
     def _read_new(self) -> bytes:
@@ -186,7 +186,7 @@ class _Watch:
         return new
 
 
-def _tail(path: Path) -> str:
+def tail(path: Path) -> str:
     """The last whole lines of a log."""
     with open(path, "rb") as log:
         size = log.seek(0, os.SEEK_END)

@@ -185,6 +185,11 @@ def blame(statuses: Sequence[RankStatus], limits: Limits, now_s: float) -> Fault
     return _fault(min(failed, key=_failure_order))
 
 
+def tells_of_lost_peer(messages: Sequence[str]) -> bool:
+    """Whether an error says that a peer was lost, rather than that this rank failed."""
+    return any(_PEER_LOSS.search(message) for message in messages)
+
+
 def describe(statuses: Sequence[RankStatus], rank: int, fault: Fault, limits: Limits, now_s: float) -> str:
     """One line on a rank for a failure report."""
     status = statuses[rank]
@@ -239,7 +244,7 @@ def _failure_order(status: RankStatus) -> tuple[float, int, float]:
 
 def _lost_peer(status: RankStatus) -> bool:
     outcome = status.outcome
-    return isinstance(outcome, Raised) and any(_PEER_LOSS.search(message) for message in outcome.messages)
+    return isinstance(outcome, Raised) and tells_of_lost_peer(outcome.messages)
 
 
 def _where(status: RankStatus) -> str:

@@ -1,7 +1,7 @@
 """One local rank: `python -m launch.worker DESCRIPTION CONTROL_FD`, started by `launch.local` alone.
 
-DESCRIPTION is a JSON file. Over the control pipe come `stop` and `stacks`, a line each; its end of file means
-that the launcher is gone, and this rank with all it started goes too.
+DESCRIPTION is a JSON file. Over the control pipe come `stop` and `stacks`, a line each, and the orders of a job that
+outlives its ranks as JSON; its end of file means that the launcher is gone, and this rank with all it started goes too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from launch import entry, signals
+from faulttol import agent
+from faulttol.recovery import Member
+from launch import entry, orders, signals
 
 
 def main(description_path: str, control_fd: str) -> int:
@@ -23,8 +25,15 @@ def main(description_path: str, control_fd: str) -> int:
     faulthandler.enable()
     description = json.loads(Path(description_path).read_text())
     stop = threading.Event()
-    threading.Thread(target=_obey, args=(int(control_fd), stop), name="launch-control", daemon=True).start()
+    member = _member(description)
+    threading.Thread(target=_obey, args=(int(control_fd), stop, member), name="launch-control", daemon=True).start()
     entry.extend_path(description["sys_path"])
+    answering: list[object] = []  # as long as this process lives
+
+    def answer() -> None:
+        if member is not None:
+            answering.append(agent.answer_at(Path(description["answers_path"])))
+
     with signals.caught(lambda number: stop.set()):
         outcome = entry.execute(
             description["entry"],
@@ -32,6 +41,8 @@ def main(description_path: str, control_fd: str) -> int:
             heartbeat_path=Path(description["heartbeat_path"]),
             heartbeat_interval_s=description["heartbeat_interval_s"],
             stop=stop,
+            joined=answer,
+            member=member,
         )
     _publish(Path(description["outcome_path"]), entry.to_json(outcome))
     if isinstance(outcome, entry.Raised):
@@ -40,13 +51,23 @@ def main(description_path: str, control_fd: str) -> int:
     return 0
 
 
-def _obey(control_fd: int, stop: threading.Event) -> None:
+def _member(description: dict[str, Any]) -> Member | None:
+    """This process's side of recovery, where the job has it."""
+    if "standing_path" not in description:
+        return None
+    path = Path(description["standing_path"])
+    return Member(lambda standing: _publish(path, standing.to_json()), entry.described)
+
+
+def _obey(control_fd: int, stop: threading.Event, member: Member | None) -> None:
     with open(control_fd, "rb") as control:
         for line in control:
             if line == b"stop\n":
                 stop.set()
             elif line == b"stacks\n":
                 faulthandler.dump_traceback(all_threads=True)
+            elif member is not None:
+                orders.obey(member, json.loads(line))
     # The launcher made this rank the leader of a group of its own.
     os.killpg(os.getpid(), signal.SIGKILL)
 

@@ -35,6 +35,7 @@ def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[
         *_batch(config),
         *_engine(config),
         *_checkpoint(config),
+        *_faulttol(config),
         *(_launch(config) if world_size is None else ()),
         *(_split(problem) for problem in schedule.check(config.schedule, config.steps)),
     ]
@@ -82,6 +83,9 @@ _AT_LEAST_ONE = (
     "checkpoint.remote.keep_last",
     "metrics.every",
     "profile.num_steps",
+    "faulttol.health.patience",
+    "faulttol.policy.no_progress_limit",
+    "faulttol.policy.same_error_limit",
     *(f"parallel.{axis}" for axis in get_args(Axis)),
     "parallel.stages.per_rank",
 )
@@ -115,6 +119,11 @@ _AT_LEAST_ZERO = (
     "metrics.peak_flops_per_s",
     "profile.start_step",
     "launch.gpus_per_rank",
+    "launch.spares",
+    "faulttol.policy.restarts_per_hour",
+    "faulttol.policy.backoff_s",
+    "faulttol.policy.spare_wait_s",
+    "faulttol.policy.recovery_cost_s",
     "seed",
 )
 _ABOVE_ZERO = (
@@ -127,6 +136,12 @@ _ABOVE_ZERO = (
     "checkpoint.urgent_deadline_s",
     "checkpoint.remote.retry_s",
     "faulttol.heartbeat_interval_s",
+    "faulttol.health.lost_after_s",
+    "faulttol.health.frozen_after_s",
+    "faulttol.health.stuck_after_s",
+    "faulttol.health.stalled_after_s",
+    "faulttol.policy.abort_timeout_s",
+    "faulttol.policy.backoff_limit_s",
     "launch.cpus_per_rank",
     "launch.start_timeout_s",
     "launch.frozen_timeout_s",
@@ -363,6 +378,22 @@ def _checkpoint(config: RunConfig) -> Iterator[Problem]:
         yield (
             "checkpoint.remote.every",
             f"{remote.every} is not a multiple of checkpoint.every ({saving.every}); only what was saved is copied",
+        )
+
+
+def _faulttol(config: RunConfig) -> Iterator[Problem]:
+    watching, saving = config.faulttol, config.checkpoint
+    if config.launch.spares and watching.mode != "act":
+        yield "launch.spares", f"{config.launch.spares} would never step in; set faulttol.mode = 'act'"
+    if watching.mode != "act":
+        return
+    if not saving.every and not saving.memory.every:
+        yield "faulttol.mode", "'act' has nothing to go on from; set checkpoint.every or checkpoint.memory.every"
+    if watching.heartbeat_interval_s * 4 > watching.health.stuck_after_s:
+        yield (
+            "faulttol.health.stuck_after_s",
+            f"{watching.health.stuck_after_s:g} s is under four heartbeats "
+            f"(faulttol.heartbeat_interval_s = {watching.heartbeat_interval_s:g} s)",
         )
 
 

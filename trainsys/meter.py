@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import resource
 import time
@@ -57,6 +58,7 @@ def data_sheet_rate(name: str, dtype: torch.dtype) -> float | None:
     return None
 
 
+@functools.cache  # a process may start training more than once
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, budget_s: float = 0.3) -> float:
     """Return the best FLOP/s of a square matrix product over `budget_s`."""
     own = torch.Generator(device).manual_seed(0)  # the global one belongs to the training

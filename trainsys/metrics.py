@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -239,11 +239,14 @@ class Wandb:
 class Metrics:
     """All sinks of a run as one; on every rank but 0 it has none."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
+    def __init__(self, sinks: list[Sink], admit: Callable[[], object] | None = None) -> None:
         self._sinks = sinks
+        self._admit = admit
 
     def write(self, step: int, record: Record) -> None:
-        """Hand `record` to every sink."""
+        """Hand `record` to every sink, if this process may still write."""
+        if self._admit is not None:
+            self._admit()
         for sink in self._sinks:
             sink.write(step, record)
 
@@ -266,9 +269,19 @@ class Metrics:
 
 
 def open_metrics(
-    config: RunConfig, folder: Path, run_id: str, tree: Mapping[str, Any], *, after_step: int, stream: TextIO
+    config: RunConfig,
+    folder: Path,
+    run_id: str,
+    tree: Mapping[str, Any],
+    *,
+    after_step: int,
+    stream: TextIO,
+    admit: Callable[[], object] | None = None,
 ) -> Metrics:
-    """Return the sinks that `config.metrics` asks for; call on rank 0."""
+    """Return the sinks that `config.metrics` asks for; call on rank 0.
+
+    `admit` is called before each record and raises where this process may write none any more.
+    """
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", after_step=after_step)]
     console = config.metrics.console
     if console == "auto":
@@ -279,7 +292,7 @@ def open_metrics(
         sinks.append(Plain(config.steps, stream))
     if config.metrics.wandb.mode != "off":
         sinks.append(Wandb(config, folder, run_id, tree))
-    return Metrics(sinks)
+    return Metrics(sinks, admit)
 
 
 def utilisation(tokens_per_s: float, flops_per_token: float, ranks: int, peak: Peak) -> float:

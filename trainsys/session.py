@@ -11,7 +11,7 @@ from typing import Literal
 
 import launch
 from launch import Job, JobResult, RankContext, RankEnv
-from trainsys import folder
+from trainsys import elastic, folder
 from trainsys.check import check, num_ranks
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError, RunError
@@ -64,7 +64,11 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
             name=config.name,
         )
         result = launch.run(
-            job, config.launch, heartbeat_interval_s=config.faulttol.heartbeat_interval_s, on_output=on_output
+            job,
+            config.launch,
+            heartbeat_interval_s=config.faulttol.heartbeat_interval_s,
+            on_output=on_output,
+            recovery=elastic.recovery_of(config, run),
         )
     if result.killed:
         raise RunError(

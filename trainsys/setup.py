@@ -82,7 +82,8 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
     if device.type == "cuda":
         torch.cuda.set_device(device)
     context.init_process_group("nccl" if device.type == "cuda" else "gloo", config.engine.timeout_s)
-    control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    with context.making_groups():
+        control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     mine = all_or_none(lambda: _identify(choose_folder()) if context.env.rank == 0 else [], control)
     path, run_id, launch_id = _from_rank_0(mine, control)
     folder = RunFolder(Path(path))
@@ -103,8 +104,9 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
 
 def _groups(config: RunConfig, context: RankContext) -> MeshGroups:
     """Make every group of the layout now, when all ranks are here; later ones wait for nobody."""
-    groups = MeshGroups(Mesh(config.parallel, context.env.world_size), timeout_s=config.engine.timeout_s)
-    groups.prepare(*GROUPS)
+    with context.making_groups():
+        groups = MeshGroups(Mesh(config.parallel, context.env.world_size), timeout_s=config.engine.timeout_s)
+        groups.prepare(*GROUPS)
     return groups
 
 

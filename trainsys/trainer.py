@@ -18,7 +18,7 @@ import torch
 import checkpoint as ck
 from launch import RankContext
 from parallel import hybrid
-from trainsys import data, meter, metrics, models, recipe, schedule, setup, snapshot
+from trainsys import data, elastic, meter, metrics, models, recipe, schedule, setup, snapshot
 from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
 from trainsys.engines import DTYPES, Engine, open_engine
@@ -48,16 +48,25 @@ class Summary:
     """Nats per token of a model that only counts tokens: what both losses are read against."""
 
 
-def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Train on this rank and return its Summary as JSON; the entry of every launcher, see `rank_payload`."""
-    config = recipe.from_tree(payload["config"])
+def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Train on this rank and return its Summary as JSON; the entry of every launcher, see `rank_payload`.
+
+    None for a spare that was not needed.
+    """
+    recipe_config = recipe.from_tree(payload["config"])
     if os.path.isdir(payload["cwd"]):  # relative paths of a recipe mean the same here as where it was launched
         os.chdir(payload["cwd"])
-    check(config, world_size=context.env.world_size)
+    if recipe_config.faulttol.mode == "act":
+        elastic.warm_up(recipe_config)
     folder = RunFolder(Path(payload["folder"]))
-    return dataclasses.asdict(
-        train(context, config, lambda: folder, resume=payload["resume"], threads=payload["threads"])
-    )
+
+    def work() -> dict[str, Any]:
+        config = elastic.with_ranks(recipe_config, context.env.world_size) if context.generation else recipe_config
+        check(config, world_size=context.env.world_size)
+        resume = payload["resume"] or context.generation > 0
+        return dataclasses.asdict(train(context, config, lambda: folder, resume=resume, threads=payload["threads"]))
+
+    return context.run(work)
 
 
 def train(
@@ -94,6 +103,7 @@ class Trainer:
         config = shared.config
         self._shared, self._config = shared, config
         self._dtype = DTYPES[config.engine.precision]
+        self._fence = elastic.fence_of(config, shared.folder, shared.context.generation)
         self._validation = (0, float("nan"))
         self._resumed_from = ""
         self._is_complete = False
@@ -122,6 +132,11 @@ class Trainer:
             run_id=shared.launch_id,
             memory=memory.storage if memory else None,
         )
+        # Of a rank that is lost the votes never come: recovery must not wait for saves under way.
+        lost = ck.SaveFailed("given up: the job lost a rank, and goes on from the checkpoint before")
+        stack.enter_context(shared.context.releasing(lambda: self._checkpointer.cancel(lost)))
+        if self._fence is not None:
+            self._checkpointer.admit_with(self._fence.check)
         stack.enter_context(self._checkpointer)
         self._place = Place(step=0, data=data.DataPosition.of(self._dataset, self._order, 0), tokens_seen=0)
         if resume:
@@ -282,7 +297,8 @@ class Trainer:
         stack.callback(part.close)
         if config.engine.compile:
             models.compile_parts(part.module)
-        return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
+        with shared.context.making_groups():
+            return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
 
     def _materialise(self, part: torch.nn.Module) -> torch.nn.Module:
         """Bring this rank's part of the model to its device, with its weights."""
@@ -313,6 +329,7 @@ class Trainer:
             recipe.to_tree(self._config),
             after_step=self._place.step,
             stream=sys.stdout,
+            admit=self._fence.check if self._fence is not None else None,
         )
 
     def _greet(self) -> None:

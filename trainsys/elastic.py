@@ -1,0 +1,88 @@
+"""A run that goes on without ranks it lost: in which smaller layouts, behind which fence, from what warm start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import launch
+from faulttol.fence import Fence
+from trainsys.check import backend_of, check, data_ranks, num_ranks
+from trainsys.config import RunConfig
+from trainsys.errors import ConfigError
+from trainsys.folder import RunFolder
+
+
+def recovery_of(config: RunConfig, folder: RunFolder) -> launch.Recovery | None:
+    """Return what the launcher needs to let the run go on without a lost rank; None if the recipe does not ask."""
+    if config.faulttol.mode != "act":
+        return None
+    return launch.Recovery(
+        fence=fence_path(folder),
+        record=folder.path / "events" / "recoveries.jsonl",
+        smaller_sizes=tuple(smaller_sizes(config)) if config.faulttol.policy.shrink else (),
+        health=config.faulttol.health,
+        policy=config.faulttol.policy,
+    )
+
+
+def fence_path(folder: RunFolder) -> Path:
+    """Return where the number of the run's current generation is."""
+    return folder.path / "generation"
+
+
+def fence_of(config: RunConfig, folder: RunFolder, generation: int) -> Fence | None:
+    """Return the fence that a rank of this generation must heed before it writes; None in a run without recovery."""
+    return Fence(fence_path(folder), generation) if config.faulttol.mode == "act" else None
+
+
+def smaller_sizes(config: RunConfig) -> Iterator[int]:
+    """Yield the numbers of ranks, from the largest, in which the run can go on with the same batch."""
+    for size in range(num_ranks(config.parallel) - 1, 0, -1):
+        try:
+            check(with_ranks(config, size), world_size=size)
+        except ConfigError:
+            continue
+        yield size
+
+
+def with_ranks(config: RunConfig, world_size: int) -> RunConfig:
+    """Return the run on this many ranks: with fewer, or as many, whole data-parallel replicas, and the same batch.
+
+    Raises:
+        ConfigError: no number of replicas makes up that many ranks.
+    """
+    degrees = config.parallel
+    if num_ranks(degrees) == world_size:
+        return config
+    of_replica = num_ranks(degrees) // data_ranks(degrees)
+    replicas, rest = divmod(world_size, of_replica)
+    problem = f"config: parallel: {world_size} ranks are no whole number of replicas of {of_replica} ranks"
+    if rest or not replicas:
+        raise ConfigError([problem])
+    if degrees.shard == 1:
+        changed = dataclasses.replace(degrees, replicate=replicas)
+    elif degrees.replicate == 1:
+        changed = dataclasses.replace(degrees, shard=replicas)
+    elif replicas % degrees.shard == 0:
+        changed = dataclasses.replace(degrees, replicate=replicas // degrees.shard)
+    else:
+        raise ConfigError([f"{problem}, sharded {degrees.shard} ways"])
+    return dataclasses.replace(config, parallel=changed)
+
+
+def warm_up(config: RunConfig) -> None:
+    """Do once in this process what every start of the run would do, so that a generation begins at once."""
+    if backend_of(config) == "deepspeed":
+        from trainsys.engine import import_deepspeed
+
+        import_deepspeed("cuda" if config.engine.device != "cpu" and _has_gpu() else "cpu")
+    else:
+        import trainsys.native  # noqa: F401  the import is what takes the time
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
