@@ -261,6 +261,11 @@ class Recorder:
         self._pending.clear()
         self.ring.close()
 
+    @property
+    def num_pending(self) -> int:
+        """How many operations go on, as far as the recorder has noticed."""
+        return len(self._pending)
+
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back: what a forked child does."""
         self._is_on = False
