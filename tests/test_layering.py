@@ -39,7 +39,7 @@ TABLE = {
     "trainsys": _row(
         siblings="checkpoint parallel offload faulttol launch",
         anywhere="torch numpy pyarrow fsspec xxhash pydantic rich typer",
-        in_functions="deepspeed ray wandb transformers tokenizers safetensors psutil cryptography",
+        in_functions="deepspeed ray wandb transformers tokenizers safetensors psutil cryptography reasoning_gym",
     ),
 }
 """`in_functions`: extras of the distribution, or what would make `import` slow."""

@@ -14,6 +14,7 @@ from faulttol.config import FaultTolConfig
 from launch.config import LaunchConfig
 from offload.config import OffloadConfig
 from parallel.config import ParallelConfig
+from trainsys.rl.config import RLConfig
 
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True}
 
@@ -275,6 +276,7 @@ class RunConfig:
     """Decides initial weights, data order, dropout and the sample."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

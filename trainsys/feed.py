@@ -41,6 +41,7 @@ class Feed:
             "targets_BT": self._send(targets),
             "positions_BT": None if positions is None else self._send(positions),
             "document_ids_BT": None if documents is None else self._send(documents),
+            **{name: self._send(tensor) for name, tensor in micro.extras.items()},
         }
 
     def told(self, sums: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ Shapes: b sequences of a micro-batch, T tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class MicroBatch:
     """int64 [b, T], from 0 in each document of each sequence; None where document_ids is."""
     num_targets: int
     """Targets that are not IGNORE."""
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further arguments of a model that has a loss of its own, each [b, T]."""
 
 
 @dataclass(frozen=True, slots=True)

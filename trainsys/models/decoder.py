@@ -123,6 +123,20 @@ class Decoder(nn.Module):
         change of document id; without ids a row is one document. With a `cache` (then no document ids) the tokens
         continue it.
         """
+        x_BTD, aux_loss = self.features(
+            tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache
+        )
+        return self.head(x_BTD, targets_BT), aux_loss
+
+    def features(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What goes into the head, [B, T, D], and the auxiliary loss; see `forward`."""
         num_tokens = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
         limit = self.max_positions
@@ -145,7 +159,7 @@ class Decoder(nn.Module):
             aux_loss = aux_loss + aux
         if cache is not None:
             cache.length += num_tokens
-        return self.head(self.norm(x_BTD), targets_BT), aux_loss
+        return self.norm(x_BTD), aux_loss
 
     def new_cache(self) -> KVCache:
         """An empty cache for `forward`."""

@@ -65,6 +65,29 @@ class HuggingFaceModel(nn.Module):
 
         Raises: ConfigError if there are document ids and the model attends across them whatever one says.
         """
+        given = self._given(tokens_BT, positions_BT, document_ids_BT)
+        if targets_BT is not None and self._fuses_loss:
+            loss = self.causal_lm.get_output_embeddings()(self._hidden(given), targets_BT)
+            return loss, loss.new_zeros((), dtype=torch.float32)
+        output = self.causal_lm(**given)
+        result = output.logits if targets_BT is None else cross_entropy(output.logits, targets_BT)
+        aux_loss = self._aux_weight * output.aux_loss if self._aux_weight else result.new_zeros((), dtype=torch.float32)
+        return result, aux_loss
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """The layer whose product with `features` the logits are; None where the model does more to them."""
+        return self.causal_lm.get_output_embeddings() if self._fuses_loss else None
+
+    def features(
+        self, tokens_BT: Tensor, *, positions_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What goes into the `head`, [B, T, D], and the auxiliary loss, 0 where there is a `head`; see `forward`."""
+        x_BTD = self._hidden(self._given(tokens_BT, positions_BT, document_ids_BT))
+        return x_BTD, x_BTD.new_zeros((), dtype=torch.float32)
+
+    def _given(self, tokens_BT: Tensor, positions_BT: Tensor | None, document_ids_BT: Tensor | None) -> dict[str, Any]:
+        """What the model inside is called with."""
         wants: dict[str, Any] = {"output_router_logits": True} if self._aux_weight else {}
         if self.core is not None:
             assert positions_BT is not None, "a part of a sequence does not tell its positions"
@@ -75,14 +98,7 @@ class HuggingFaceModel(nn.Module):
                 problem = f"{self.config.model_type} models cannot keep documents apart; allowed: false"
                 raise ConfigError([f"config: data.document_mask: {problem}"])
             positions_BT = restarted_positions(document_ids_BT)
-        given = {"input_ids": tokens_BT, "position_ids": positions_BT, "use_cache": False, **wants}
-        if targets_BT is not None and self._fuses_loss:
-            loss = self.causal_lm.get_output_embeddings()(self._hidden(given), targets_BT)
-            return loss, loss.new_zeros((), dtype=torch.float32)
-        output = self.causal_lm(**given)
-        result = output.logits if targets_BT is None else cross_entropy(output.logits, targets_BT)
-        aux_loss = self._aux_weight * output.aux_loss if self._aux_weight else result.new_zeros((), dtype=torch.float32)
-        return result, aux_loss
+        return {"input_ids": tokens_BT, "position_ids": positions_BT, "use_cache": False, **wants}
 
     def _hidden(self, given: Mapping[str, Any]) -> Tensor:
         """What goes into the head."""

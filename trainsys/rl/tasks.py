@@ -89,6 +89,14 @@ def canonical(parameters: Mapping[str, Any]) -> str:
     return json.dumps(dict(parameters), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def value_of(text: str) -> Any:
+    """Return a parameter's value as JSON, or the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def parse(parameters: str) -> dict[str, Any]:
     """Return the parameters that `canonical` wrote.
 

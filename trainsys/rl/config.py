@@ -1,0 +1,101 @@
+"""Settings of reinforcement learning: the `rl` section of a recipe. Without tasks a run is not one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+_STRICT: Mapping[str, Any] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised steps on the right answers before the first round: a policy that never succeeds learns nothing."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    steps: int = 0
+    """Of the run's steps, those at the start that are supervised; 0 starts with rounds."""
+    lr: float = 1e-3
+    """Peak learning rate of these steps, which rises over `schedule.warmup_steps` and falls to a tenth."""
+    tasks: list[str] = field(default_factory=list)
+    """What is shown, as in `rl.tasks`; empty takes those."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationConfig:
+    """How completions are drawn."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    max_new_tokens: int = 16
+    """Tokens of a completion, the end included; prompt and completion must fit `data.sequence_length`."""
+    temperature: float = 1.0
+    """Softmax temperature of sampling, and of the log-probabilities that are trained on; above 0."""
+    slots: int = 256
+    """Completions drawn at the same time, which decides the size of the cache; others wait for a free slot."""
+    cuda_graphs: bool = True
+    """On CUDA replay each step from a graph instead of launching its kernels one by one; nothing on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What a round minimises."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    kind: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """`grpo`: advantages over the group's standard deviation, mean over each completion's tokens, then over
+    completions (arXiv 2402.03300); `dr_grpo`: neither division (arXiv 2503.20783); `dapo`: mean over all tokens
+    (arXiv 2503.14476)."""
+    clip_low: float = 0.2
+    """A token's probability counts down to 1 - clip_low times that of the round's start."""
+    clip_high: float = 0.28
+    """And up to 1 + clip_high times."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence from the policy of `rl.start_from`; 0 needs no reference."""
+    importance: Literal["none", "proximal", "behaviour"] = "proximal"
+    """What is assumed of data by other policies. `none`: nothing, every ratio is 1 at each update; `proximal`: the
+    ratio is to the policy at the round's start; `behaviour`: that, and tokens are weighed by how likely this policy
+    was to draw them, where the sampler says its own log-probabilities."""
+    importance_limit: float = 2.0
+    """importance=behaviour: largest weight of a token (truncated importance sampling); above 0."""
+    external: Literal["signed", "positive", "clipped"] = "positive"
+    """Advantages of groups that others sampled: as they are; without the negative ones, which would push down tokens
+    that this policy never draws; or limited to `external_limit`."""
+    external_limit: float = 1.0
+    """external=clipped: largest size of an advantage; above 0."""
+    overlong: Literal["keep", "mask", "penalise"] = "keep"
+    """Completions that did not end: train on them, leave them out, or lower the reward linearly over the last
+    `overlong_tokens` (DAPO's soft punishment)."""
+    overlong_tokens: int = 4
+    """overlong=penalise: tokens before the limit at which the reward begins to fall."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLConfig:
+    """Reinforcement learning on verifiable tasks; a step of the run is a round: sample, score, update."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    tasks: list[str] = field(default_factory=list)
+    """`NAME` or `NAME:key=value,…` each (`trainsys.rl.tasks`); empty: the run learns from text instead."""
+    questions: int = 8
+    """Groups that a round trains on, all ranks together; a multiple of the data ranks."""
+    group_size: int = 8
+    """Completions of each question; 2 or more."""
+    updates: int = 1
+    """Optimizer steps per round, each over all of its groups."""
+    drop_uniform: bool = True
+    """Leave out groups whose rewards are all equal, so that they do not count in any mean."""
+    resamples: int = 0
+    """Further questions, in batches of `questions`, that a round may ask until enough groups have differing rewards
+    (DAPO's dynamic sampling)."""
+    start_from: str = ""
+    """Model folder to begin with, as a run writes it (`RUN/model`); empty begins with initial weights."""
+    evaluation_questions: int = 40
+    """Held-out questions of each task, answered greedily every `evaluation.every` steps and at the end."""
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
