@@ -1,9 +1,9 @@
 """Faults on schedule, to test with: each is written down before it strikes, so that a test can see it did.
 
-Nothing here needs a privilege. A rank strikes itself, at the beginning of a step (`Injector.at`); what only the
-program can do wrong it asks the injector about: `skips` before a collective, `corrupt` before the optimizer's step,
-`tokens` when it makes a batch. `KINDS` says of every kind what a detector should find, and of the benign ones that it
-should find nothing to act on.
+Nothing here needs a privilege. A rank strikes itself, at the beginning of a step (`Injector.at`). What only the program
+can do wrong it asks the injector about: `skips` before a collective, `corrupt` before gradients are reduced, `flip`
+after the optimizer's step, `tokens` when it makes a batch. `KINDS` says of every kind what a detector should find, and
+of the benign ones that it should find nothing to act on.
 """
 
 from __future__ import annotations
@@ -221,14 +221,19 @@ class Injector:
         return round(usual * math.prod(factors))
 
     def corrupt(self, step: int, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Damage one of the tensors in place if the schedule says so: parameters, or gradients under their names."""
-        damaged = False
-        for fault in self._schedule:
-            if fault.step == step and fault.info.finding is FindingKind.NUMERIC:
-                name = fault.tensor or max(tensors, key=lambda key: tensors[key].numel())
-                _damage(fault, tensors[name])
-                damaged = True
-        return damaged
+        """Damage one of the rank's gradients, before they are reduced, if the schedule says so; whether it did."""
+        return self._damage(("nan", "gradient"), step, tensors)
+
+    def flip(self, step: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Invert a bit of one of the rank's parameters if the schedule says so; whether it did."""
+        return self._damage(("bit_flip",), step, tensors)
+
+    def _damage(self, kinds: tuple[str, ...], step: int, tensors: Mapping[str, torch.Tensor]) -> bool:
+        chosen = [fault for fault in self._schedule if fault.step == step and fault.kind in kinds]
+        for fault in chosen:
+            name = fault.tensor or max(tensors, key=lambda key: tensors[key].numel())
+            _damage(fault, tensors[name])
+        return bool(chosen)
 
     def close(self) -> None:
         """Stop what still acts. Idempotent."""

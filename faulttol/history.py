@@ -1,0 +1,78 @@
+"""The last records of every rank of a job, followed in their rings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from faulttol.errors import RingError
+from faulttol.events import CollectiveEvent, RankRecord, StepMark
+from faulttol.health import Vitals
+from faulttol.ring import RingReader, ring_path
+from faulttol.view import JobView
+
+
+@dataclass(slots=True)
+class History:
+    """One rank's last events and marks, out of what a reader finds new from time to time."""
+
+    capacity: int = 1024
+    """Events that are kept, and as many marks."""
+    _events: dict[int, CollectiveEvent] = field(default_factory=dict)
+    _marks: dict[int, StepMark] = field(default_factory=dict)
+    _num_dropped: int = 0
+
+    def add(self, new: RankRecord) -> RankRecord:
+        """Take in what is new and return all that is kept. An event that is there again replaces the earlier one."""
+        self._events.update((event.index, event) for event in new.events)
+        self._marks.update((mark.index, mark) for mark in new.marks)
+        self._num_dropped += _keep_last(self._events, self.capacity)
+        _keep_last(self._marks, self.capacity)
+        return replace(
+            new,
+            events=tuple(self._events[index] for index in sorted(self._events)),
+            marks=tuple(self._marks[index] for index in sorted(self._marks)),
+            num_lost=new.num_lost + self._num_dropped,
+        )
+
+
+class Follower:
+    """Follows the rings of a job's ranks in one directory; use as a context manager."""
+
+    def __init__(self, directory: Path, ranks: Iterable[int], generation: int = 0, capacity: int = 1024) -> None:
+        self._paths = {rank: ring_path(directory, rank, generation) for rank in ranks}
+        self._capacity = capacity
+        self._readers: dict[int, RingReader] = {}
+        self._histories: dict[int, History] = {}
+
+    def look(self, vitals: Iterable[Vitals] = ()) -> JobView:
+        """Return what is known now; a rank without a ring yet is missing."""
+        for rank, path in self._paths.items():
+            if rank not in self._readers and path.exists():
+                try:
+                    self._readers[rank] = RingReader(path)
+                except (FileNotFoundError, RingError):  # it is being made
+                    continue
+                self._histories[rank] = History(self._capacity)
+        records = {rank: self._histories[rank].add(reader.poll()) for rank, reader in self._readers.items()}
+        return JobView(records, {one.rank: one for one in vitals})
+
+    def close(self) -> None:
+        """Unmap the rings. Idempotent."""
+        for reader in self._readers.values():
+            reader.close()
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _keep_last(kept: dict[int, CollectiveEvent] | dict[int, StepMark], capacity: int) -> int:
+    """Drop what came first; return how many."""
+    too_many = sorted(kept)[: max(0, len(kept) - capacity)]
+    for index in too_many:
+        del kept[index]
+    return len(too_many)
