@@ -6,6 +6,8 @@ from faulttol.events import CollectiveEvent, RankRecord, StepMark
 from faulttol.heartbeat import Heartbeat, HeartbeatView
 from faulttol.heartbeat import read as read_heartbeat
 from faulttol.process import install, mark_phase, mark_step, mark_step_end, uninstall
+from faulttol.ring import read as read_ring
+from faulttol.ring import ring_path
 
 __all__ = [
     "CollectiveEvent",
@@ -23,5 +25,7 @@ __all__ = [
     "mark_step",
     "mark_step_end",
     "read_heartbeat",
+    "read_ring",
+    "ring_path",
     "uninstall",
 ]

@@ -72,6 +72,8 @@ class Interception:
         missing = [name for name, owner, part in _PARTS if not hasattr(owner, part)]
         if missing:
             raise RecorderError(f"torch {torch.__version__}: has no {', '.join(missing)}; 2.11 to 2.13 have")
+        self.wait: Callable[[Any], Any] = vars(dist.Work)["wait"]
+        """Torch's own `Work.wait`, which nobody is told of."""
         self._stack = contextlib.ExitStack()
         try:
             self._register(sink)

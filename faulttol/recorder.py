@@ -38,7 +38,7 @@ _MAX_OUTPUTS = 256
 class _Group:
     """What is known of one process group."""
 
-    __slots__ = ("backends", "messages", "name", "numbers", "ranks", "ref", "seq", "timed", "unfinished")
+    __slots__ = ("backends", "messages", "name", "numbers", "ranks", "ref", "seq", "timed", "timed_kinds", "unfinished")
 
     def __init__(self, group: Any, name: str, ranks: tuple[int, ...]) -> None:
         self.ref = weakref.ref(group)
@@ -49,6 +49,7 @@ class _Group:
         """By device type: the ring's number of this group with the backend it has there."""
         self.backends: dict[str, str] = {}
         self.timed = False
+        self.timed_kinds: set[str] = set()
         self.unfinished: list[_Token] = []
         """Begun without a work of their own: one work will stand for all when coalescing ends."""
 
@@ -393,17 +394,30 @@ class Recorder:
                 self._end(token, late=True)
 
     def _end_of_work(self, token: _Token, work: Any) -> None:
-        failed = work.exception() is not None
-        clock = None if token.device is None else self._clocks.get(token.device)
-        if clock is None or token.ready is None:
-            self._end(token, late=True, failed=failed)
+        if token.device is None:
+            try:
+                self._interception.wait(work)  # it is over: this only tells how
+            except RuntimeError:
+                self._end(token, late=True, failed=True)
+            else:
+                self._end(token, late=True)
             return
-        duration_ns = None if failed else round(work._get_duration() * 1e6)
-        span = None if duration_ns is None else clock.span(token.group.name, token.ready, duration_ns)
+        clock = self._clocks.get(token.device)
+        if clock is None or token.ready is None:
+            self._end(token, late=True)
+            return
+        try:
+            duration_ns = round(work._get_duration() * 1e6)
+        except RuntimeError:  # not timed, as messages of one coalescing; or cut off, where its like were timed
+            self._end(token, late=True, failed=token.kind in token.group.timed_kinds)
+            return
+        token.group.timed_kinds.add(token.kind)
+        span = clock.span(token.group.name, token.ready, duration_ns)
         clock.release(token.ready)
-        if span is None:
-            self._end(token, late=True, failed=failed)
+        if span is None or token.is_over:
+            self._end(token, late=True)
         else:
+            token.is_over = True
             self.ring.end(token.index, span.end_ns, duration_ns, failed=False, late=False)
 
 

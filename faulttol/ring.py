@@ -332,9 +332,9 @@ class RingReader:
             self._named_bytes += _NAME.size + length
 
 
-def ring_path(directory: Path, rank: int, generation: int = 0) -> Path:
+def ring_path(directory: str | Path, rank: int, generation: int = 0) -> Path:
     """Return where a rank's ring is in its run's directory of rings."""
-    return directory / f"rank{rank:05d}.generation{generation}.ring"
+    return Path(directory) / f"rank{rank:05d}.generation{generation}.ring"
 
 
 def read(path: Path) -> RankRecord:

@@ -1,0 +1,184 @@
+"""What the recorder costs: per collective, and per step of DistributedDataParallel.
+
+Claim: at most 20 us a collective, and at most 1 % of a step's time.
+
+Baseline and candidate alternate in one process: a block with the recorder installed, a block with it taken out. Per
+collective: `all_reduce` of 64 bytes in a group of one rank, where nothing is waited for, so that the calling is all
+there is; the cost is the difference of two neighbouring blocks. Of a device nothing is waited for inside a block. Per
+step: a model of linear layers under DDP, the slowest rank's time of a block; the cost is the ratio of neighbouring
+blocks less 1. `expected` is the arithmetic: collectives a step x cost a collective / step, which says what a noisy
+machine cannot show.
+
+On the CPU the step is small for a step of training, and what it costs is taken from all that it has: two ranks on
+few cores leave none for the recorder's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import faulttol
+from faulttol.bench import Bound, Gate, Report, arguments
+from faulttol.bench.ranks import Device, Rank, join, store_folder, together
+
+COLLECTIVE_LIMIT_US = 20.0
+STEP_LIMIT = 0.01
+_TIMEOUT_S = 150.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is run."""
+
+    calls: int
+    """Collectives a block."""
+    blocks: int
+    """Pairs of blocks."""
+    steps: int
+    """Steps a block."""
+    width: int
+    rows: int
+    bucket_mb: float
+    """Of DDP; eight layers make this many megabytes of gradients and a few buckets."""
+
+
+FULL = {
+    # `blocks` is --repeats.
+    "cpu": Sizes(calls=1000, blocks=0, steps=12, width=512, rows=192, bucket_mb=2),
+    "cuda": Sizes(calls=1000, blocks=0, steps=20, width=4096, rows=16384, bucket_mb=64),
+}
+SMOKE = Sizes(calls=50, blocks=2, steps=2, width=64, rows=16, bucket_mb=0.03)
+_NUM_LAYERS = 8
+Pairs = list[tuple[float, float]]
+"""Seconds of neighbouring blocks: without the recorder, and with it."""
+
+
+def main() -> int:
+    """Measure and report."""
+    parser = arguments(__doc__)
+    parser.set_defaults(repeats=21)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=2, help="of the step (default: %(default)s)")
+    parser.add_argument("--poll-ms", type=float, default=5.0, help="how often ends are looked for")
+    options = parser.parse_args()
+    device = cast(Device, options.device)
+    sizes = SMOKE if options.smoke else replace(FULL[device], blocks=options.repeats)
+    parameters = {"device": device, "ranks": options.ranks, "poll_ms": options.poll_ms, "calls": sizes.calls}
+    report = Report("faulttol.overhead", parameters)
+    with contextlib.ExitStack() as stack:
+        num = min(options.ranks, torch.cuda.device_count()) if device == "cuda" else options.ranks
+        ranks = [stack.enter_context(Rank(device, index)) for index in range(num)]
+        one, all_of_them = stack.enter_context(store_folder()), stack.enter_context(store_folder())
+        poll_s = options.poll_ms / 1e3
+        single = together(ranks[:1], _collectives, one, device, sizes, poll_s, timeout_s=_TIMEOUT_S)[0]
+        steps = together(ranks, _steps, all_of_them, device, sizes, poll_s, timeout_s=_TIMEOUT_S)
+    _report(report, single, steps, sizes)
+    return report.finish(options)
+
+
+def _report(
+    report: Report,
+    single: Pairs,
+    steps: list[tuple[Pairs, float]],
+    sizes: Sizes,
+) -> None:
+    for without, with_it in single:
+        report.add("one collective, without", "call", "us", without * 1e6)
+        report.add("one collective, recorded", "call", "us", with_it * 1e6)
+        report.add("one collective", "cost", "us", (with_it - without) * 1e6)
+    for pair in zip(*(blocks for blocks, _ in steps), strict=True):
+        without, with_it = (max(times) / sizes.steps for times in zip(*pair, strict=True))
+        report.add("step, without", "step", "ms", without * 1e3)
+        report.add("step, recorded", "step", "ms", with_it * 1e3)
+        report.add("step", "cost", "%", (with_it / without - 1) * 100)
+    cost_us = report.median("one collective", "cost")
+    a_step = steps[0][1]
+    expected = a_step * cost_us / 1e3 / report.median("step, without", "step")
+    report.add("step", "collectives", "1", a_step)
+    report.bounds.append(
+        Bound("expected cost of a step", expected * 100, "%", "collectives a step x cost a collective / step")
+    )
+    spread = statistics.pstdev(report.samples["step, without", "step", "ms"]) / report.median("step, without", "step")
+    report.bounds.append(Bound("spread of steps without", spread * 100, "%", "standard deviation / median of blocks"))
+    cost = report.median("step", "cost")
+    report.gates += [
+        Gate("us a collective", cost_us, COLLECTIVE_LIMIT_US, cost_us <= COLLECTIVE_LIMIT_US, is_speed=True),
+        Gate("% of a step", cost, STEP_LIMIT * 100, cost <= STEP_LIMIT * 100, is_speed=True),
+    ]
+
+
+def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> Pairs:
+    """By pair of blocks: seconds a call without the recorder, and with it."""
+    join(rank, world_size, folder, device)
+    x = torch.ones(16, device=device)
+
+    def block() -> float:
+        _settle(device)
+        begin = time.perf_counter()
+        for _ in range(sizes.calls):
+            dist.all_reduce(x)
+        return (time.perf_counter() - begin) / sizes.calls
+
+    pairs = _alternate(block, folder, sizes, poll_s)
+    dist.destroy_process_group()
+    return pairs
+
+
+def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> tuple[Pairs, float]:
+    """By pair of blocks: seconds without the recorder, and with it; and how many collectives a step has."""
+    join(rank, world_size, folder, device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    layers = (nn.Linear(sizes.width, sizes.width, device=device, dtype=dtype) for _ in range(_NUM_LAYERS))
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=sizes.bucket_mb)
+    x = torch.ones(sizes.rows, sizes.width, device=device, dtype=dtype)
+
+    def block() -> float:
+        dist.barrier()
+        _settle(device)
+        begin = time.perf_counter()
+        for step in range(sizes.steps):
+            faulttol.mark_step(step)
+            model(x).sum().backward()
+        _settle(device)
+        return time.perf_counter() - begin
+
+    pairs = _alternate(block, folder, sizes, poll_s)
+    faulttol.install(folder, generation=1)
+    block()
+    faulttol.uninstall()
+    record = faulttol.read_ring(faulttol.ring_path(folder, rank, 1))
+    dist.destroy_process_group()
+    return pairs, sum(event.step >= 0 for event in record.events) / sizes.steps
+
+
+def _alternate(block: Callable[[], float], folder: str, sizes: Sizes, poll_s: float) -> Pairs:
+    """Return what blocks took, in pairs: without the recorder, and with it; each order as often as the other."""
+    block()
+    pairs = []
+    for index in range(sizes.blocks):
+        taken = {}
+        for is_recorded in (False, True) if index % 2 else (True, False):
+            if is_recorded:
+                faulttol.install(folder, poll_s=poll_s)
+            taken[is_recorded] = block()
+            faulttol.uninstall()
+        pairs.append((taken[False], taken[True]))
+    return pairs
+
+
+def _settle(device: Device) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
