@@ -9,6 +9,7 @@ OffloadError
 ├── KernelError        the native optimizer kernel cannot be built or run here
 ├── OptimizerError     a tiered optimizer was asked for what its mode or state does not allow
 ├── PlacementError     the tensors do not fit into the tiers (also a ValueError)
+├── StreamError        layers that cannot be streamed (also a ValueError)
 └── BudgetError        a memory budget that a model cannot keep (also a ValueError)
 """
 
@@ -45,6 +46,10 @@ class PlacementError(OffloadError, ValueError):
     def __init__(self, message: str, missing_bytes: int) -> None:
         super().__init__(message)
         self.missing_bytes = missing_bytes
+
+
+class StreamError(OffloadError, ValueError):
+    """Layers, or tensors that they save, that cannot be streamed; the message says why."""
 
 
 class BudgetError(OffloadError, ValueError):
