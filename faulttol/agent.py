@@ -37,7 +37,7 @@ class Watched:
     """When it began, in the kernel's count: with `pid` it names one process for ever."""
     heartbeat: Path
     answers: Path
-    """Socket at which its native code answers (`answer_at`), once it is there."""
+    """Socket at which its native code answers (`answering`), once it is there."""
 
 
 class NodeAgent:
@@ -153,18 +153,25 @@ class _Patient:
             self._native_at_s = now_s  # from here on it can be missed
 
 
-def answer_at(path: Path) -> object:
-    """Let native code of this process answer at a socket, as long as the returned object lives; imports torch."""
+@contextlib.contextmanager
+def answering(path: Path) -> Iterator[None]:
+    """Let native code of this process answer at a socket inside the block, whoever holds the GIL; imports torch."""
     from torch._C._distributed_c10d import _WorkerServer
 
     path.unlink(missing_ok=True)
     with _quiet():
-        return _WorkerServer(str(path))
+        server = _WorkerServer(str(path))
+    try:
+        yield
+    finally:
+        with _quiet():
+            server.shutdown()
+            del server
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from announcing the server as a warning on standard error."""
+    """Keep torch from telling of the server on standard error, as a warning."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

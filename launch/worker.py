@@ -6,6 +6,7 @@ outlives its ranks as JSON; its end of file means that the launcher is gone, and
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -28,20 +29,20 @@ def main(description_path: str, control_fd: str) -> int:
     member = _member(description)
     threading.Thread(target=_obey, args=(int(control_fd), stop, member), name="launch-control", daemon=True).start()
     entry.extend_path(description["sys_path"])
-    answering: list[object] = []  # as long as this process lives
+    leaving = contextlib.ExitStack()
 
-    def answer() -> None:
+    def joined() -> None:
         if member is not None:
-            answering.append(agent.answer_at(Path(description["answers_path"])))
+            leaving.enter_context(agent.answering(Path(description["answers_path"])))
 
-    with signals.caught(lambda number: stop.set()):
+    with leaving, signals.caught(lambda number: stop.set()):
         outcome = entry.execute(
             description["entry"],
             description["payload"],
             heartbeat_path=Path(description["heartbeat_path"]),
             heartbeat_interval_s=description["heartbeat_interval_s"],
             stop=stop,
-            joined=answer,
+            joined=joined,
             member=member,
         )
     _publish(Path(description["outcome_path"]), entry.to_json(outcome))

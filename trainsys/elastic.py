@@ -73,16 +73,16 @@ def with_ranks(config: RunConfig, world_size: int) -> RunConfig:
 
 
 def warm_up(config: RunConfig) -> None:
-    """Do once in this process what every start of the run would do, so that a generation begins at once."""
-    if backend_of(config) == "deepspeed":
-        from trainsys.engine import import_deepspeed
-
-        import_deepspeed("cuda" if config.engine.device != "cpu" and _has_gpu() else "cpu")
-    else:
-        import trainsys.native  # noqa: F401  the import is what takes the time
-
-
-def _has_gpu() -> bool:
+    """Do once in this process what its first start of training would do, so that a generation begins at once."""
     import torch
 
-    return torch.cuda.is_available()
+    if config.engine.device == "cpu" or not torch.cuda.is_available():
+        from trainsys.rehearsal import rehearse
+
+        torch.set_num_threads(1)
+        rehearse(config)
+    elif backend_of(config) == "deepspeed":
+        # On a GPU it ends here: a spare does not know yet which one will be its own.
+        from trainsys.engine import import_deepspeed
+
+        import_deepspeed("cuda")
