@@ -6,14 +6,13 @@ import copy
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.sources import PACKAGES, ROOT
 
 _NUMBER = (int, float)
@@ -92,14 +91,9 @@ def _sample_faults(where: str, row: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("module", benches(ROOT))
 def test_a_bench_runs_small_and_writes_the_schema(module: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--smoke", "--json", out],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = warm.run(
+        module, ["--smoke", "--json", str(out)], cwd=tmp_path, folder=tmp_path, environ=environ, timeout_s=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not faults(json.loads(out.read_text()))

@@ -9,9 +9,9 @@ but the modules they begin with. What must be shown of fresh interpreters is sho
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.abc
+import importlib.util
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,7 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -105,6 +105,8 @@ def _be_command(module: str, args: list[str], cwd: str, stdout: str, stderr: str
         os.dup2(file, number)
         os.close(file)
     os.chdir(cwd)
+    # Processes that it has forked come from the same server, not from one of its own.
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
     # Local ranks are started by this module alone.
     local: Any = importlib.import_module("launch.local")
     local.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _popen})
@@ -191,5 +193,17 @@ def _run_module(module: str, args: list[str], environ: Mapping[str, str]) -> Non
     os.environ.update(environ)
     # Read at the start of a fresh interpreter.
     torch.set_num_threads(int(environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-    sys.argv = [module, *args]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    spec = importlib.util.find_spec(module)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{module}.__main__")
+    assert spec is not None
+    loader = spec.loader
+    assert isinstance(loader, importlib.abc.InspectLoader)
+    code = loader.get_code(spec.name)
+    assert code is not None
+    main: Any = ModuleType("__main__")
+    main.__spec__, main.__file__ = spec, spec.origin
+    # By the second name its own forks call what they send back.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+    sys.argv = [str(spec.origin), *args]
+    exec(code, vars(main))
