@@ -1,0 +1,465 @@
+"""AdamW whose fp32 masters and moments live in tiers, with the result of a synchronous step, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from offload import gates, norms
+from offload.errors import OptimizerError
+from offload.kernels import States
+from offload.machine import Group, Machine, Tiering
+from offload.schedule import Mode
+from offload.states import KINDS
+from offload.updates import Verdict
+
+__all__ = ["TieredAdamW", "Tiering"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TieredAdamW(torch.optim.Optimizer):
+    """AdamW over fp32, bf16 or fp16 parameters, whose states live in tiers.
+
+    `mode` says when updates run; the parameters that anybody sees are those of a synchronous step in each:
+
+    - `sync`: in `step()`, which returns when they are done.
+    - `defer`: under the next forward, which waits module by module (`attach`) or parameter by parameter.
+    - `stream`: as gradients arrive in backward; without clipping and loss scaling.
+    - `spec`: like `stream`, but tentatively, for clipping that rarely bites: nothing may read a parameter between
+      backward and `step()`. Twice the host memory for states.
+
+    `max_norm` clips the global norm of the gradients without a host that waits for it. A step whose norm, if it is
+    known, is not finite is skipped. With `tiering.accumulation_steps` gradients leave the device in the last backward
+    before a `step()`, which `stream` and `spec` need; otherwise `step()` takes them. Taken gradients are gone:
+    `.grad` is None.
+
+    Learning rates and the like of `param_groups` count as they are at `step()`; in `stream` and `spec` they may not
+    change between backward and `step()`. Step pre-hooks run before anything is changed, so in those two modes at the
+    first gradient of a step too.
+
+    One thread at a time may use it. A context manager; `close` ends its threads and unpins memory.
+
+    Raises:
+        OptimizerError: settings that exclude each other, all of them at once.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        mode: Mode = "defer",
+        max_norm: float | None = None,
+        tiering: Tiering | None = None,
+    ) -> None:
+        self.tiering = tiering or Tiering()
+        _check(mode, max_norm, self.tiering)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.mode: Mode = mode
+        self.max_norm = max_norm
+        self._step_supports_amp_scaling = True
+        self._machine: Machine | None = None
+        self._hooks: list[Any] = []
+        self._is_attached = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._judge = ThreadPoolExecutor(1, thread_name_prefix="offload-judge")
+        self._arrived: dict[int, int] = {}
+        self._taken: set[int] = set()
+        self._norms: dict[int, torch.Tensor] = {}
+        self._last_norm: float | None = None
+        self.num_skipped = 0
+        """Steps that were not made because something was not finite."""
+        self.stall_s = 0.0
+        """Time that the caller has waited for updates so far."""
+        if self.tiering.accumulation_steps is not None:
+            self._register_arrivals()
+
+    @property
+    def machine(self) -> Machine:
+        """The subgroups, plan, rates and lanes; made at the first use, with the parameters that there are then."""
+        if self._closed:
+            raise OptimizerError("the optimizer is closed; make a new one and load its state")
+        if self._machine is None:
+            self._machine = self._build()
+        return self._machine
+
+    def attach(self, model: nn.Module) -> None:
+        """Let every module's forward wait for the parameters that it holds. After FSDP2 has wrapped the model."""
+        assert self.machine, "made now, not under the first step"
+        numbers = {id(parameter): number for number, parameter in enumerate(self._parameters())}
+        self._hooks += gates.attach(model, numbers, self)
+        self._is_attached = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters, or see to it that whoever reads them next gets the updated ones."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self.mode == "stream" and (scale is not None or found_inf is not None):
+            raise OptimizerError("mode: stream; it updates before an overflow is known: use spec or defer")
+        machine = self.machine
+        self._take_rest()
+        if machine.round is None:
+            return loss
+        if self.mode in ("stream", "spec") and machine.groups_changed(self._groups()):
+            raise OptimizerError(
+                f"mode: {self.mode}; param_groups changed between backward and step(); change them after"
+            )
+        round_ = machine.round
+        round_.has_stepped = True
+        if round_.may_write is None:
+            round_.may_write = machine.lanes.now()
+        self._submit_rest()
+        if self.mode != "stream":
+            self._send_for_verdict(scale, found_inf)
+        self._arrived.clear()
+        self._taken.clear()
+        if self.mode == "sync" or not self._guard_all():
+            self.wait()
+        return loss
+
+    def wait(self) -> None:
+        """Return when every update is done and every parameter may be read by anybody; raises what went wrong."""
+        self._check_usable()
+        machine = self._machine
+        if machine is None or machine.round is None:
+            return
+        if not machine.round.has_stepped and self.mode in ("stream", "spec"):
+            raise OptimizerError(
+                f"mode: {self.mode}; parameters are read between backward and step(); call step() first, or use defer"
+            )
+        self._end_round(machine)
+        if machine.device.type == "cuda":
+            torch.cuda.current_stream(machine.device).synchronize()
+
+    synchronize = wait
+
+    def wait_for(self, parameters: Any, *, on_host: bool) -> None:
+        """Wait for some parameters, by their numbers; forward hooks call it."""
+        machine = self._machine
+        if machine is None or machine.round is None or not machine.round.has_stepped:
+            return
+        self._check_usable()
+        with self._waiting():
+            for number in parameters:
+                machine.wait_for(number, on_host=on_host)
+        flat = self._parameters()
+        for number in parameters:
+            gates.release(flat[number])
+
+    @property
+    def last_norm(self) -> float | None:
+        """Norm of the gradients of the last step, before clipping; waits for it. None where nothing needed it."""
+        self._judge.submit(lambda: None).result()
+        return self._last_norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.optim.AdamW's, with a `master` beside the moments; copies, after all updates."""
+        found: dict[str, Any] = super().state_dict()
+        found["state"] = {
+            number: {"step": torch.tensor(float(step)), **{kind: tensor.clone() for kind, tensor in kinds.items()}}
+            for number, (step, kinds) in enumerate(self.states())
+            if step
+        }
+        return found
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of any `TieredAdamW`, whatever its placement, or of a torch.optim.AdamW.
+
+        Without a `master` the parameters' values are the masters.
+        """
+        self.wait()
+        super().load_state_dict({**state_dict, "state": {}})
+        machine = self.machine
+        parameters = self._parameters()
+        values: list[dict[str, torch.Tensor]] = []
+        for number, parameter in enumerate(parameters):
+            entry = state_dict["state"].get(number, {})
+            mine = norms.local(parameter).detach()
+            master = entry.get("master", mine)
+            machine.steps[number] = int(entry.get("step", 0))
+            zeros = torch.zeros_like(mine, dtype=torch.float32)
+            values.append(
+                {"master": master, "exp_avg": entry.get("exp_avg", zeros), "exp_avg_sq": entry.get("exp_avg_sq", zeros)}
+            )
+            if "master" in entry:
+                mine.copy_(norms.local(master))
+        for subgroup in machine.subgroups:
+            parts = {
+                kind: torch.cat(
+                    [
+                        norms.local(values[piece.parameter][kind])
+                        .detach()
+                        .reshape(-1)[piece.start : piece.start + piece.count]
+                        .to(device=machine.device, dtype=torch.float32)
+                        for piece in subgroup.pieces
+                    ]
+                )
+                for kind in KINDS
+            }
+            machine.store.write(subgroup.index, States(*(parts[kind] for kind in KINDS)))
+
+    def states(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """Yield every parameter's step count and fp32 states, in the parameter's shape, after all updates.
+
+        In host memory and on the device they are views, which the next updates change (step pre-hooks tell when);
+        of a parameter whose states are in several places, or in the tier, copies. DTensors for DTensors.
+        """
+        self.wait()
+        machine = self.machine
+        machine.settle()
+        for number, parameter in enumerate(self._parameters()):
+            kinds = machine.states_of(number)
+            shape = norms.local(parameter).shape
+            yield machine.steps[number], {kind: norms.like(kinds[kind].view(shape), parameter) for kind in KINDS}
+
+    def close(self) -> None:
+        """Finish all updates, end threads and unpin memory; a second call does nothing."""
+        if self._closed:
+            return
+        try:
+            if self._failure is None and self._machine is not None:
+                if self._machine.round is not None and not self._machine.round.has_stepped:
+                    self._abandon()
+                else:
+                    self.wait()
+        finally:
+            self._closed = True
+            self._judge.shutdown()
+            for hook in self._hooks:
+                hook.remove()
+            if self._machine is not None:
+                self._machine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _end_round(self, machine: Machine) -> None:
+        """Let the caller's stream wait for every update; take stock of the step."""
+        with self._waiting():
+            verdict = machine.finish()
+        for parameter in self._parameters():
+            gates.release(parameter)
+        if verdict is not None and verdict.skip:
+            self.num_skipped += 1
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _groups(self) -> list[Group]:
+        return [Group(float(g["lr"]), tuple(g["betas"]), g["eps"], g["weight_decay"]) for g in self.param_groups]
+
+    def _build(self) -> Machine:
+        parts = [[norms.local(parameter).detach() for parameter in g["params"]] for g in self.param_groups]
+        _check_parameters(parts)
+        if self.tiering.subgroup_numel % 1024 and parts[0][0].is_cuda:
+            raise OptimizerError(f"subgroup_numel: {self.tiering.subgroup_numel}; a multiple of 1024 with CUDA")
+        return Machine(parts, self.tiering, self.mode)
+
+    def _register_arrivals(self) -> None:
+        this = weakref.ref(self)
+        for number, parameter in enumerate(self._parameters()):
+
+            def arrived(parameter: torch.Tensor, number: int = number) -> None:
+                optimizer = this()
+                if optimizer is not None:
+                    optimizer._arrive(number, parameter)
+
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _arrive(self, number: int, parameter: torch.Tensor) -> None:
+        """Count a gradient's arrivals; take it at the last one of a step."""
+        wanted = self.tiering.accumulation_steps
+        assert wanted is not None
+        self._arrived[number] = self._arrived.get(number, 0) + 1
+        if self._arrived[number] < wanted:
+            return
+        if self._arrived[number] > wanted:
+            raise OptimizerError(
+                f"accumulation_steps: {wanted}; parameter {number} got gradient {self._arrived[number]} of this step; "
+                "give the number of backwards before each step()"
+            )
+        machine = self._open()
+        self._take(number, parameter)
+        if self.mode in ("stream", "spec"):
+            early = ("cpu", "stream") if self.mode == "spec" else ("cpu", "stream", "resident", "tier")
+            self._guard(number, parameter)
+            assert machine.round is not None
+            for index in machine.subgroups_of[number]:
+                task = machine.round.tasks[index]
+                if task.path in early and all(piece.parameter in self._taken for piece in task.subgroup.pieces):
+                    machine.submit(task)
+
+    def _open(self) -> Machine:
+        """Return the machine with a round open; the one before ends first."""
+        self._check_usable()
+        machine = self.machine
+        if machine.round is not None and machine.round.has_stepped:
+            self._end_round(machine)
+        if machine.round is None:
+            if self.mode in ("stream", "spec"):
+                for hook in list(self._optimizer_step_pre_hooks.values()):
+                    hook(self, (), {})
+            machine.begin(self._groups())
+            self._norms.clear()
+        return machine
+
+    def _take(self, number: int, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        mine = norms.local(gradient)
+        if self.mode != "stream":
+            self._norms[number] = norms.norm_of(mine)
+        self.machine.take(number, mine)
+        self._taken.add(number)
+        parameter.grad = None
+
+    def _take_rest(self) -> None:
+        """Take the gradients that no hook took."""
+        for number, parameter in enumerate(self._parameters()):
+            if number not in self._taken and parameter.grad is not None:
+                self._open()
+                self._take(number, parameter)
+
+    def _submit_rest(self) -> None:
+        """Submit what was not yet: everything, or the subgroups of which some parameter had no gradient."""
+        machine = self.machine
+        assert machine.round is not None
+        round_ = machine.round
+        if self.mode in ("stream", "spec"):
+            late = ("resident", "tier") if self.mode == "spec" else ()
+            for task in round_.tasks:
+                complete = all(piece.parameter in self._taken for piece in task.subgroup.pieces)
+                if task.path in late or not complete:
+                    machine.submit(task)
+            return
+        machine.submit_all(to_and_fro=self.mode == "sync")
+
+    def _send_for_verdict(self, scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        machine = self.machine
+        flat = self._parameters()
+        numbers = sorted(self._norms)
+        cut_over = [norms.groups_of(flat[number]) for number in numbers]
+        norm = norms.total([self._norms[number] for number in numbers], cut_over, machine.device)
+        scalars = norms.Scalars.send(norm, scale, found_inf, machine.lanes)
+
+        def judge() -> None:
+            try:
+                verdict, self._last_norm = scalars.verdict(self.max_norm)
+            except RuntimeError as error:
+                self._failure = error
+                verdict = Verdict(1.0, skip=True)
+            machine.judge(verdict)
+
+        self._judge.submit(judge)
+
+    def _guard_all(self) -> bool:
+        """Guard every parameter; False: one of them has neither a guard nor a hook."""
+        parameters = self._parameters()
+        for number, parameter in enumerate(parameters):
+            self._guard(number, parameter)
+        return self._is_attached or all(gates.can_guard(parameter) for parameter in parameters)
+
+    def _guard(self, number: int, parameter: torch.Tensor) -> None:
+        if gates.can_guard(parameter):
+            this = weakref.ref(self)
+
+            def gate() -> None:
+                optimizer = this()
+                if optimizer is None:
+                    gates.release(parameter)
+                else:
+                    optimizer._read(number)
+
+            gates.guard(parameter, gate)
+
+    def _read(self, number: int) -> None:
+        machine = self.machine
+        if machine.round is not None and not machine.round.has_stepped and self.mode == "spec":
+            self.wait()  # raises: the update is tentative
+        if machine.round is not None:
+            with self._waiting():
+                machine.wait_for(number)
+        gates.release(self._parameters()[number])
+
+    def _abandon(self) -> None:
+        """End a round that no `step()` followed."""
+        machine = self.machine
+        assert machine.round is not None
+        machine.round.has_stepped = True
+        self._submit_rest()
+        if not machine.round.verdict.done():
+            machine.judge(Verdict(1.0, skip=True))
+        self.wait()
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise OptimizerError(
+                f"an earlier update failed, the states are not to be relied on: {self._failure}"
+            ) from (self._failure)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time, and remember what went wrong."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self.stall_s += time.perf_counter() - start_s
+
+
+def _check(mode: Mode, max_norm: float | None, tiering: Tiering) -> None:
+    problems = []
+    if mode not in ("sync", "defer", "stream", "spec"):
+        problems.append(f"mode: {mode!r}; allowed: sync, defer, stream, spec")
+    if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
+        problems.append(f"max_norm: {max_norm}; above 0, or None not to clip")
+    if mode == "stream" and max_norm is not None:
+        problems.append("mode: stream; it updates before the norm is known: max_norm needs spec, defer or sync")
+    steps = tiering.accumulation_steps
+    if steps is not None and steps < 1:
+        problems.append(f"accumulation_steps: {steps}; at least 1")
+    if mode in ("stream", "spec") and steps is None:
+        problems.append(f"mode: {mode}; tiering.accumulation_steps is needed: how many backwards precede a step()")
+    if problems:
+        raise OptimizerError("\n".join(problems))
+
+
+def _check_parameters(groups: list[list[torch.Tensor]]) -> None:
+    problems = []
+    devices = {parameter.device for group in groups for parameter in group}
+    if len(devices) > 1:
+        problems.append(f"parameters: on {', '.join(sorted(map(str, devices)))}; all of them on one device")
+    for index, group in enumerate(groups):
+        found = {parameter.dtype for parameter in group}
+        if len(found) > 1 or not found <= set(_DTYPES):
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+            problems.append(f"param_groups[{index}]: {names}; one of float32, bfloat16, float16 a group")
+        if any(not parameter.is_contiguous() for parameter in group):
+            problems.append(f"param_groups[{index}]: a parameter is not contiguous; call contiguous() on it first")
+    if problems:
+        raise OptimizerError("\n".join(problems))

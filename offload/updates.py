@@ -1,0 +1,392 @@
+"""One optimizer step in flight, and the two threads that work on it.
+
+A `Round` has a task for every subgroup. The host's worker updates what is in DRAM or in a tier; the device's worker
+what is resident or streamed. Both take the lowest subgroup first once the step was asked for, because the next
+forward needs it first, and before that the highest, whose gradient came first.
+
+What a task's gradient is multiplied with is the round's verdict, which exists when the norm of all gradients does. A
+speculative round does not wait for it: it takes 1, writes to the store's other side, and is right if the verdict says
+the same; otherwise the subgroup is updated again from the side that still counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+
+import torch
+
+from offload.errors import OffloadError, OptimizerError
+from offload.kernels import Kernel, States, Step
+from offload.schedule import Path, Piece, Subgroup
+from offload.states import StateStore, TierCache
+from offload.transfer import TIMEOUT_S, Lanes, Ring, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the norm decided."""
+
+    scale: float
+    """Multiplies every gradient."""
+    skip: bool = False
+    """Whether the step is not made: something was not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring elements of a subgroup that make the same step."""
+
+    offset: int
+    count: int
+    step: Step
+
+
+@dataclass(slots=True)
+class Task:
+    """The update of one subgroup."""
+
+    subgroup: Subgroup
+    path: Path
+    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
+    """On the device, flat, by the number of the parameter; for a path on the device."""
+    host_gradient: torch.Tensor | None = None
+    """Flat, of the whole subgroup; for a path on the host."""
+    present: set[int] = field(default_factory=set)
+    """Parameters that have a gradient."""
+    tickets: list[Ticket] = field(default_factory=list)
+    """Done when the gradients are where the update reads them."""
+    updated: Future[Ticket] = field(default_factory=Future)
+    """Has the ticket after which the parameters may be read."""
+    speculated: Ticket | None = None
+    """The ticket of an update that waits for the verdict."""
+    wrote: bool = False
+    """Whether a speculative update has changed the parameters."""
+
+    @property
+    def index(self) -> int:
+        return self.subgroup.index
+
+
+@dataclass(slots=True)
+class Round:
+    """One step of the optimizer."""
+
+    tasks: list[Task]
+    speculates: bool
+    may_write: Ticket | None = None
+    """Done when nothing on the device reads the parameters' old values any more; None: the gradients' tickets say."""
+    verdict: Future[Verdict] = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Over the verdict and what tasks make of it."""
+    has_stepped: bool = False
+    keep: frozenset[int] = frozenset()
+    """Subgroups of the tier that stay in their buffers."""
+
+    def wait(self) -> Verdict:
+        """Return the verdict."""
+        try:
+            return self.verdict.result(TIMEOUT_S)
+        except FutureTimeout as error:
+            raise OptimizerError(f"step() did not follow within {TIMEOUT_S} s after the gradients") from error
+
+
+class Backlog:
+    """Tasks that wait for a worker."""
+
+    def __init__(self) -> None:
+        self._tasks: list[tuple[Round, Task, int]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, round_: Round, task: Task, order: int | None = None) -> None:
+        """Add a task; lower orders (default: the subgroup's index) are first once the round has stepped."""
+        with self._changed:
+            self._tasks.append((round_, task, task.index if order is None else order))
+            self._changed.notify()
+
+    def take(self, *, wait: bool) -> tuple[Round, Task] | None:
+        """Return the next task; None: it was closed, or there is none and nobody is to wait."""
+        with self._changed:
+            while wait and not self._tasks and not self._closed:
+                self._changed.wait()
+            if not self._tasks:
+                return None
+            stepped = self._tasks[0][0].has_stepped
+            entry = (min if stepped else max)(self._tasks, key=lambda found: found[2])
+            self._tasks.remove(entry)
+            return entry[0], entry[1]
+
+    def upcoming(self) -> list[Task]:
+        """Return what waits, in the order in which it would be taken."""
+        with self._changed:
+            stepped = bool(self._tasks) and self._tasks[0][0].has_stepped
+            return [task for _, task, _ in sorted(self._tasks, key=lambda found: found[2], reverse=not stepped)]
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """What both workers use."""
+
+    store: StateStore
+    lanes: Lanes
+    parameters: Sequence[torch.Tensor]
+    """Flat views of the parameters' values, which updates write."""
+    runs: Callable[[Task, float], list[Run]]
+    """Returns a task's runs, given what its gradients are multiplied with."""
+
+
+class Worker:
+    """A thread that takes tasks from a backlog until it is closed."""
+
+    def __init__(self, name: str, place: Workplace) -> None:
+        self.backlog = Backlog()
+        self.place = place
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, when all tasks are done; a second call does nothing."""
+        self.backlog.close()
+        if self._thread.is_alive():
+            self._thread.join(TIMEOUT_S)
+
+    def _serve(self) -> None:
+        raise NotImplementedError
+
+    def _scale(self, round_: Round, task: Task) -> Verdict:
+        """Return the verdict, or in a speculative round what it is expected to be.
+
+        States on the device and in a tier have no other side, so they always wait for it.
+        """
+        if round_.speculates and task.path in ("cpu", "stream") and not round_.verdict.done():
+            return Verdict(1.0)
+        return round_.wait()
+
+    def _settle(self, round_: Round, task: Task, used: Verdict, ticket: Ticket) -> None:
+        """Publish the ticket, keep it for the verdict, or do the task again."""
+        with round_.lock:
+            if not round_.verdict.done():
+                task.speculated, task.wrote = ticket, True
+                return
+            if round_.verdict.result() != used:
+                task.wrote = True
+                self.backlog.put(round_, task)
+                return
+        self._publish(task, ticket)
+
+    def _publish(self, task: Task, ticket: Ticket) -> None:
+        task.gradients.clear()
+        task.updated.set_result(ticket)
+
+    def _restore(self, round_: Round, task: Task) -> None:
+        """End a task of a step that is not made."""
+        self._publish(task, write_back(self.place, task) if task.wrote else self.place.lanes.now())
+
+    def _guarded(self, round_: Round, task: Task, work: Callable[[Round, Task], None]) -> None:
+        """Do a part of a task; what goes wrong becomes the task's own."""
+        try:
+            with torch.no_grad():
+                work(round_, task)
+        except (OffloadError, RuntimeError, OSError, MemoryError) as error:
+            if not task.updated.done():
+                task.updated.set_exception(error)
+
+
+def write_back(place: Workplace, task: Task) -> Ticket:
+    """Write the parameters of a subgroup from its masters, which are in host memory or on the device."""
+    master = place.store.read(task.index).master
+
+    def write() -> None:
+        for piece in task.subgroup.pieces:
+            target = place.parameters[piece.parameter].narrow(0, piece.start, piece.count)
+            target.copy_(master.narrow(0, piece.offset, piece.count))
+
+    return place.lanes.lane("parameters").run(write, num_bytes=4 * task.subgroup.count)
+
+
+def awaited(round_: Round, task: Task) -> list[Ticket]:
+    """Return what has to be done before the parameters are written."""
+    return [*task.tickets, *([] if round_.may_write is None else [round_.may_write])]
+
+
+class HostWorker(Worker):
+    """Updates subgroups in DRAM and in a tier, on the CPU."""
+
+    def __init__(self, place: Workplace, kernel: Kernel, outs: Ring, tier: TierCache | None) -> None:
+        super().__init__("offload-host", place)
+        self._kernel = kernel
+        self._outs = outs
+        self._tier = tier
+
+    def _serve(self) -> None:
+        while (taken := self.backlog.take(wait=True)) is not None:
+            self._guarded(*taken, self._update)
+
+    def _update(self, round_: Round, task: Task) -> None:
+        if self._tier is not None and task.path == "tier":
+            self._tier.stage(task.index)
+            for other in self.backlog.upcoming():
+                if other.path == "tier" and not self._tier.stage(other.index):
+                    break
+        for ticket in task.tickets:
+            ticket.wait()
+        used = self._scale(round_, task)
+        if used.skip:
+            if self._tier is not None and task.path == "tier":
+                self._tier.take(task.index)
+                self._tier.drop(task.index)
+            self._restore(round_, task)
+            return
+        runs = self.place.runs(task, used.scale)
+        index, buffer = self._outs.take()
+        dtype = self.place.parameters[task.subgroup.pieces[0].parameter].dtype
+        out = buffer[: task.subgroup.count * dtype.itemsize].view(dtype)
+        if self._tier is not None and task.path == "tier":
+            states = into = self._tier.take(task.index)
+        else:
+            states, into = self.place.store.current(task.index), self.place.store.next(task.index)
+        self._compute(task, runs, out, states, into)
+        if self._tier is not None and task.path == "tier":
+            self._tier.give(task.index, keep=task.index in round_.keep)
+        ticket = self._send(round_, task, out)
+        self._outs.give(index, ticket)
+        self._settle(round_, task, used, ticket)
+
+    def _compute(self, task: Task, runs: Sequence[Run], out: torch.Tensor, states: States, into: States) -> None:
+        gradient = task.host_gradient
+        assert gradient is not None
+        for run in runs:
+            target = into.narrow(run.offset, run.count)
+            mine = states.narrow(run.offset, run.count)
+            part = slice(run.offset, run.offset + run.count)
+            self._kernel.adamw(mine, gradient[part], out[part], run.step, None if into is states else target)
+        if into is not states:
+            _copy_rest(task, runs, states, into)
+
+    def _send(self, round_: Round, task: Task, out: torch.Tensor) -> Ticket:
+        pieces = [piece for piece in task.subgroup.pieces if piece.parameter in task.present]
+
+        def write() -> None:
+            for piece in pieces:
+                target = self.place.parameters[piece.parameter].narrow(0, piece.start, piece.count)
+                target.copy_(out.narrow(0, piece.offset, piece.count), non_blocking=True)
+
+        return self.place.lanes.lane("parameters").run(write, after=awaited(round_, task), num_bytes=out.nbytes)
+
+
+def _copy_rest(task: Task, runs: Sequence[Run], states: States, into: States) -> None:
+    """Copy the states that no run updates to the side that will count."""
+    covered = {run.offset: run.count for run in runs}
+    offset = 0
+    while offset < task.subgroup.count:
+        if offset in covered:
+            offset += covered[offset]
+            continue
+        end = min((start for start in covered if start > offset), default=task.subgroup.count)
+        into.narrow(offset, end - offset).copy_(states.narrow(offset, end - offset))
+        offset = end
+
+
+@dataclass(slots=True)
+class _Staged:
+    round: Round
+    task: Task
+    slot: int | None = None
+    states: States | None = None
+    up: Ticket | None = None
+
+
+class DeviceWorker(Worker):
+    """Updates subgroups on the device: resident ones, and others whose states it streams there and back."""
+
+    def __init__(self, place: Workplace, kernel: Kernel, slots: Ring | None) -> None:
+        super().__init__("offload-device", place)
+        self._kernel = kernel
+        self._slots = slots
+        self._down: dict[int, Ticket] = {}
+        self._staged: deque[_Staged] = deque()
+
+    def returned(self, index: int) -> None:
+        """Wait until a subgroup's states are back in host memory."""
+        if index in self._down:
+            self._down[index].wait()
+
+    def _serve(self) -> None:
+        ahead = len(self._slots) if self._slots is not None else 1
+        while True:
+            taken = self.backlog.take(wait=not self._staged) if len(self._staged) < ahead else None
+            if taken is not None:
+                self._guarded(*taken, self._stage)
+            elif self._staged:
+                staged = self._staged.popleft()
+                self._guarded(staged.round, staged.task, functools.partial(self._update, staged))
+            else:
+                return
+
+    def _stage(self, round_: Round, task: Task) -> None:
+        staged = _Staged(round_, task)
+        if task.path == "stream":
+            assert self._slots is not None
+            staged.slot, slot = self._slots.take()
+            staged.states = slot.narrow(0, task.subgroup.count)
+            home = self.place.store.current(task.index)
+            target = staged.states
+            before = [self._down[task.index]] if task.index in self._down else []
+            staged.up = self.place.lanes.lane("states up").run(
+                lambda: target.copy_(home, non_blocking=True), after=before, num_bytes=home.nbytes
+            )
+        self._staged.append(staged)
+
+    def _update(self, staged: _Staged, round_: Round, task: Task) -> None:
+        used = self._scale(round_, task)
+        if used.skip:
+            if staged.slot is not None and staged.up is not None and self._slots is not None:
+                self._slots.give(staged.slot, staged.up)
+            self._restore(round_, task)
+            return
+        states = staged.states or self.place.store.current(task.index)
+        runs = self.place.runs(task, used.scale)
+        gradients = dict(task.gradients)  # the task's are dropped when it is done, which is before the device is
+        after = [*([] if staged.up is None else [staged.up]), *awaited(round_, task)]
+        ticket = self.place.lanes.lane("device").run(
+            lambda: self._compute(task, gradients, runs, states), after=after, uses=list(gradients.values())
+        )
+        if staged.slot is not None and self._slots is not None:
+            home = self.place.store.next(task.index)
+            down = self.place.lanes.lane("states down").run(
+                lambda: home.copy_(states, non_blocking=True), after=[ticket], num_bytes=home.nbytes
+            )
+            self._down[task.index] = down
+            self._slots.give(staged.slot, down)
+        self._settle(round_, task, used, ticket)
+
+    def _compute(self, task: Task, gradients: dict[int, torch.Tensor], runs: Sequence[Run], states: States) -> None:
+        for run in runs:
+            for piece in task.subgroup.pieces:
+                part = _overlap(piece, run)
+                if part is not None:
+                    start = piece.start + part.offset - piece.offset
+                    out = self.place.parameters[piece.parameter].narrow(0, start, part.count)
+                    gradient = gradients[piece.parameter].narrow(0, start, part.count)
+                    self._kernel.adamw(states.narrow(part.offset, part.count), gradient, out, run.step)
+
+
+def _overlap(piece: Piece, run: Run) -> Run | None:
+    start = max(piece.offset, run.offset)
+    count = min(piece.offset + piece.count, run.offset + run.count) - start
+    return Run(start, count, run.step) if count > 0 else None
