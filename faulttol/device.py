@@ -8,6 +8,7 @@ of its own, which is over at once, recorded between two readings of the host's c
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,14 +34,14 @@ def leave_captures_alone() -> bool:
 
     Without it a query of this thread would end a capture that is global to the process, with an error.
     """
-    for name in (None, *(f"libcudart.so.{major}" for major in (11, 12, 13, 14))):
-        try:
-            exchange = ctypes.CDLL(name).cudaThreadExchangeStreamCaptureMode
-        except (OSError, AttributeError):
-            continue
-        mode = ctypes.c_int(_RELAXED)
-        return int(exchange(ctypes.byref(mode))) == 0
-    return False
+    major = (torch.version.cuda or "").partition(".")[0]
+    try:  # the one that torch has loaded, and no other
+        runtime = ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        exchange = runtime.cudaThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return False
+    mode = ctypes.c_int(_RELAXED)
+    return int(exchange(ctypes.byref(mode))) == 0
 
 
 class Span(NamedTuple):
@@ -64,7 +65,7 @@ class DeviceClock:
         self._stream: Any = None
         self._anchor: _Anchor | None = None
         self._free: list[Any] = []
-        self._last_end: dict[str, int] = {}
+        self._last_end: dict[object, int] = {}
 
     def stamp(self) -> Any:
         """Return an event of a pool, recorded on the device's current stream."""
@@ -80,7 +81,7 @@ class DeviceClock:
         if len(self._free) < _POOLED:
             self._free.append(event)
 
-    def span(self, channel: str, ready: Any, duration_ns: int) -> Span | None:
+    def span(self, channel: object, ready: Any, duration_ns: int) -> Span | None:
         """Return when an operation ran whose input was ready at `ready`; None before there is an anchor.
 
         Operations of a channel run one after the other: it began when its input was ready and the one before was over.

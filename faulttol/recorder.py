@@ -57,7 +57,7 @@ class _Group:
 class _Token:
     """An operation that goes on."""
 
-    __slots__ = ("age", "device", "group", "index", "is_over", "kind", "output", "ready", "ref", "work")
+    __slots__ = ("age", "channel", "device", "group", "index", "is_over", "kind", "output", "ready", "ref", "work")
 
     def __init__(self, index: int, kind: str, group: _Group, device: Any, ready: Any) -> None:
         self.index, self.kind, self.group, self.device, self.ready = index, kind, group, device, ready
@@ -65,6 +65,8 @@ class _Token:
         """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
         self.work: Any = None
         self.ref: Any = None
+        self.channel: object = None
+        """What the device runs one after the other, and this among it."""
         self.age = 0
         self.is_over = False
 
@@ -165,6 +167,7 @@ class Recorder:
         now = time.monotonic_ns()
         index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._where, peer, (number, dtype))
         token = _Token(index, kind, group, first.device.index if is_async else None, clock and clock.stamp())
+        token.channel = (group.name, peer if kind in MESSAGES else -1)
         if not is_async and kind in _REDUCE_SCATTERS:
             self._follow_output(arguments[0], token)
         return token
@@ -213,6 +216,7 @@ class Recorder:
                 return
             tokens, known.unfinished = known.unfinished, []
             for token in tokens:
+                token.ready = None  # the device times none of them by itself
                 if work is None:
                     self._end(token, late=True)
                 else:
@@ -408,11 +412,11 @@ class Recorder:
             return
         try:
             duration_ns = round(work._get_duration() * 1e6)
-        except RuntimeError:  # not timed, as messages of one coalescing; or cut off, where its like were timed
+        except RuntimeError:  # not timed; or cut off, where its like were timed
             self._end(token, late=True, failed=token.kind in token.group.timed_kinds)
             return
         token.group.timed_kinds.add(token.kind)
-        span = clock.span(token.group.name, token.ready, duration_ns)
+        span = clock.span(token.channel, token.ready, duration_ns)
         clock.release(token.ready)
         if span is None or token.is_over:
             self._end(token, late=True)

@@ -69,9 +69,10 @@ class Rank:
         return float(self._line.recv_bytes().decode())
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send it a signal, if it is still there."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        if self.process.is_alive():  # which collects it when it is not: the number is nobody else's yet
+            os.kill(self.process.pid, number)
 
     def __enter__(self) -> Self:
         return self

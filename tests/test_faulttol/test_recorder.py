@@ -7,26 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import faulttol
-from faulttol import ring
-from faulttol.operations import OPERATORS
+from faulttol.bench.callers import count
 from tests.ranks import run_ranks
 from tests.test_faulttol import callers
 
 
 def _count(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, Counter[str]]:
-    """By caller: how often each operator of c10d was called, as torch's profiler counts them."""
+    """By caller: how often what was called, as torch's profiler counts it."""
     recorder = faulttol.install(folder)
-    counts = {}
-    for step, name in enumerate(names):
-        faulttol.mark_step(step, phase=name)
-        with torch.autograd.profiler.profile() as profile:
-            (callers.QUICK | callers.HEAVY)[name](rank, world_size)
-        counts[name] = Counter(event.name for event in profile.function_events if event.name.startswith("c10d::"))
-    faulttol.mark_phase("over")
+    every = callers.QUICK | callers.HEAVY
+    counts = count(rank, world_size, "cpu", {name: every[name] for name in names})
     dist.barrier()
     deadline = time.monotonic() + 10
     while recorder.num_pending and time.monotonic() < deadline:
@@ -36,16 +29,12 @@ def _count(rank: int, world_size: int, folder: str, names: list[str]) -> dict[st
 
 
 def _check(folder: Path, counts: list[dict[str, Counter[str]]]) -> None:
-    kinds = {f"c10d::{operation.name}": operation.kind for operation in OPERATORS}
     for rank, of_callers in enumerate(counts):
-        record = ring.read(ring.ring_path(folder, rank))
+        record = faulttol.read_ring(faulttol.ring_path(folder, rank))
         assert record.num_lost == 0
-        for name, calls in of_callers.items():
+        for name, called in of_callers.items():
             events = [event for event in record.events if event.phase == name]
             assert [event for event in events if event.state != "ended"] == [], (rank, name)
-            called = Counter({kinds[operator]: number for operator, number in calls.items()})
-            if name == callers.BARE:  # no operators: counted by hand
-                called = Counter({"recv" if rank == 0 else "send": 2, "all_reduce": 1})
             assert Counter(event.kind for event in events) == called, (rank, name)
             assert called, (rank, name)
 
