@@ -148,6 +148,20 @@ def passive(view: JobView, num_bytes: int | None = None) -> DelayMatrix:
     return DelayMatrix({link: min(values) for link, values in seconds.items()})
 
 
+def from_backlogs(rows: Mapping[int, Mapping[int, int]]) -> list[Explanation]:
+    """Return the links on which bytes wait that nobody acknowledges, the most first.
+
+    `rows`: of each sender, by receiver, what waited in its connections at two looks in a row
+    (`faulttol.sockets.backlog_bytes`) while its loop stood.
+    """
+    waiting = {(source, target): count for source, row in rows.items() for target, count in row.items() if count > 0}
+    most = max(waiting.values(), default=1)
+    return [
+        Explanation("link", (link[0],), (link[1],), factor=waiting[link] / most, num_slow=1, num_cells=1)
+        for link in sorted(waiting, key=lambda link: -waiting[link])
+    ]
+
+
 def rounds(num_ranks: int) -> list[list[Link]]:
     """Return pairs of places such that each round's are disjoint and every two places meet once (circle method)."""
     places: list[int] = list(range(num_ranks + num_ranks % 2))

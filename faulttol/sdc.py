@@ -122,8 +122,12 @@ class GradientNorms:
         self._squares: list[Tensor] = []
         self._before: Callable[[Tensor], object] | None = None
 
-    def hook(self, state: object, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Keep the bucket's norm and reduce it."""
+    @property
+    def hook(self) -> Callable[[object, Any], torch.futures.Future[Tensor]]:
+        """What to register: it keeps each bucket's norm and reduces the bucket."""
+        return lambda state, bucket: self._reduce(bucket)  # unlike a method's, its annotations DDP does not refuse
+
+    def _reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import _allreduce_fut
 
         buffer = bucket.buffer()
@@ -246,10 +250,9 @@ def _combined(prints: Tensor, low: int, high: int) -> Tensor:
 
 def _gather(value: Tensor, group: dist.ProcessGroup | None) -> list[int]:
     """Every rank's int64, in the order of the group."""
-    size = dist.get_world_size(group)
-    gathered = torch.empty(size, dtype=torch.int64, device=value.device)
-    dist.all_gather_into_tensor(gathered, value.reshape(1), group=group)
-    return [int(one) for one in gathered.tolist()]
+    gathered = [torch.empty(1, dtype=torch.int64, device=value.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, value.reshape(1), group=group)
+    return [int(one) for one in torch.cat(gathered).tolist()]
 
 
 def _agree(value: Tensor, group: dist.ProcessGroup | None) -> bool:

@@ -12,18 +12,25 @@ from faulttol.view import JobView
 
 _LEAST_SPREAD = 0.05
 """Spread of log norms that replicas have anyway; below it none counts as an outlier."""
+_USUAL, _LEAST_USUAL = 32, 5
+"""Earlier steps whose median is a rank's usual norm: at most, at least."""
 _TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, of a normal distribution."""
 
 
-def outliers(values: Mapping[int, float], deviations: float) -> dict[int, float]:
-    """Return the ranks whose value is not finite or far from the others', each with its distance.
+def outliers(values: Mapping[int, float], usual: Mapping[int, float], deviations: float) -> dict[int, float]:
+    """Return the ranks whose value is not finite or changed unlike the others', each with its distance.
 
-    Distance is in robust standard deviations of the logarithm: inf for what is not finite, or not above 0 while the
-    others are. With fewer than three finite values only those that are not finite are told.
+    A value is compared with the rank's own usual one: stages of a pipeline have other norms, and all of them grow and
+    shrink together. Distance is in robust standard deviations of the logarithm of that ratio; inf for what is not
+    finite. With fewer than three ranks to compare only what is not finite is told.
     """
     wrong = {rank: math.inf for rank, value in values.items() if not math.isfinite(value)}
-    logs = {rank: math.log(value) for rank, value in values.items() if math.isfinite(value) and value > 0}
+    logs = {
+        rank: math.log(value / usual[rank])
+        for rank, value in values.items()
+        if math.isfinite(value) and value > 0 and usual.get(rank, 0.0) > 0
+    }
     if len(logs) < 3:
         return wrong
     middle = median(logs.values())
@@ -45,8 +52,12 @@ def numeric(view: JobView, config: DetectorConfig) -> list[Finding]:
                 norms.setdefault(mark.step, {})[rank] = mark.grad_norm
             if mark.loss is not None:
                 losses.setdefault(mark.step, {})[rank] = mark.loss
+    before: dict[int, list[float]] = {}
     for step in sorted(norms.keys() | losses.keys()):
-        found = outliers(norms.get(step, {}), config.gradient_deviations)
+        usual = {rank: median(own[-_USUAL:]) for rank, own in before.items() if len(own) >= _LEAST_USUAL}
+        found = outliers(norms.get(step, {}), usual, config.gradient_deviations)
+        for rank, norm in norms.get(step, {}).items():
+            before.setdefault(rank, []).append(norm)
         what = "gradient norm before the reduction"
         if not found:
             what = "loss"

@@ -13,6 +13,8 @@ from faulttol.rules.program import deviation, mismatches
 from faulttol.rules.waiting import Chain, chains
 from faulttol.view import JobView
 
+_LAST = 8
+"""Of a dead rank's events, those that can have been open when it died."""
 _BY_CONDITION = {
     Condition.DEAD: FindingKind.CRASH,
     Condition.LOST: FindingKind.CRASH,
@@ -31,7 +33,7 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
     wrong = mismatches(view, config)
     unwell = _unwell(view, [found for found in conditions if found.condition in _BY_CONDITION])
     if wrong:
-        victims = {rank for rank, record in view.records.items() if _last_failed(record)}
+        victims = {rank for rank, record in view.records.items() if _death(record) > 0}
         accused = {rank for finding in wrong for rank in finding.culprits}
         return wrong + [finding for finding in unwell if not set(finding.culprits) <= victims | accused]
     if unwell:
@@ -76,19 +78,29 @@ def _phase(view: JobView, rank: int) -> str:
     return record.marks[-1].phase
 
 
-def _last_failed(record: RankRecord) -> bool:
-    return bool(record.events) and record.events[-1].state == "failed"
+def _death(record: RankRecord | None) -> int:
+    """How a dead rank's record ends: 0 outside of any operation, 1 inside one, 2 in one that failed.
+
+    A rank that dies takes others with it, whose operations fail; it may itself die inside of one.
+    """
+    if record is None or not record.events:
+        return 0
+    if any(event.state == "failed" for event in record.events[-_LAST:]):
+        return 2
+    return int(any(event.state == "begun" for event in record.events[-_LAST:]))
 
 
 def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
-    """One finding for each class; of several dead, those that an error of a collective ended died of the others."""
+    """One finding for each class; of several dead, only those that did not die of the others."""
     by_kind: dict[FindingKind, list[Health]] = {}
     for health in conditions:
         by_kind.setdefault(_BY_CONDITION[health.condition], []).append(health)
     found = []
     for kind, group in by_kind.items():
-        first = [h for h in group if not (h.rank in view.records and _last_failed(view.records[h.rank]))]
-        suspects = first if kind is FindingKind.CRASH and first else group
+        suspects = group
+        if kind is FindingKind.CRASH:
+            deaths = {health.rank: _death(view.records.get(health.rank)) for health in group}
+            suspects = [health for health in group if deaths[health.rank] == min(deaths.values())]
         score = 1.0 / len(suspects)
         found.append(
             Finding(

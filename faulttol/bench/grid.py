@@ -1,0 +1,172 @@
+"""What the labelled benchmark tries: every kind of fault, by how much, where, in which job; and what is right. Pure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from faulttol.bench.jobs import MICRO_BATCHES, ROWS, WIDTH
+from faulttol.finding import FindingKind
+from faulttol.inject import KINDS, Fault
+
+CLASSES = {
+    FindingKind.CRASH: "crash",
+    FindingKind.FREEZE: "hang",
+    FindingKind.STUCK: "hang",
+    FindingKind.HANG: "hang",
+    FindingKind.COMMUNICATION_HANG: "hang",
+    FindingKind.DESYNC: "desync",
+    FindingKind.STRAGGLER: "slow",
+    FindingKind.COMMUNICATION_SLOW: "slow",
+    FindingKind.NUMERIC: "numeric",
+}
+MAGNITUDES = (1.2, 1.5, 2.0, 4.0)
+"""Of slow faults: by how much the step is to grow."""
+PAUSE_S = 2.4
+"""How long a rank stands that then goes on by itself: over the threshold and the second that finding may take."""
+BENIGN = ("clean", "gc_pause", "evaluation", "checkpoint", "uneven", "imbalance", "jitter", "all_slow")
+SLOW = ("slow", "slow_jitter", "slow_ramp", "slow_link", "slow_sender", "slow_receiver")
+STANDING = ("freeze", "gil", "hang", "spin")
+ENDING = ("kill", "abort", "segfault", "exit", "raise", "stuck_link", "extra", "wrong_kind", "wrong_dtype", "skip")
+NUMERIC = ("nan", "gradient", "bit_flip")
+_NO_NUMERIC = {"fsdp": set(NUMERIC), "pipeline": {"bit_flip"}}
+"""Sharded ranks have no replica to compare with and DDP's buckets alone have a hook before the reduction; the stages of
+the pipeline reduce their gradients by themselves."""
+_PARAMETER_BYTES = 3 * (WIDTH * WIDTH + WIDTH) * 4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One trial to make."""
+
+    job: str
+    num_ranks: int
+    kind: str
+    """A kind of fault, or `clean`."""
+    magnitude: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Identifies it among all trials."""
+        return f"{self.job}/{self.num_ranks}/{self.kind}/{self.magnitude:g}/{self.seed}"
+
+    @property
+    def truth(self) -> str:
+        """The class that should be found; `none` for what is benign."""
+        finding = None if self.kind == "clean" else KINDS[self.kind].finding
+        return "none" if finding is None else CLASSES[finding]
+
+    @property
+    def ends_job(self) -> bool:
+        """True when the job cannot go on after it."""
+        return self.kind in ENDING or self.kind in NUMERIC
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One trial that was made, with what is needed to judge it."""
+
+    name: str
+    truth: str
+    kind: str
+    magnitude: float
+    said: str
+    """The class of the first alarm; `none` without one."""
+    said_kind: str
+    named: str
+    """Its strongest suspect."""
+    culprit: str
+    """Who it was."""
+    after_s: float
+    """From the striking to the alarm."""
+    grown: float
+    """Steps while it acted, over the usual; of slow faults the magnitude that came about."""
+    suspicions: int
+    """Findings that no probe confirmed, and imbalances."""
+    rivals: dict[str, Any]
+    """By rival: (class, who)."""
+    summary: str
+
+    def line(self) -> dict[str, Any]:
+        """As an object of JSON."""
+        return asdict(self)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the class is right."""
+        return self.said == self.truth
+
+
+def cases(
+    jobs: Sequence[str],
+    sizes: Sequence[int],
+    kinds: Iterable[str],
+    magnitudes: Sequence[float],
+    seeds: Iterable[int],
+) -> list[Case]:
+    """Return the grid, one seed of all jobs before the next, what ends a job last."""
+    wanted = set(kinds)
+    found = []
+    for seed in seeds:
+        for job in jobs:
+            for size in sizes:
+                for kind in (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING):
+                    if kind not in wanted or kind in _NO_NUMERIC.get(job, set()):
+                        continue
+                    found += [
+                        Case(job, size, kind, magnitude, seed) for magnitude in (magnitudes if kind in SLOW else (2.0,))
+                    ]
+    return found
+
+
+def fault_of(case: Case, span_s: float) -> tuple[Fault | None, str]:
+    """Return the fault of a case and the name of its culprit, for steps that usually take `span_s`."""
+    if case.kind == "clean":
+        return None, ""
+    chance = random.Random(case.name)
+    rank = chance.randrange(case.num_ranks)
+    to_rank = _next(case, rank)
+    extra_s = (case.magnitude - 1) * span_s
+    rate = int(_bytes_per_step(case) / max(extra_s, 1e-4))
+    link = {"rank": rank, "to_rank": to_rank}
+    special: dict[str, dict[str, Any]] = {
+        "slow": {"rank": rank, "seconds": extra_s},
+        "slow_jitter": {"rank": rank, "seconds": extra_s},
+        "slow_ramp": {"rank": rank, "seconds": extra_s},
+        "slow_link": {**link, "rate_bytes_per_s": rate},
+        "slow_sender": {"rank": rank, "rate_bytes_per_s": rate},
+        "slow_receiver": {"rank": -1, "to_rank": to_rank, "rate_bytes_per_s": rate},
+        "stuck_link": link,
+        "gc_pause": {"rank": rank, "seconds": 0.2},
+        "evaluation": {"rank": rank, "seconds": 1.5},
+        "checkpoint": {"rank": rank, "seconds": 1.5},
+        "uneven": {"rank": -1, "seconds": span_s},
+        "imbalance": {"rank": rank, "seconds": span_s, "factor": 2.0},
+        "jitter": {"rank": -1, "seconds": 0.1 * span_s},
+        "all_slow": {"rank": -1, "seconds": span_s},
+        "gradient": {"rank": rank, "factor": 1e3},
+        "bit_flip": {"rank": rank, "bit": chance.randrange(31), "element": chance.randrange(1 << 16)},
+    }
+    more = special.get(case.kind, {"rank": rank, "seconds": PAUSE_S if case.kind in STANDING else 0.0})
+    fault = Fault(kind=case.kind, step=0, seed=case.seed, **more)
+    if case.kind in ("slow_link", "stuck_link"):
+        return fault, f"link {rank}->{to_rank}"
+    return fault, f"rank {to_rank if case.kind == 'slow_receiver' else rank}"
+
+
+def _next(case: Case, rank: int) -> int:
+    """A rank to which this one sends in every step: its neighbour in the ring, or the other stage."""
+    if case.job == "pipeline":
+        return (rank + case.num_ranks // 2) % case.num_ranks
+    return (rank + 1) % case.num_ranks
+
+
+def _bytes_per_step(case: Case) -> float:
+    """What one link carries in a step: of rings, 2 (n - 1) / n of the parameters for an all-reduce."""
+    if case.job == "pipeline":
+        return MICRO_BATCHES * ROWS * WIDTH * 4
+    share = (case.num_ranks - 1) / case.num_ranks * _PARAMETER_BYTES
+    return share * (2 if case.job == "ddp" else 3)

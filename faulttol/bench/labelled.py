@@ -1,0 +1,269 @@
+"""Faults with labels, and what the detector says of them: precision, recall, culprits, delays, false alarms.
+
+    python -m faulttol.bench.labelled [--jobs ddp,fsdp,pipeline] [--ranks 4,8] [--kinds …] [--magnitudes 1.2,1.5,2,4]
+        [--seeds N] [--minutes M] [--runs FILE] [--json FILE] [--smoke]
+
+Jobs of 4 and 8 gloo ranks on this machine: DistributedDataParallel, FSDP2, a pipeline of two stages. Their
+collectives, messages, gradients, rings, agents and sockets are real; a device's work is a sleep, since there are more
+ranks than CPUs. Faults are real too (signals, a held GIL, paced connections, stray collectives, flipped bits) and their
+targets drawn from the seed. A trial is one fault: it strikes, and the first alarm within some seconds is the answer; in
+a benign trial none may come. Slow communication is an alarm once a probe of the links names one.
+
+    precision of a class   trials rightly given it / all that were given it, benign ones included
+    recall                 trials rightly given it / all trials of the class
+    culprit                of those rightly given it: the strongest suspect is the target (a rank, a directed link)
+
+A job goes on from trial to trial; what ends it is followed by a new one. `--runs` keeps every trial as a line of JSON:
+a second run makes only what is missing, and `--minutes` bounds one run. `rivals` judge the same records
+(`faulttol.bench.rivals`). A magnitude is how much longer the steps are meant to become; what became of it is kept too,
+and slow faults are gated at those that made steps at least 1.5 times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+from faulttol.bench import Gate, Report, arguments
+from faulttol.bench import rivals as other
+from faulttol.bench.grid import (
+    BENIGN,
+    CLASSES,
+    ENDING,
+    MAGNITUDES,
+    NUMERIC,
+    SLOW,
+    STANDING,
+    Case,
+    Verdict,
+    cases,
+    fault_of,
+)
+from faulttol.bench.jobs import JOBS, Withdraw
+from faulttol.bench.trial import DETECTOR, Outcome, RunningJob, running, settle, strike
+from faulttol.rules.pace import paces
+from faulttol.view import JobView
+
+_WATCH_S = {"none": 2.0, "crash": 3.0, "hang": 2.4, "desync": 4.0, "slow": 6.0, "numeric": 3.0}
+_SMOKE_KINDS = ("clean", "slow", "hang", "kill")
+
+
+def main(words: list[str]) -> int:
+    """Run the benchmark and print its table."""
+    options = _parser().parse_args(words)
+    if options.smoke:
+        options.jobs, options.ranks, options.kinds, options.magnitudes = ["ddp"], [4], list(_SMOKE_KINDS), [4.0]
+        options.seeds = 1
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.jobs"])
+    wanted = cases(options.jobs, options.ranks, options.kinds, options.magnitudes, range(options.seeds))
+    made = _read(options.runs)
+    missing = [case for case in wanted if case.name not in made]
+    begun_s = time.monotonic()
+    for verdict in _trials(missing, begun_s + 60 * options.minutes):
+        made[verdict.name] = verdict
+        if options.runs:
+            with options.runs.open("a") as file:
+                file.write(json.dumps(verdict.line()) + "\n")
+        mark = "ok  " if verdict.is_right else "MISS"
+        print(
+            f"{len(made)}/{len(wanted)} {mark} {verdict.name} by {verdict.culprit or 'nobody'}: {verdict.said_kind} "
+            f"{verdict.named} after {verdict.after_s:.2f} s, steps x {verdict.grown:.2f}",
+            flush=True,
+        )
+    names = {case.name for case in wanted}
+    verdicts = [verdict for name, verdict in made.items() if name in names]
+    report = Report(
+        "faulttol.labelled",
+        {
+            "jobs": options.jobs,
+            "ranks": options.ranks,
+            "magnitudes": options.magnitudes,
+            "seeds": options.seeds,
+            "trials": len(verdicts),
+            "trials of the whole grid": len(wanted),
+            "hang_after_s": DETECTOR.hang_after_s,
+            "emulated": "the device's work, by sleeping",
+            "false": [verdict.line() for verdict in verdicts if not verdict.is_right],
+        },
+    )
+    judge(report, verdicts)
+    return report.finish(options)
+
+
+def judge(report: Report, verdicts: Sequence[Verdict]) -> None:
+    """Add figures and gates of the trials to the report."""
+    real = [v for v in verdicts if v.truth != "slow" or v.grown >= 1.5]
+    for name in ("crash", "hang", "desync", "slow", "numeric"):
+        given = [v for v in real if v.said == name]
+        of_class = [v for v in real if v.truth == name]
+        right = [v for v in of_class if v.is_right]
+        if not of_class:
+            continue
+        precision = len(right) / len(given) if given else 0.0
+        recall = len(right) / len(of_class)
+        culprit = sum(v.named == v.culprit for v in right) / len(right) if right else 0.0
+        report.add(name, "trials", "1", len(of_class))
+        least = (0.95, 0.9) if name == "slow" else (0.99, 0.99)
+        for what, value, limit in (
+            ("precision", precision, least[0]),
+            ("recall", recall, least[1]),
+            ("culprit", culprit, 0.95),
+        ):
+            report.add(name, what, "1", value)
+            report.gates.append(Gate(f"{name}: {what}", value, limit, value >= limit))
+        if right:
+            report.add(name, "found after", "s", *(v.after_s for v in right))
+        for rival in sorted({rival for v in of_class for rival in v.rivals}):
+            hits = [v for v in of_class if v.rivals[rival][0] == name]
+            report.add(f"{name}, {rival}", "recall", "1", len(hits) / len(of_class))
+            report.add(
+                f"{name}, {rival}",
+                "culprit",
+                "1",
+                sum(v.rivals[rival][1] == v.culprit for v in of_class) / len(of_class),
+            )
+    _by_magnitude(report, verdicts)
+    _benign(report, [v for v in verdicts if v.truth == "none"])
+    hangs = [v.after_s for v in real if v.truth == "hang" and v.is_right]
+    if hangs:
+        limit_s = DETECTOR.hang_after_s + 1.0
+        report.gates.append(Gate("hang found after, s", max(hangs), limit_s, max(hangs) <= limit_s, is_speed=True))
+
+
+def _by_magnitude(report: Report, verdicts: Sequence[Verdict]) -> None:
+    slow = [v for v in verdicts if v.truth == "slow"]
+    for magnitude in sorted({v.magnitude for v in slow}):
+        those = [v for v in slow if v.magnitude == magnitude]
+        report.add(f"slow x {magnitude:g}", "recall", "1", sum(v.is_right for v in those) / len(those))
+        report.add(f"slow x {magnitude:g}", "steps grew", "1", *(v.grown for v in those))
+    for kind in sorted({v.kind for v in verdicts}):
+        those = [v for v in verdicts if v.kind == kind]
+        report.add(f"kind {kind}", "right", "1", sum(v.is_right for v in those) / len(those))
+
+
+def _benign(report: Report, verdicts: Sequence[Verdict]) -> None:
+    if not verdicts:
+        return
+    alarms = sum(v.said != "none" for v in verdicts)
+    report.add("benign", "trials", "1", len(verdicts))
+    report.add("benign", "alarms", "1", alarms)
+    report.add("benign", "suspicions that a probe dropped, and imbalances", "1", sum(v.suspicions for v in verdicts))
+    report.gates.append(Gate("alarms in clean and benign runs", alarms, 0, alarms == 0))
+    for rival in sorted(verdicts[0].rivals):
+        false = sum(v.rivals[rival][0] != "none" for v in verdicts)
+        report.add(f"benign, {rival}", "alarms", "1", false)
+
+
+def _trials(missing: Sequence[Case], until_s: float) -> Iterator[Verdict]:
+    """Make the trials, in one job for as long as it lives."""
+    with ExitStack() as stack:
+        job: RunningJob | None = None
+        for case in missing:
+            if time.monotonic() > until_s:
+                return
+            if job is None or (job.spec.name, job.spec.num_ranks) != (case.job, case.num_ranks):
+                stack.close()
+                job = stack.enter_context(running(case.job, case.num_ranks))
+            if not settle(job):
+                stack.close()
+                job = stack.enter_context(running(case.job, case.num_ranks))
+                if not settle(job):
+                    print(f"{case.name}: the job does not settle; left out", flush=True)
+                    stack.close()
+                    job = None
+                    continue
+            yield _trial(job, case)
+            if case.ends_job:
+                stack.close()
+                job = None
+
+
+def _trial(job: RunningJob, case: Case) -> Verdict:
+    baseline = job.watch.memory.baseline
+    assert baseline is not None
+    fault, culprit = fault_of(case, baseline.span_s)
+    first_step = job.step + 1
+    outcome = strike(job, fault, watch_s=_WATCH_S[case.truth])
+    if not outcome.struck_s:
+        raise RuntimeError(f"{case.name}: the fault did not strike")
+    job.order(Withdraw())
+    alarm = outcome.alarms[0] if outcome.alarms else None
+    finding = None if alarm is None else alarm.finding
+    return Verdict(
+        name=case.name,
+        truth=case.truth,
+        kind=case.kind,
+        magnitude=case.magnitude,
+        said="none" if finding is None else CLASSES[finding.kind],
+        said_kind="nothing" if finding is None else finding.kind.value,
+        named="" if finding is None or not finding.suspects else str(finding.suspects[0]),
+        culprit=culprit,
+        after_s=0.0 if alarm is None else alarm.at_s - outcome.struck_s,
+        grown=_span_s(outcome.view, outcome.struck_s) / baseline.span_s,
+        suspicions=len(outcome.others),
+        rivals=_rivals(outcome, case, culprit, dict(baseline.local_s), first_step),
+        summary="" if finding is None else finding.summary,
+    )
+
+
+def _span_s(view: JobView, since_s: float) -> float:
+    """Median of the whole steps since then, of all ranks; 0 where there were none."""
+    spans = []
+    for record in view.records.values():
+        begun = {mark.step: mark.at_ns / 1e9 for mark in record.marks if mark.kind == "step_begin"}
+        spans += [
+            pace.span_s
+            for pace in paces(record).values()
+            if begun.get(pace.step, 0.0) >= since_s and not pace.phases & {"probe", "verify"}
+        ]
+    return median(spans) if spans else 0.0
+
+
+def _rivals(
+    outcome: Outcome, case: Case, culprit: str, before: dict[int, float], first_step: int
+) -> dict[str, tuple[str, str]]:
+    return {
+        "section score": other.section_score(outcome.view, before, first_step),
+        "show_straggler": other.show_straggler(outcome.view, first_step),
+        "group timeout": other.group_timeout(case.truth),
+        "Ray alone": other.ray_alone(outcome.view, case.truth, culprit),
+    }
+
+
+def _read(path: Path | None) -> dict[str, Verdict]:
+    if path is None or not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["name"]: Verdict(**line) for line in lines}
+
+
+def _parser() -> argparse.ArgumentParser:
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = arguments(__doc__)
+    every = (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING)
+    parser.add_argument("--jobs", type=words, default=list(JOBS), help="of ddp, fsdp, pipeline (default: all)")
+    parser.add_argument("--ranks", type=lambda text: [int(word) for word in words(text)], default=[4, 8])
+    parser.add_argument("--kinds", type=words, default=list(every), help=f"of {', '.join(every)} (default: all)")
+    parser.add_argument(
+        "--magnitudes", type=lambda text: [float(word) for word in words(text)], default=list(MAGNITUDES)
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="trials of everything (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="make no new trial after so long")
+    parser.add_argument(
+        "--runs", type=Path, metavar="FILE", help="lines of JSON, one a trial, that are kept and added to"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""What others would say of the same trial, from the same records. Own implementations of published rules.
+
+section score    nvidia-resiliency-ext: of each rank's time in its own sections, the least median over its own, and
+                 its own best over its own; below 0.75 is a straggler. It sees compute only, and no hang: its report
+                 is a collective.
+show_straggler   DeepSpeed: sum over operations of latency less the least latency of any rank. It prints a number
+                 for every rank and judges nothing; here it accuses who waits least, where the others' waiting
+                 exceeds a fifth of the time.
+group timeout    torch: an error on the ranks that wait, after the timeout; it names nobody
+Ray alone        learns of processes that end, and of nothing else
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+
+from faulttol.config import DetectorConfig, HealthConfig
+from faulttol.rules.pace import Pace, paces
+from faulttol.view import JobView, match
+
+SCORE = 0.75
+_WAITING = 0.2
+Said = tuple[str, str]
+"""Class, who; `none` and empty where nothing is said."""
+NOTHING: Said = ("none", "")
+
+
+def section_score(view: JobView, before: Mapping[int, float], first_step: int) -> Said:
+    """Accuse the rank with the lowest score of its time outside of collectives since `first_step`.
+
+    `before`: each rank's median while nothing was wrong, the best that it ever did being taken for that.
+    """
+    own = _locals_s(view, first_step)
+    if len(own) < 2:
+        return NOTHING
+    medians = {rank: median(values) for rank, values in own.items() if values}
+    least = min(medians.values())
+    scores = {rank: min(least, before.get(rank, value)) / max(value, 1e-9) for rank, value in medians.items()}
+    worst = min(scores, key=lambda rank: scores[rank])
+    return ("slow", f"rank {worst}") if scores[worst] < SCORE else NOTHING
+
+
+def show_straggler(view: JobView, first_step: int) -> Said:
+    """Accuse the rank that waits least, where the others wait for more than a fifth of the time."""
+    waits: dict[int, float] = {}
+    spans: dict[int, list[int]] = {}
+    events = [e for r in view.records.values() for e in r.events if e.step >= first_step and e.state == "ended"]
+    for operation in match(events).values():
+        if operation.absent or operation.is_message:
+            continue
+        least = min(event.duration_ns or 0 for event in operation.events.values())
+        for rank, event in operation.events.items():
+            waits[rank] = waits.get(rank, 0.0) + ((event.duration_ns or 0) - least) / 1e9
+            spans.setdefault(rank, []).append(event.begin_ns)
+    if len(waits) < 2:
+        return NOTHING
+    total_s = max((max(times) - min(times)) / 1e9 for times in spans.values())
+    first = min(waits, key=lambda rank: waits[rank])
+    others_s = median(wait for rank, wait in waits.items() if rank != first)
+    return ("slow", f"rank {first}") if others_s - waits[first] > _WAITING * total_s else NOTHING
+
+
+def group_timeout(truth: str) -> Said:
+    """Every stop ends in an error of some rank; nobody is named, and neither slowness nor numbers are seen."""
+    return ("stopped", "") if truth in ("crash", "hang", "desync") else NOTHING
+
+
+def ray_alone(view: JobView, truth: str, culprit: str) -> Said:
+    """An ended process is told at once, with its rank."""
+    dead = [rank for rank, vitals in view.vitals.items() if not vitals.process_alive]
+    return ("crash", culprit if truth == "crash" else f"rank {dead[0]}") if dead else NOTHING
+
+
+def _locals_s(view: JobView, first_step: int) -> dict[int, list[float]]:
+    config, health = DetectorConfig(), HealthConfig()
+    found: dict[int, list[float]] = {}
+    for rank, record in view.records.items():
+        own: list[Pace] = [
+            pace for pace in paces(record, first_step).values() if not pace.phases & set(health.patient_phases)
+        ]
+        if len(own) >= config.window_steps // 2:
+            found[rank] = [pace.local_s for pace in own]
+    return found

@@ -1,0 +1,246 @@
+"""The observer's side of the labelled benchmark: starts a job, follows it, injects one fault, says what was found."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from faulttol.agent import NodeAgent, Watched, start_ticks
+from faulttol.bench.jobs import JobSpec, ProbeAt, Withdraw, serve
+from faulttol.config import DetectorConfig, HealthConfig
+from faulttol.detector import Memory, observe
+from faulttol.finding import Finding, FindingKind
+from faulttol.history import Follower
+from faulttol.inject import Fault, strikes
+from faulttol.localize import DelayMatrix, explain, from_backlogs, refine
+from faulttol.view import JobView
+
+DETECTOR = DetectorConfig(hang_after_s=1.0, window_steps=16)
+HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=2.0)
+LOOK_S = 0.05
+"""Between two looks at the job."""
+_AHEAD_S = 0.5
+"""Between the order to probe and the step that it is for: all ranks have to get it in time."""
+_START_S = 60.0
+_AGAIN_S = 0.3
+_LOCATED = frozenset({FindingKind.COMMUNICATION_SLOW, FindingKind.COMMUNICATION_HANG})
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A confirmed finding that was not there in the view before."""
+
+    at_s: float
+    """`time.monotonic()`."""
+    finding: Finding
+
+
+@dataclass(slots=True)
+class Watch:
+    """What was seen of a job since it began."""
+
+    sightings: list[Sighting] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    holding: frozenset[Any] = frozenset()
+    """Keys of the findings of the last view."""
+
+
+class RunningJob:
+    """A job of the benchmark with the agent and the detector beside it; use as a context manager."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        context = get_context("forkserver")
+        self._processes: list[ForkServerProcess] = []
+        self._orders: list[Connection] = []
+        self._follower = Follower(spec.directory, range(spec.num_ranks))
+        self._agent = NodeAgent()
+        self.watch = Watch()
+        self.usual_links: DelayMatrix | None = None
+        self.backlogs: dict[int, dict[int, int]] = {}
+        self._rows: list[dict[tuple[int, int], float]] = []
+        self.view = JobView({})
+        self.findings: tuple[Finding, ...] = ()
+        for rank in range(spec.num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, spec, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._orders.append(ours)
+
+    def __enter__(self) -> RunningJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._agent.close()
+        for process in self._processes:
+            process.kill()
+        for process, orders in zip(self._processes, self._orders, strict=True):
+            process.join()
+            process.close()
+            orders.close()
+        self._follower.close()
+
+    @property
+    def step(self) -> int:
+        """The furthest step that a rank has begun."""
+        return max((r.marks[-1].step for r in self.view.records.values() if r.marks), default=-1)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the ranks' groups, then watch their processes."""
+        for rank, orders in enumerate(self._orders):
+            if not orders.poll(_START_S):
+                raise TimeoutError(f"rank {rank} of {self.spec.name} has not begun in {_START_S:g} s")
+            _, pid = orders.recv()
+            directory = self.spec.directory
+            self._agent.watch(
+                Watched(rank, pid, start_ticks(pid), directory / f"heart{rank}", directory / f"answers{rank}")
+            )
+
+    def look(self) -> list[Sighting]:
+        """Look once; return what was found that the last look did not."""
+        self.view = self._follower.look(self._agent.look())
+        memory, findings = observe(self.watch.memory, self.view, DETECTOR, HEALTH)
+        now_s = time.monotonic()
+        findings += tuple(self._messages())
+        new = [Sighting(now_s, one) for one in findings if one.key not in self.watch.holding]
+        self.watch.memory = memory
+        self.findings = findings
+        self.watch.holding = frozenset(one.key for one in findings)
+        self.watch.sightings += new
+        return new
+
+    def order(self, order: Fault | ProbeAt | Withdraw) -> None:
+        """Give an order to every rank that still listens."""
+        for orders in self._orders:
+            try:
+                orders.send(order)
+            except BrokenPipeError:
+                continue
+
+    def links(self, deadline_s: float) -> DelayMatrix | None:
+        """Let the ranks measure their links; None where they do not get to it in time."""
+        self._rows.clear()
+        usual = self.watch.memory.baseline
+        self.look()
+        self.order(ProbeAt(self.step + 4 + (0 if usual is None else int(_AHEAD_S / usual.span_s))))
+        until_s = time.monotonic() + deadline_s
+        while len(self._rows) < self.spec.num_ranks and time.monotonic() < until_s:
+            time.sleep(LOOK_S)
+            self.look()
+        if len(self._rows) < self.spec.num_ranks:
+            return None
+        return DelayMatrix({link: s for row in self._rows for link, s in row.items()})
+
+    def locate(self, finding: Finding) -> Finding:
+        """Refine a finding about communication: a hang by what waits in the connections, slowness by two probes."""
+        if finding.kind is FindingKind.COMMUNICATION_HANG:
+            return refine(finding, from_backlogs(self.backlogs))
+        measured = [self.links(5.0), self.links(5.0)]
+        if measured[0] is None or measured[1] is None:
+            return replace(finding, suspects=())
+        explained = explain(measured[0] | measured[1], DETECTOR, usual=self.usual_links)
+        return refine(replace(finding, suspects=()), explained)
+
+    def _messages(self) -> Iterator[Finding]:
+        for rank, orders in enumerate(self._orders):
+            try:
+                while orders.poll():
+                    kind, value = orders.recv()
+                    if kind == "probe":
+                        self._rows.append(value)
+                    elif kind == "backlog":
+                        self.backlogs[rank] = value
+                    elif kind == "divergence":
+                        yield value.finding(self.step)
+            except (EOFError, ConnectionResetError):
+                continue
+
+
+@contextmanager
+def running(name: str, num_ranks: int, **more: Any) -> Iterator[RunningJob]:
+    """A job that runs, until the block is left."""
+    directory = Path(tempfile.mkdtemp(prefix="labelled-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    try:
+        with RunningJob(JobSpec(name=name, num_ranks=num_ranks, directory=directory, **more)) as job:
+            job.wait_until_ready()
+            yield job
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def settle(job: RunningJob, timeout_s: float = 30.0) -> bool:
+    """Wait until the job is healthy and the detector knows what is usual; False if it does not get there."""
+    until_s = time.monotonic() + timeout_s
+    clean_since = job.step
+    while time.monotonic() < until_s:
+        time.sleep(LOOK_S)
+        job.look()
+        if any(kind.is_fault for kind, _ in job.watch.holding):
+            clean_since = job.step
+        if job.watch.memory.baseline is not None and job.step >= clean_since + DETECTOR.window_steps + 2:
+            if job.usual_links is None:
+                job.usual_links = job.links(10.0)
+                clean_since = job.step
+                continue
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one fault."""
+
+    struck_s: float
+    """When it struck, on the clock of the sightings; 0: it did not."""
+    alarms: tuple[Sighting, ...]
+    """What says that there is a fault, in order; slow communication only where a probe confirms it."""
+    others: tuple[Sighting, ...]
+    """What else was found: no faults, and suspicions of slow communication that no probe confirmed."""
+    view: JobView
+    """The job at the end of it."""
+
+
+def strike(job: RunningJob, fault: Fault | None, *, watch_s: float) -> Outcome:
+    """Inject a fault into the next step and watch until it is found, at most for `watch_s` from its striking.
+
+    Without a fault it watches for as long. Slow communication has to be located by a probe before it is an alarm;
+    where a probe shows nothing, the next one follows `_AGAIN_S` later.
+    """
+    record = job.spec.directory / "strikes"
+    num_before = len(strikes(record))
+    struck_s = 0.0
+    if fault is None:
+        struck_s = time.monotonic()
+    else:
+        job.order(fault)
+    alarms: list[Sighting] = []
+    others: list[Sighting] = []
+    until_s = struck_s + watch_s if struck_s else time.monotonic() + 10.0
+    probe_s = 0.0
+    while time.monotonic() < until_s and not alarms:
+        time.sleep(LOOK_S)
+        new = job.look()
+        if not struck_s and len(lines := strikes(record)) > num_before:
+            struck_s = lines[num_before].at_ns / 1e9
+            until_s = struck_s + watch_s
+        alarms += [one for one in new if one.finding.kind.is_fault and one.finding.kind not in _LOCATED]
+        others += [one for one in new if not one.finding.kind.is_fault]
+        for finding in job.findings if not alarms and time.monotonic() > probe_s else ():
+            if finding.kind in _LOCATED:
+                located = job.locate(finding)
+                seen = Sighting(time.monotonic(), located)
+                confirmed = located.suspects or finding.kind is FindingKind.COMMUNICATION_HANG
+                (alarms if confirmed else others).append(seen)
+                probe_s = time.monotonic() + _AGAIN_S
+    return Outcome(struck_s, tuple(alarms), tuple(others), job.view)
