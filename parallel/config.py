@@ -42,6 +42,9 @@ class ParallelConfig:
     """Ranks that share one matrix; at least 1."""
     expert: int = 1
     """Ranks over which experts are spread; divides replicate x shard, adds no ranks of its own."""
+    node_size: int = 0
+    """With expert > 1: consecutive ranks of those that share experts that make a node, to which a token is sent once
+    whatever number of experts it has there; divides expert x tensor. 0 sends it to each of its experts."""
     stages: StagesConfig = field(default_factory=StagesConfig)
     """Pipeline stages."""
     sequence: bool = True

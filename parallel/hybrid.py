@@ -135,8 +135,13 @@ def apply(
         group = groups.get("tensor")
         tensor.parallelize(model, plan_for(model), group, sequence=degrees.sequence, overlap=degrees.overlap)
     if degrees.expert > 1 or expert.has_experts(model):
-        sequence = degrees.tensor > 1 and degrees.sequence
-        expert.parallelize(model, expert.ExpertGroups.of(groups), sequence=sequence, overlap=degrees.overlap)
+        expert.parallelize(
+            model,
+            expert.ExpertGroups.of(groups),
+            sequence=degrees.tensor > 1 and degrees.sequence,
+            node_size=degrees.node_size,
+            overlap=degrees.overlap,
+        )
     context = None
     if degrees.context > 1:
         context = Context(groups.get("context"), degrees.attention)

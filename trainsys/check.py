@@ -15,6 +15,7 @@ from parallel.pipeline import build, num_stages
 from trainsys import schedule
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
+from trainsys.rl.check import problems as rl_problems
 
 Problem = tuple[str, str]
 """(dotted key, what is wrong; what is allowed)."""
@@ -35,6 +36,7 @@ def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[
         *_batch(config),
         *_engine(config),
         *_checkpoint(config),
+        *rl_problems(config),
         *_faulttol(config),
         *(_launch(config) if world_size is None else ()),
         *(_split(problem) for problem in schedule.check(config.schedule, config.steps)),
@@ -95,6 +97,7 @@ _AT_LEAST_ZERO = (
     "model.ffn_dim",
     "model.vocab_size",
     "model.moe.num_experts",
+    "parallel.node_size",
     "model.moe.num_shared_experts",
     "model.moe.balance_weight",
     "model.moe.bias_rate",
@@ -258,9 +261,15 @@ def _experts(config: RunConfig) -> Iterator[Problem]:
     degrees, moe = config.parallel, config.model.moe
     if data_ranks(degrees) % degrees.expert:
         yield "parallel.expert", f"{degrees.expert} does not divide replicate x shard ({data_ranks(degrees)})"
-    if degrees.expert > 1 and (config.model.kind == "hf" or not moe.num_experts):
-        yield "parallel.expert", f"{degrees.expert}: the model has no experts of this package's; allowed: 1"
-    elif moe.num_experts % (degrees.expert * degrees.tensor):
+    num_ranks = degrees.expert * degrees.tensor
+    if degrees.node_size and (degrees.expert == 1 or num_ranks % degrees.node_size):
+        found = f"{degrees.node_size} of the {num_ranks} ranks that share experts"
+        yield "parallel.node_size", f"{found}; allowed: with expert > 1 a divisor, or 0"
+    if config.model.kind == "hf":
+        return  # the number of experts is the checkpoint's, which parallel.expert looks at
+    if degrees.expert > 1 and not moe.num_experts:
+        yield "parallel.expert", f"{degrees.expert}: the model has no experts; allowed: 1"
+    elif moe.num_experts % num_ranks:
         yield (
             "model.moe.num_experts",
             f"{moe.num_experts} is not a multiple of expert x tensor ranks ({degrees.expert} x {degrees.tensor})",

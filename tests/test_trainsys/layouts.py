@@ -63,7 +63,7 @@ class Layout:
     def config(self) -> RunConfig:
         """The whole configuration: two micro-batches a rank, however many ranks there are."""
         d = self.degrees
-        axes = ("pipeline", "replicate", "shard", "context", "tensor", "expert")
+        axes = ("pipeline", "replicate", "shard", "context", "tensor", "expert", "node_size")
         chosen = [f"--parallel.{axis}={getattr(d, axis)}" for axis in axes]
         chosen += [f"--parallel.sequence={str(d.sequence).lower()}", f"--parallel.attention={d.attention}"]
         chosen += [f"--parallel.stages.schedule={d.stages.schedule}"]

@@ -83,7 +83,12 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
         ),
         (
             ["--parallel.expert=2"],
-            "command line: parallel.expert: 2: the model has no experts of this package's; allowed: 1",
+            "command line: parallel.expert: 2: the model has no experts; allowed: 1",
+        ),
+        (
+            ["--parallel.expert=2", "--parallel.node_size=3", "--model.moe.num_experts=4"],
+            "command line: parallel.node_size: 3 of the 2 ranks that share experts; "
+            "allowed: with expert > 1 a divisor, or 0",
         ),
         (
             ["--parallel.expert=2", "--model.moe.num_experts=3"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from parallel.legal import ROWS
 from parallel.shards import whole
 from tests.ranks import run_ranks
 from tests.test_trainsys.layouts import Layout, Report, reference, train_rank
+from tests.test_trainsys.test_models_huggingface import write_config
 
 EXPERTS = ("--model.moe.num_experts=4", "--model.moe.ffn_dim=16", "--model.tied_head=false")
 """The balancing loss looks at a whole micro-batch, on whatever ranks its tokens are."""
@@ -104,7 +106,7 @@ ROWS_TESTED = [
     layout(0, FOUR_LAYERS, pipeline=2, tensor=2, stages=StagesConfig(schedule="zbv")),
     layout(0, context=2, tensor=2),
     layout(0, pipeline=2, context=2),
-    layout(0, replicate=4, expert=2),
+    layout(0, replicate=4, expert=4, node_size=2),
     layout(0, tensor=2, replicate=2, expert=2),
     layout(0, context=2, replicate=2, expert=2),
     layout(0, UNCLIPPED, pipeline=2, replicate=2, expert=2),
@@ -123,10 +125,21 @@ ROWS_TESTED = [
 ]
 
 
+def huggingface_experts(folder: Path) -> Layout:
+    """Spread experts of a Qwen3-MoE, in fp32: transformers has no grouped product of float64.
+
+    Its balancing loss is that of a rank's micro-batch, as in any data-parallel run, so it is left out.
+    """
+    write_config(folder, "qwen3 moe", router_aux_loss_coef=0.0)
+    settings = ("--engine.zero_stage=0", "--model.kind=hf", f"--model.path={folder}", "--model.vocab_size=0")
+    return Layout(ParallelConfig(replicate=2, expert=2), settings, torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_every_row_of_the_table_takes_the_steps_of_one_process(world_size: int) -> None:
-    check([each for each in ROWS_TESTED if each.world_size == world_size])
+def test_every_row_of_the_table_takes_the_steps_of_one_process(world_size: int, tmp_path: Path) -> None:
+    layouts = [each for each in ROWS_TESTED if each.world_size == world_size]
+    check([*layouts, *([huggingface_experts(tmp_path)] if world_size == 2 else [])])
 
 
 def test_every_row_of_the_table_is_tested() -> None:
