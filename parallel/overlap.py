@@ -229,8 +229,7 @@ def _begin_gather(x_BtI: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
         for mine, theirs in zip(parts[rank], part, strict=True):  # each contiguous: a copy without a kernel
             mine.copy_(theirs)
 
-    arrived = buffers.gather(x_BtI, put)
-    parts[buffers.rank].copy_(x_BtI)
+    arrived = buffers.gather(x_BtI, put, own=True)
 
     def finish() -> Tensor:
         arrived()

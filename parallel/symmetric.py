@@ -52,16 +52,19 @@ class Buffers:
         self._own_words: list[int] = []
         self._words_of_peers: list[int] = []
 
-    def gather(self, part: Tensor, put: Callable[[int, Tensor], None]) -> Callable[[], None]:
+    def gather(self, part: Tensor, put: Callable[[int, Tensor], None], *, own: bool = False) -> Callable[[], None]:
         """Begin to hand every other rank's tensor, shaped like this rank's contiguous `part`, to `put(rank, tensor)`.
 
-        `put` enqueues copies out of it. The function that is returned makes the current stream wait for them.
+        `put` enqueues copies out of it; with `own` of `part` too, which must not change before they are done. The
+        function that is returned makes the current stream wait for them.
         """
         offset = self._claim(part.nbytes, part.itemsize)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._at(self.rank, part.shape, part.dtype, offset).copy_(part)
-        return self._fetch(lambda rank: self._at(rank, part.shape, part.dtype, offset), put)
+            if own:
+                put(self.rank, part)
+        return self._fetch(lambda rank: self._at(rank, part.shape, part.dtype, offset), put, part)
 
     def outbox(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Callable[..., Callable[[], None]]]:
         """Return (a tensor [ranks, *shape] to write each rank's part into, what begins to fetch once it is written).
@@ -80,14 +83,23 @@ class Buffers:
 
         return boxes, begin
 
-    def _fetch(self, at: Callable[[int], Tensor], put: Callable[[int, Tensor], None]) -> Callable[[], None]:
+    def _fetch(
+        self, at: Callable[[int], Tensor], put: Callable[[int, Tensor], None], *kept: Tensor
+    ) -> Callable[[], None]:
+        """Fetch others' parts; `kept` is what the stream still reads, whose memory is not given away before."""
         with torch.cuda.stream(self._stream):
             self._meet()
             for step in range(1, self.size):
                 rank = (self.rank - step) % self.size
                 put(rank, at(rank))
             done = self._stream.record_event()
-        return lambda: torch.cuda.current_stream().wait_event(done)
+        held = list(kept)
+
+        def wait() -> None:
+            torch.cuda.current_stream().wait_event(done)
+            held.clear()
+
+        return wait
 
     def _meet(self) -> None:
         """Let the stream tell all others that it got here, and wait until they did."""
