@@ -15,7 +15,7 @@ import pytest
 import launch.ray_cluster
 from launch import LaunchError
 from tests.test_trainsys.rollouts import message, row
-from trainsys.rl import mailbox
+from trainsys.rl import ray_mailbox
 from trainsys.rl.errors import SharingError
 from trainsys.rl.stores import FolderStore, Mailbox, Store, open_store
 
@@ -111,13 +111,13 @@ class TestRay(StoreContract):
     def store(self) -> Iterator[Store]:
         type(self)._number += 1
         with (
-            mailbox.serve(f"box-{self._number}", keep_s=600, budget_bytes=2**20) as url,
+            ray_mailbox.serve(f"box-{self._number}", keep_s=600, budget_bytes=2**20) as url,
             contextlib.closing(open_store(url, keep_s=600)) as store,
         ):
             yield store
 
     def test_a_mailbox_that_is_not_there_is_said_so(self) -> None:
-        with mailbox.serve("there", keep_s=1, budget_bytes=1) as url, pytest.raises(SharingError, match="no mailbox"):
+        with ray_mailbox.serve("there", keep_s=1, budget_bytes=1) as url, pytest.raises(SharingError, match="no mailbox"):
             open_store(url.replace("there", "elsewhere"), keep_s=1)
 
 

@@ -136,19 +136,18 @@ class Row:
 
 
 def _digest(parts: Iterable[bytes]) -> bytes:
-    """Hash parts with their lengths, so that no two lists of parts are the same bytes."""
-    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for part in parts:
-        hasher.update(struct.pack("<q", len(part)))
-        hasher.update(part)
+    """Hash parts with their number and lengths, so that no two lists of parts are the same bytes."""
+    listed = list(parts)
+    hasher = hashlib.blake2b(
+        struct.pack(f"<{1 + len(listed)}q", len(listed), *map(len, listed)), digest_size=DIGEST_BYTES
+    )
+    hasher.update(b"".join(listed))
     return hasher.digest()
 
 
 def row_of(group: Group, *, sequence: int, model: str, created_ms: int, tokenizer: bytes = b"") -> Row:
     """Return what a node sends of its own group; token ids and log-probabilities only along with a tokenizer."""
-    completions = group.completions
-    if not tokenizer:
-        completions = tuple(replace(completion, token_ids=(), log_probs=()) for completion in completions)
+    completions = group.completions if tokenizer else as_text(group.completions)
     return Row(
         node=group.node,
         sequence=sequence,
@@ -160,6 +159,11 @@ def row_of(group: Group, *, sequence: int, model: str, created_ms: int, tokenize
         claimed_rewards=group.rewards,
         tokenizer=tokenizer,
     )
+
+
+def as_text(completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
+    """Return completions without their tokens."""
+    return tuple(replace(item, token_ids=(), log_probs=()) if item.token_ids else item for item in completions)
 
 
 def encode(rows: Sequence[Row]) -> bytes:

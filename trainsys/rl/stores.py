@@ -48,7 +48,7 @@ def open_store(url: str, *, keep_s: float) -> Store:
         SharingError: there is no such actor, or fsspec cannot open the URL.
     """
     if url.startswith("ray-actor://"):
-        from trainsys.rl.mailbox import RayStore
+        from trainsys.rl.ray_mailbox import RayStore
 
         return RayStore(url)
     return FolderStore(url, keep_s=keep_s)
@@ -64,7 +64,9 @@ class FolderStore:
 
     _BUCKET_S = 60
 
-    def __init__(self, url: str, *, keep_s: float, clock: Clock = time.time, options: dict[str, Any] | None = None):
+    def __init__(
+        self, url: str, *, keep_s: float, clock: Clock = time.time, options: dict[str, Any] | None = None
+    ) -> None:
         """Open the folder, which need not be there; `options` go to fsspec. Raises: SharingError."""
         try:
             self._fs, root = fsspec.core.url_to_fs(url, **(options or {}))

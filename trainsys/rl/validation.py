@@ -24,7 +24,7 @@ import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainsys.errors import TrainsysError
@@ -184,11 +184,12 @@ class Validator:
         question = row.question
         try:
             made = tasks.regenerate(question)
-            rewards = tuple(tasks.score(made, completion.text) for completion in row.completions)
+            scores = {text: tasks.score(made, text) for text in {completion.text for completion in row.completions}}
         except TrainsysError as error:
             raise _Refused("task", str(error)[:200]) from error
         if made.prompt != question.prompt:
             raise _Refused("prompt", f"{question.task}, seed {question.seed}: not the question that is made here")
+        rewards = tuple(scores[completion.text] for completion in row.completions)
         for claimed, reward in zip(row.claimed_rewards, rewards, strict=True):
             if not math.isclose(claimed, reward, abs_tol=_REWARD_TOLERANCE, rel_tol=_REWARD_TOLERANCE):
                 raise _Refused("reward", f"{claimed:g} claimed, {reward:g} scored here")
@@ -200,7 +201,7 @@ class Validator:
         """Return the completions with their tokens where those are ours, else as text alone."""
         tokens = self._tokens
         if tokens is None or row.tokenizer != tokens.digest:
-            return tuple(replace(completion, token_ids=(), log_probs=()) for completion in row.completions)
+            return schema.as_text(row.completions)
         if not all(tokens.spells(completion) for completion in row.completions if completion.token_ids):
             raise _Refused("tokens", "token ids that do not spell their text")
         return row.completions
