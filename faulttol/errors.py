@@ -4,6 +4,8 @@ FaultTolError
 ├── HeartbeatError      a heartbeat file that cannot be what it is taken for
 ├── RecorderError       a second recorder in one process; a call of one that is not installed
 ├── RingError           a file that is no ring of this version, or is damaged
+├── RunError            a run of which nothing is recorded
+├── ShipError           a place for events that no file system knows
 └── InjectedFault       what a scheduled fault of kind `raise` raises
 """
 
@@ -24,6 +26,14 @@ class RecorderError(FaultTolError):
 
 class RingError(FaultTolError):
     """A ring of records is malformed or cut short."""
+
+
+class RunError(FaultTolError):
+    """Nothing is known of a run, or of the part of it that was asked for."""
+
+
+class ShipError(FaultTolError):
+    """Events cannot be shipped to, or read from, the place that was named."""
 
 
 class InjectedFault(FaultTolError):
