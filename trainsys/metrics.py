@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from checkpoint import SaveStats
 from trainsys.config import RunConfig
 from trainsys.errors import MissingExtraError
 from trainsys.meter import Peak
 from trainsys.step import StepStats
+
+if TYPE_CHECKING:
+    from trainsys.rl.learner import RoundStats
 
 Record = Mapping[str, float]
 
@@ -87,6 +90,46 @@ def checkpoint_record(step: int, stats: SaveStats) -> Record:
         "checkpoint/pressure_s": stats.pressure_s,
         "checkpoint/rank_bytes": stats.nbytes,
     }
+
+
+def warm_start_record(loss: float, lr: float, gradient_norm: float) -> Record:
+    """Return the record of one supervised step before reinforcement learning; the loss in nats per token."""
+    return {"rl/warm_start_loss": loss, "train/learning_rate": lr, "train/gradient_norm": gradient_norm}
+
+
+def round_record(
+    stats: RoundStats, *, lr: float, cumulative_reward: float, generated_tokens: int, sampling_s: float
+) -> Record:
+    """Return the record of one round; `generated_tokens` since the first, `sampling_s` of this one."""
+    return {
+        "rl/reward": stats.reward,
+        "rl/cumulative_reward": cumulative_reward,
+        "rl/signal_rate": stats.signal_rate,
+        **{f"rl/reward.{task}": reward for task, reward in stats.reward_of.items()},
+        "rl/groups": stats.num_groups,
+        "rl/trained_groups": stats.num_trained,
+        "rl/external_groups": stats.num_external,
+        "rl/loss": stats.loss,
+        "rl/clipped": stats.clipped,
+        "rl/kl_to_start": stats.kl_to_start,
+        "rl/importance": stats.importance,
+        "rl/completion_tokens": stats.mean_tokens,
+        "rl/finished": stats.finished,
+        "rl/updates": stats.updates,
+        "rl/trained_tokens": stats.num_tokens,
+        "rl/generated_tokens": generated_tokens,
+        "train/learning_rate": lr,
+        "train/gradient_norm": stats.gradient_norm,
+        "time/sample_s": sampling_s,
+        "speed/generated_tokens_per_s": stats.generated_tokens / max(sampling_s, 1e-9),
+    }
+
+
+def accuracy_record(accuracy: Mapping[str, float], seconds: float) -> Record:
+    """Return the record of one evaluation on held-out questions, by task."""
+    mean = sum(accuracy.values()) / len(accuracy)
+    by_task = {f"rl/accuracy.{task}": value for task, value in accuracy.items()}
+    return {"rl/accuracy": mean, **by_task, "time/validation_s": seconds}
 
 
 class JsonLines:
@@ -169,8 +212,12 @@ class Rich:
     def write(self, step: int, record: Record) -> None:
         if "train/loss" in record:
             self._progress.update(self._task, completed=step, numbers=_numbers(record))
+        elif "rl/reward" in record or "rl/warm_start_loss" in record:
+            self._progress.update(self._task, completed=step, numbers=_rl_numbers(record))
         elif "validation/loss" in record:
             self.say(f"step {step}: validation loss {record['validation/loss']:.4f}")
+        elif "rl/accuracy" in record:
+            self.say(f"step {step}: {_accuracies(record)}")
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False)
@@ -192,9 +239,29 @@ def _progress_line(step: int, total: int, record: Record) -> str:
             f"grad {record['train/gradient_norm']:.2f}  lr {record['train/learning_rate']:.2e}  "
             f"MFU {record['speed/mfu']:.0%}  ETA {eta}"
         )
+    place = f"step {step:>{len(str(total))}}/{total}"
     if "validation/loss" in record:
-        return f"step {step:>{len(str(total))}}/{total}  validation loss {record['validation/loss']:.4f}"
+        return f"{place}  validation loss {record['validation/loss']:.4f}"
+    if "rl/accuracy" in record:
+        return f"{place}  {_accuracies(record)}"
+    if "rl/reward" in record or "rl/warm_start_loss" in record:
+        return f"{place}  {_rl_numbers(record)}  ETA {_clock(record['time/eta_s'])}"
     return ""
+
+
+def _rl_numbers(record: Record) -> str:
+    if "rl/warm_start_loss" in record:
+        return f"supervised loss {record['rl/warm_start_loss']:.4f}"
+    return (
+        f"reward {record['rl/reward']:.3f}  signal {record['rl/signal_rate']:.0%}  "
+        f"{record['speed/generated_tokens_per_s']:,.0f} tokens/s drawn"
+    )
+
+
+def _accuracies(record: Record) -> str:
+    prefix = "rl/accuracy."
+    tasks = ", ".join(f"{key.removeprefix(prefix)} {v:.0%}" for key, v in record.items() if key.startswith(prefix))
+    return f"held-out accuracy {record['rl/accuracy']:.1%} ({tasks})"
 
 
 def _clock(seconds: float) -> str:

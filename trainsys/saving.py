@@ -12,7 +12,7 @@ from trainsys import snapshot
 from trainsys.engines import Engine
 from trainsys.hostmemory import gather_on
 from trainsys.metrics import checkpoint_record
-from trainsys.snapshot import Place
+from trainsys.snapshot import Progress
 
 Write = Callable[[int, Mapping[str, float]], None]
 """(step, record) to the metrics."""
@@ -46,7 +46,7 @@ class Saver:
         self._told: ck.SaveHandle | None = None
         engine.fence_with(checkpointer)
 
-    def after_step(self, place: Place) -> None:
+    def after_step(self, place: Progress) -> None:
         """Keep the state of this step at hand for a save at any moment until the next update; save it if it is due.
 
         Raises checkpoint.CheckpointError if an earlier save failed and the configuration says so.
@@ -62,7 +62,7 @@ class Saver:
         """Start an urgent save of the last step; any thread may call it, in the middle of the next step."""
         self._checkpointer.preempt()
 
-    def finish(self, place: Place) -> None:
+    def finish(self, place: Progress) -> None:
         """Save the last step where it outlasts the run, unless it is saved there, and wait until it is durable."""
         if any(self._gather(not self._is_kept(place.step))):
             self._save(snapshot.state_of(self._engine, place), self._lasting)

@@ -78,7 +78,38 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
     Raises:
         TrainsysError, data.DataError: naming the rank and the cause; on every rank alike.
     """
-    device = device_of(config, context.env.local_rank)
+    met = meet(config, choose_folder, context)
+    prepared = _prepare(config, met.folder, context, met.control)
+    return Setup(
+        config=config,
+        folder=met.folder,
+        context=context,
+        device=met.device,
+        groups=met.groups,
+        control=met.control,
+        run_id=met.run_id,
+        launch_id=met.launch_id,
+        prepared=prepared,
+        tokenizer=prepared.tokenizer(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """What the ranks of any run agree on first; the fields are those of Setup."""
+
+    folder: RunFolder
+    device: torch.device
+    groups: MeshGroups
+    control: dist.ProcessGroup
+    run_id: str
+    launch_id: str
+
+
+def meet(config: RunConfig, choose_folder: Callable[[], RunFolder], context: RankContext) -> Meeting:
+    """Join the other ranks: process groups, the run's folder and names. As `build`, but for the data."""
+    env = context.env
+    device = device_of(config, env.local_rank if env.device_index < 0 else env.device_index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     context.init_process_group("nccl" if device.type == "cuda" else "gloo", config.engine.timeout_s)
@@ -86,20 +117,7 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     mine = all_or_none(lambda: _identify(choose_folder()) if context.env.rank == 0 else [], control)
     path, run_id, launch_id = _from_rank_0(mine, control)
-    folder = RunFolder(Path(path))
-    prepared = _prepare(config, folder, context, control)
-    return Setup(
-        config=config,
-        folder=folder,
-        context=context,
-        device=device,
-        groups=_groups(config, context),
-        control=control,
-        run_id=run_id,
-        launch_id=launch_id,
-        prepared=prepared,
-        tokenizer=prepared.tokenizer(),
-    )
+    return Meeting(RunFolder(Path(path)), device, _groups(config, context), control, run_id, launch_id)
 
 
 def _groups(config: RunConfig, context: RankContext) -> MeshGroups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,19 @@ from trainsys.errors import RunError
 from trainsys.hostmemory import gather_on
 
 
+class Progress(Protocol):
+    """How far a run is, of whatever kind."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        ...
+
+    def shared(self) -> Mapping[str, Any]:
+        """Return what a checkpoint keeps of it beside the step: JSON values, equal on all ranks."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where in the run a checkpoint was taken."""
@@ -31,35 +44,52 @@ class Place:
     tokens_seen: int
     """Targets trained on so far, all ranks."""
 
+    def shared(self) -> Mapping[str, Any]:
+        """Return what `load_newest` makes it from again."""
+        return {"data": self.data.state_dict(), "tokens_seen": self.tokens_seen}
+
 
 @dataclass(frozen=True, slots=True)
 class State:
     """What a checkpoint is made of: references to what training mutates, and copies of the rest."""
 
-    place: Place
+    place: Progress
     tensors: Mapping[str, TensorLike]
     objects: Mapping[str, Any]
     shared: Mapping[str, Any]
 
 
-def state_of(engine: Engine, place: Place) -> State:
+def state_of(engine: Engine, place: Progress) -> State:
     """Return this rank's part of the run's state, as it is after a step."""
     generators = {f"generator.{name}": ck.RankLocal(state) for name, state in generator_states().items()}
     return State(
         place=place,
         tensors={**engine.slices(), **generators},
         objects={"python_random": _python_state()},
-        shared={
-            "counters": engine.counters(),
-            "data": place.data.state_dict(),
-            "tokens_seen": place.tokens_seen,
-        },
+        shared={"counters": engine.counters(), **place.shared()},
     )
 
 
 def load_newest(
     checkpointer: ck.Checkpointer, engine: Engine, dataset: TokenDataset, order: Order, control: dist.ProcessGroup
 ) -> tuple[Place, ck.Loaded] | None:
+    """Restore the newest checkpoint of a run on text, and return where in the run it was taken; see `restore`.
+
+    Raises:
+        data.ResumeError: the tokens, the window length or the order changed since the save. And as `restore`.
+    """
+    loaded = restore(checkpointer, engine, control)
+    if loaded is None:
+        return None
+    place = Place(
+        step=loaded.step,
+        data=DataPosition.resume(loaded.shared["data"], dataset, order),
+        tokens_seen=loaded.shared["tokens_seen"],
+    )
+    return place, loaded
+
+
+def restore(checkpointer: ck.Checkpointer, engine: Engine, control: dist.ProcessGroup) -> ck.Loaded | None:
     """Overwrite weights, optimizer state and generators with the newest checkpoint that is whole; None without any.
 
     Every rank calls it. Of a checkpoint's copies the one in the nearest tier is taken; where any rank finds damage, all
@@ -69,7 +99,6 @@ def load_newest(
     Raises:
         RunError: there are checkpoints, and each is damaged; naming the damage.
         checkpoint.CheckpointError: a checkpoint describes another model, or cannot be read.
-        data.ResumeError: the tokens, the window length or the order changed since the save.
     """
     fresh = generator_states()
     generators = {f"generator.{name}": ck.RankLocal(state) for name, state in fresh.items()}
@@ -77,22 +106,13 @@ def load_newest(
         loaded = checkpointer.recover({**engine.slices(), **generators}, gather=gather_on(control))
     except ck.CorruptCheckpoint as error:
         raise RunError(f"no checkpoint is whole: {error}; move them away to start the run anew") from error
-    return None if loaded is None else (_apply(loaded, engine, fresh, dataset, order), loaded)
-
-
-def _apply(
-    loaded: ck.Loaded, engine: Engine, fresh: Mapping[str, Tensor], dataset: TokenDataset, order: Order
-) -> Place:
-    engine.after_load(loaded.shared["counters"])
-    missing = {name.removeprefix("generator.") for name in loaded.missing_local}
-    _set_generator_states({name: state for name, state in fresh.items() if name not in missing})
-    if "python_random" in loaded.objects:
-        _set_python_state(loaded.objects["python_random"])
-    return Place(
-        step=loaded.step,
-        data=DataPosition.resume(loaded.shared["data"], dataset, order),
-        tokens_seen=loaded.shared["tokens_seen"],
-    )
+    if loaded is not None:
+        engine.after_load(loaded.shared["counters"])
+        missing = {name.removeprefix("generator.") for name in loaded.missing_local}
+        _set_generator_states({name: state for name, state in fresh.items() if name not in missing})
+        if "python_random" in loaded.objects:
+            _set_python_state(loaded.objects["python_random"])
+    return loaded
 
 
 def seed_generators(seed: int, rank: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,7 @@ from parallel import hybrid
 from trainsys import data, elastic, meter, metrics, models, recipe, schedule, setup, snapshot
 from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
+from trainsys.drill import Drill
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.export import export_model, sample_text
 from trainsys.folder import RunFolder
@@ -31,6 +32,9 @@ from trainsys.preemption import watched
 from trainsys.saving import Saver
 from trainsys.snapshot import Place
 from trainsys.step import StepStats, agree, evaluate, train_step
+
+if TYPE_CHECKING:
+    from trainsys.rl.run import Summary as PolicySummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +80,13 @@ def train(
     *,
     resume: bool,
     threads: int,
-) -> Summary:
+) -> Summary | PolicySummary:
     """Train on this rank of a checked `config`; every rank calls it, rank 0 alone calls `choose_folder`."""
     torch.set_num_threads(threads)
+    if config.rl.tasks:
+        from trainsys.rl.run import train_policy
+
+        return train_policy(context, config, choose_folder, resume=resume)
     shared = setup.build(config, choose_folder, context)
     with Trainer(shared, resume=resume) as trainer:
         return trainer.run()
@@ -104,6 +112,7 @@ class Trainer:
         self._shared, self._config = shared, config
         self._dtype = DTYPES[config.engine.precision]
         self._fence = elastic.fence_of(config, shared.folder, shared.context.generation)
+        self._drill = Drill(shared.folder, shared.rank) if config.faulttol.drill else None
         self._validation = (0, float("nan"))
         self._resumed_from = ""
         self._is_complete = False
@@ -121,6 +130,8 @@ class Trainer:
         self._order = data.Order(len(self._dataset), config.seed)
         self._loader = self._open_loader()
         stack.callback(self._loader.close)
+        if self._drill is not None:
+            stack.callback(self._drill.close)
         memory = HostMemory(shared) if config.checkpoint.memory.every else None
         if memory is not None:  # ends after the checkpointer, which is still to be opened
             stack.callback(lambda: memory.end() if self._is_complete else memory.storage.close())
@@ -174,6 +185,8 @@ class Trainer:
         with self._profile() as step_done:
             while self._place.step < self._config.steps:
                 self._beat("data")
+                if self._drill is not None:
+                    self._drill.at(self._place.step + 1)
                 batch = self._loader.step(self._place.data.position)
                 stop = self._shared.context.stop_requested()
                 targets, stopped = agree(self._shared.control, batch.num_targets, stop, tells=self._shared.counts)

@@ -18,9 +18,12 @@ from torch import distributed as dist
 from parallel import MeshGroups, hybrid
 from trainsys import meter, models
 from trainsys.check import accumulation_steps, data_ranks
-from trainsys.config import RunConfig
+from trainsys.config import ModelConfig, RunConfig
 from trainsys.data import StepBatch, Tokenizer
 from trainsys.engines import DTYPES, Shares, Update, open_engine
+from trainsys.errors import ConfigError
+from trainsys.models.decoder import Decoder
+from trainsys.models.huggingface import HuggingFaceModel
 from trainsys.optim import Plan, build_optimizer, plan_of
 from trainsys.rl import advantage, loss, questions, rows, tasks
 from trainsys.rl.errors import RLError
@@ -62,6 +65,7 @@ class RoundStats:
     """Of these, others'."""
     num_tokens: int
     """Trained on in each update."""
+    generated_tokens: int
     mean_tokens: float
     """Of the node's own completions."""
     finished: float
@@ -96,6 +100,7 @@ class Learner:
         self._phases = meter.Phases(world.device)
         with contextlib.ExitStack() as stack:
             model = _build(config, tokenizer)
+            self.model_config = _config_of(config, model)
             self.num_parameters = models.num_parameters(model)
             wrapped = PolicyModel(
                 model,
@@ -129,11 +134,24 @@ class Learner:
         """Questions that this rank asks in a round without others' groups."""
         return self._settings.questions // self._num_ranks
 
-    def ask(self, round_index: int, count: int | None = None) -> list[Question]:
-        """Return this rank's questions of a round: `count`, by default `num_local`, of all tasks in turn."""
+    def rollouts(self, round_index: int, count: int | None = None) -> list[Group]:
+        """Ask, sample and score for a round on this rank: `count` groups, by default `num_local`.
+
+        With `rl.resamples` more, until so many groups have a signal.
+        """
         count = self.num_local if count is None else count
-        drawn = questions.draw(self._specs, count * self._num_ranks, (self._seed, _TRAINING, round_index))
-        return drawn[self._world.rank :: self._num_ranks] if self._num_ranks > 1 else drawn
+        groups = self.sample(self.ask(round_index, count), round_index)
+        for attempt in range(1, self._settings.resamples + 1):
+            if sum(group.has_signal for group in groups) >= count:
+                break
+            groups += self.sample(self.ask(round_index, count, attempt), round_index)
+        return groups
+
+    def ask(self, round_index: int, count: int, attempt: int = 0) -> list[Question]:
+        """Return this rank's `count` questions of a round, of all tasks in turn."""
+        key = (self._seed, _TRAINING, round_index, attempt)
+        drawn = questions.draw(self._specs, count * self._num_ranks, key)
+        return drawn[self._world.rank :: self._num_ranks]
 
     def sample(self, asked: Sequence[Question], round_index: int) -> list[Group]:
         """Return a scored group of `group_size` completions of each question, by the policy as it is."""
@@ -146,10 +164,19 @@ class Learner:
             groups.append(Group(question, completions, rewards, self.node, version))
         return groups
 
-    def round(self, local: Sequence[Group], external: Sequence[Group] = (), *, lr_factor: float = 1.0) -> RoundStats:
+    def round(
+        self,
+        local: Sequence[Group],
+        external: Sequence[Group] = (),
+        *,
+        sampled: Sequence[Group] | None = None,
+        lr_factor: float = 1.0,
+    ) -> RoundStats:
         """Train on this rank's own groups and on those of other nodes, whose rewards this node has scored.
 
-        Both together may be `rl.questions` / ranks groups of `rl.group_size` completions; fewer are fine.
+        Both together may be `rl.questions` / ranks groups of `rl.group_size` completions; fewer are fine. Of own groups
+        that were resampled the first that fit are taken. `sampled` are all own groups, which figures are of; by default
+        `local`.
 
         Raises:
             RLError: more completions than that.
@@ -157,8 +184,10 @@ class Learner:
             NumericsError: the loss or the gradient is not finite.
         """
         settings = self._settings
-        groups = [(group, False) for group in local] + [(group, True) for group in external]
-        trained = [(group, foreign) for group, foreign in groups if group.has_signal or not settings.drop_uniform]
+        kept = [group for group in local if group.has_signal or not settings.drop_uniform]
+        kept = kept[: self.num_local] if settings.resamples else kept
+        trained = [(group, False) for group in kept]
+        trained += [(group, True) for group in external if group.has_signal or not settings.drop_uniform]
         taken: list[_Trained] = []
         for group, foreign in trained:
             taken += self._trained(group, foreign)
@@ -168,7 +197,7 @@ class Learner:
                 f"a round of {len(taken)} completions on this rank; its batch holds {room} "
                 "(rl.questions x rl.group_size / ranks)"
             )
-        figures = self._figures(local, taken, len(trained), sum(foreign for _, foreign in trained))
+        figures = self._figures(local if sampled is None else sampled, len(trained), len(trained) - len(kept))
         return self._learn(figures, taken, lr_factor)
 
     def supervise(self, step: int, *, lr_factor: float = 1.0) -> tuple[float, Update]:
@@ -309,7 +338,7 @@ class Learner:
         batches = [rows.with_extras(piece, extras) for piece in pieces]
         return StepBatch(0, batches, sum(batch.num_targets for batch in batches))
 
-    def _figures(self, local: Sequence[Group], taken: Sequence[_Trained], trained: int, external: int) -> RoundStats:
+    def _figures(self, local: Sequence[Group], trained: int, external: int) -> RoundStats:
         names = sorted({spec.name for spec in self._specs})
         completions = [completion for group in local for completion in group.completions]
         by_task = [[r for g in local if g.question.task == name for r in g.rewards] for name in names]
@@ -338,6 +367,7 @@ class Learner:
             num_trained=int(trained),
             num_external=int(external),
             num_tokens=0,
+            generated_tokens=int(tokens),
             mean_tokens=tokens / max(number, 1),
             finished=finished / max(number, 1),
             updates=0,
@@ -373,15 +403,38 @@ def _suffix(spec: questions.TaskSpec) -> str:
 
 def _build(config: RunConfig, tokenizer: Tokenizer) -> nn.Module:
     """Return the policy's model on the CPU, from `rl.start_from` or initial values."""
-    if config.rl.start_from:
-        return models.load_pretrained(Path(config.rl.start_from)).float().train()
-    return models.build(
-        config.model,
-        vocab_size=tokenizer.vocab_size,
-        max_positions=config.data.sequence_length,
-        recompute=config.engine.recompute,
-        seed=config.seed,
-    )
+    if not config.rl.start_from:
+        return models.build(
+            config.model,
+            vocab_size=tokenizer.vocab_size,
+            max_positions=config.data.sequence_length,
+            recompute=config.engine.recompute,
+            seed=config.seed,
+        )
+    model = models.load_pretrained(Path(config.rl.start_from)).float().train()
+    rows = _rows_of(model)
+    if rows < tokenizer.vocab_size:
+        raise ConfigError(
+            [
+                f"config: rl.start_from: '{config.rl.start_from}' has {rows} rows, under the tokenizer's "
+                f"{tokenizer.vocab_size} tokens; give its own tokenizer (data.tokenizer)"
+            ]
+        )
+    return model
+
+
+def _rows_of(model: nn.Module) -> int:
+    if isinstance(model, Decoder):
+        return model.config.vocab_size
+    assert isinstance(model, HuggingFaceModel)
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _config_of(config: RunConfig, model: nn.Module) -> ModelConfig:
+    """Return what the model is written with."""
+    if not config.rl.start_from:
+        return config.model
+    return model.config if isinstance(model, Decoder) else ModelConfig(kind="hf", path=config.rl.start_from)
 
 
 def _prefixed(plan: Plan) -> Plan:

@@ -33,7 +33,8 @@ class Policy:
         """Take over the attention of a built model that is on its device; its weights may change between calls."""
         self._tokenizer, self._config = tokenizer, config
         self._sampler = Sampler(model, slots=config.slots, cuda_graphs=config.cuda_graphs)
-        self._max_positions = max_positions(model)
+        self.max_positions = max_positions(model)
+        """The most tokens of a prompt with its completion; None is any number."""
 
     def sample(self, asked: Sequence[Question], num_each: int, seed: int) -> list[tuple[Completion, ...]]:
         """Return `num_each` completions of each question; each depends on (seed, its question, its index) alone.
@@ -97,7 +98,7 @@ class Policy:
         return Row(prompt, tokens[:limit], behaviour)
 
     def _check(self, prompt: Sequence[int]) -> None:
-        limit = self._max_positions
+        limit = self.max_positions
         if not prompt or (limit is not None and len(prompt) + self._config.max_new_tokens > limit):
             raise PolicyError(
                 f"a prompt of {len(prompt)} tokens; allowed: 1 or more, and with rl.generation.max_new_tokens = "
