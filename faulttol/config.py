@@ -122,3 +122,5 @@ class FaultTolConfig:
     """mode=observe, act: from when on a missing sign of life means something."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """mode=act: what recovery may cost."""
+    drill: bool = False
+    """Whether faults that `RUN/drill.jsonl` orders strike this run, to practise on."""

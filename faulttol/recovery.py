@@ -133,7 +133,7 @@ class Member:
                 result = work(assignment)
                 told = Standing(self._generation, "finished")
             except Exception as error:  # noqa: BLE001  told to the supervisor, which owns it
-                log.warning("generation %d: the work ended with %s: %s", self._generation, type(error).__name__, error)
+                log.info("generation %d: the work ended with %s: %s", self._generation, type(error).__name__, error)
                 result = None
                 messages, text = self._describe(error)
                 told = Standing(self._generation, "failed", messages, text)

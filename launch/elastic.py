@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, NoReturn
 
@@ -32,6 +32,7 @@ from launch.supervisor import LONGEST_TICK_S, STACKS_S, StopWish, tail
 from launch.verdict import Limits, RankStatus
 
 _POLL_S = 0.02
+_LAGGARD_S = 1.0  # for the last ones to leave a generation that stands still, once others have
 _STOPPED_S = 0.5  # for how long a process must be stopped until that is not somebody looking at it
 
 _KINDS: dict[Condition, LossKind] = {
@@ -91,6 +92,8 @@ class _Trouble:
 
     generation: int
     began_s: float
+    is_stall: bool
+    """Nobody failed: all stand still, one of them because of itself."""
     losses: dict[int, Loss] = field(default_factory=dict)
     """By member."""
     times: dict[str, float] = field(default_factory=dict)
@@ -201,7 +204,9 @@ class _Watch:
 
         Raises: RankFailed where recovery is given up.
         """
-        trouble = _Trouble(self.generation, self.now_s)
+        found = [self._trouble_of(member) for member in self.ranks]
+        is_stall = all(one in (None, "stalled") for one in found)
+        trouble = _Trouble(self.generation, self.now_s, is_stall)
         step = max((m.status.pulse.step for m in self.ranks if m.status.pulse is not None), default=-1)
         fence.publish(self._recovery.fence, self.generation + 1)
         self._mark(trouble, "fenced")
@@ -328,8 +333,11 @@ class _Watch:
             remaining = [member for member in self.ranks if not member.has_left(self.generation)]
             if not remaining:
                 break
+            if trouble.is_stall and len(remaining) < len(self.ranks):
+                # They have all stood still for long: nobody is in the middle of something, but who has not left yet.
+                deadline_s = min(deadline_s, self.now_s + _LAGGARD_S)
             if self.now_s > deadline_s:
-                self._collect_stacks()
+                self._collect_stacks(remaining)
                 for member in remaining:
                     text = "it did not leave when its collectives were broken off"
                     trouble.losses[member.index] = Loss(member.number, "hung", text)
@@ -411,8 +419,8 @@ class _Watch:
         self.fleet.end(member.index)
         member.is_ended = True
 
-    def _collect_stacks(self) -> None:
-        self.fleet.dump_stacks()
+    def _collect_stacks(self, members: Sequence[_Member]) -> None:
+        self.fleet.dump_stacks([member.index for member in members if not member.is_gone])
         self._pause(STACKS_S)
 
     # ---- what is told
@@ -449,9 +457,9 @@ class _Watch:
         why = {member: f"{loss.kind}: {loss.detail}" for member, loss in losses.items()}
         if decision is not None:
             why[index] += f"; recovery was given up ({decision.cause}): {decision.summary}"
-        self._collect_stacks()
-        self.fleet.kill()
         told = self.ranks or self._members
+        self._collect_stacks([member for member in told if member.index in losses])
+        self.fleet.kill()
         ended = self._members[index].status.exit
         raise RankFailed(
             job_name=self._job.name,

@@ -61,8 +61,8 @@ class Fleet(Protocol):
     def request_stop(self) -> None:
         """Ask every member to save and leave."""
 
-    def dump_stacks(self) -> None:
-        """Ask every member to write the stacks of its threads to its log."""
+    def dump_stacks(self, members: Sequence[int]) -> None:
+        """Ask members to write the stacks of their threads to their logs."""
 
     def kill(self) -> None:
         """End every member and return when all are gone. Idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
-from launch import elastic, local, ray_actors
+from launch import elastic, local, ray_actors, ray_fleet
 from launch.config import LaunchConfig
 from launch.fleet import Fleet, Recovery
 from launch.job import Job, JobResult
@@ -16,7 +16,7 @@ Start = Callable[[Job, LaunchConfig, float], AbstractContextManager[Ranks]]
 
 StartFleet = Callable[[Job, LaunchConfig, float], AbstractContextManager[Fleet]]
 
-_FLEET_BY_KIND: Mapping[str, StartFleet] = {"local": local.start_fleet}
+_FLEET_BY_KIND: Mapping[str, StartFleet] = {"local": local.start_fleet, "ray": ray_fleet.start_fleet}
 _START_BY_KIND: Mapping[str, Start] = {"local": local.start, "ray": ray_actors.start}
 
 

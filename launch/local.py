@@ -186,8 +186,9 @@ class LocalFleet:
     def request_stop(self) -> None:
         self._ranks.request_stop()
 
-    def dump_stacks(self) -> None:
-        self._ranks.dump_stacks()
+    def dump_stacks(self, members: Sequence[int]) -> None:
+        for member in members:
+            self._processes[member].tell(b"stacks\n")
 
     def kill(self) -> None:
         self._ranks.kill()

@@ -23,6 +23,8 @@ class RankEnv:
     store_port: int = 0
     store_is_served: bool = False
     """Whether the launcher serves the store; if not, rank 0 does."""
+    device_index: int = -1
+    """Which of the GPUs that it sees is this rank's own; -1: the one of its local rank."""
     attempt: int = 0
     """How often torchrun has restarted the ranks; keys of one attempt are not seen by the next."""
 

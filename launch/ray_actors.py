@@ -7,10 +7,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from faulttol.recovery import Standing
 from launch import context, entry, placement, ray_cluster, ray_rank
 from launch.config import LaunchConfig
 from launch.errors import ClusterError
@@ -34,7 +35,7 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
     demand = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
     with (
         ray_cluster.joined(config.ray_address) as own,
-        _cluster_errors(),
+        cluster_errors(),
         ray_cluster.reserved(demand, job.world_size, own=own, timeout_s=config.start_timeout_s) as group,
     ):
         ranks = RayRanks(job, heartbeat_interval_s)
@@ -46,7 +47,7 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
 
 
 @contextlib.contextmanager
-def _cluster_errors() -> Iterator[None]:
+def cluster_errors() -> Iterator[None]:
     """Turn into a ClusterError what Ray raises of itself, such as a head that is gone."""
     ray = ray_cluster.import_ray()
     try:
@@ -64,7 +65,7 @@ class RayRanks:
         self._ray = ray
         self._job = job
         self._heartbeat_interval_s = heartbeat_interval_s
-        self._actors: list[_Actor] = []
+        self._actors: list[Actor] = []
         self._seated = False
         # Here rather than on rank 0, whose loss the store survives.
         self._store_host = ray.util.get_node_ip_address()
@@ -86,7 +87,7 @@ class RayRanks:
         )(ray_rank.RankActor)
         for index in range(self._job.world_size):
             placed = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            self._actors.append(_Actor(ray, actor_class.options(scheduling_strategy=placed).remote()))
+            self._actors.append(Actor(ray, actor_class.options(scheduling_strategy=placed).remote()))
 
     def poll(self) -> list[RankReport]:
         pending = [ref for actor in self._actors for ref in actor.pending()]
@@ -113,16 +114,8 @@ class RayRanks:
         actors, self._actors = self._actors, []
         for actor in actors:
             actor.kill()
-        by_node: dict[str, list[int]] = {}
-        for rank, actor in enumerate(actors):
-            if actor.home is not None:
-                by_node.setdefault(actor.home.node_id, []).append(rank)
-        for node_id, ranks in by_node.items():
-            homes = [home for rank in ranks if (home := actors[rank].home) is not None]
-            offsets = [actors[rank].offset for rank in ranks]
-            rest = self._bury(node_id, homes, offsets, [actors[rank].patience_s for rank in ranks])
-            for rank, printed in zip(ranks, rest, strict=True):
-                self._append_log(rank, printed)
+        for rank, printed in enumerate(bury_all(self._ray, actors)):
+            self._append_log(rank, printed)
 
     def _seat(self) -> None:
         """Decide who is which rank, and let all run."""
@@ -153,29 +146,45 @@ class RayRanks:
                 }
             )
 
-    def _bury(self, node_id: str, homes: list[Home], offsets: list[int], patience_s: list[float]) -> list[bytes]:
-        """`ray_rank.bury` on that node: here, or by a task there."""
-        ray = self._ray
-        if node_id == ray.get_runtime_context().get_node_id():
-            return ray_rank.bury(homes, offsets, patience_s)
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0)(ray_rank.bury).options(scheduling_strategy=there)
-        try:
-            rest: list[bytes] = ray.get(task.remote(homes, offsets, patience_s), timeout=_BURY_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            # A lost node takes its ranks with it; what they printed last is lost too.
-            log.warning("node %s: could not see its ranks end: %s", node_id, error)
-            return [b""] * len(homes)
-        return rest
-
     def _append_log(self, rank: int, printed: bytes) -> None:
         with open(log_path(self._job.log_dir, rank), "ab") as file:
             file.write(printed)
 
 
-class _Actor:
+def bury_all(ray: Any, actors: Sequence[Actor]) -> list[bytes]:
+    """End the actors' processes and return what each printed last, by actor; nothing of one that has told no home."""
+    rest = [b""] * len(actors)
+    by_node: dict[str, list[int]] = {}
+    for index, actor in enumerate(actors):
+        if actor.home is not None:
+            by_node.setdefault(actor.home.node_id, []).append(index)
+    for node_id, indices in by_node.items():
+        homes = [home for index in indices if (home := actors[index].home) is not None]
+        offsets = [actors[index].offset for index in indices]
+        told = _bury(ray, node_id, homes, offsets, [actors[index].patience_s for index in indices])
+        for index, printed in zip(indices, told, strict=True):
+            rest[index] = printed
+    return rest
+
+
+def _bury(ray: Any, node_id: str, homes: list[Home], offsets: list[int], patience_s: list[float]) -> list[bytes]:
+    """`ray_rank.bury` on that node: here, or by a task there."""
+    if node_id == ray.get_runtime_context().get_node_id():
+        return ray_rank.bury(homes, offsets, patience_s)
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(ray_rank.bury).options(scheduling_strategy=there)
+    try:
+        rest: list[bytes] = ray.get(task.remote(homes, offsets, patience_s), timeout=_BURY_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        # A lost node takes its ranks with it; what they printed last is lost too.
+        log.warning("node %s: could not see its ranks end: %s", node_id, error)
+        return [b""] * len(homes)
+    return rest
+
+
+class Actor:
     """One actor as the driver knows it."""
 
     def __init__(self, ray: Any, handle: Any) -> None:
@@ -183,6 +192,7 @@ class _Actor:
         self.offset = 0
         """Bytes of its log that arrived here."""
         self.report = RankReport()
+        self.standing: Standing | None = None
         self._ray = ray
         self._handle = handle
         self._home_ref: Any = self._ask("home")
@@ -195,9 +205,9 @@ class _Actor:
         self._run_ref = self._handle.run.options(concurrency_group="run").remote(description)
         self._poll_ref = self._ask("poll", self.offset, self.report.pulse is not None)
 
-    def tell(self, method: str) -> None:
+    def tell(self, method: str, *arguments: Any) -> None:
         if self.report.exit is None:
-            self._ask(method)
+            self._ask(method, *arguments)
 
     def pending(self) -> list[Any]:
         refs = (self._home_ref, self._run_ref, self._poll_ref)
@@ -244,6 +254,8 @@ class _Actor:
         outcome = entry.from_json(answer["outcome"]) if answer["outcome"] is not None else None
         if isinstance(outcome, entry.Returned):
             self._handle.__ray_terminate__.remote()
+        if answer["standing"] is not None:
+            self.standing = Standing.from_json(answer["standing"])
         self.report = RankReport(pulse, outcome, Exit(code=0) if isinstance(outcome, entry.Returned) else None)
         printed: bytes = answer["printed"]
         self.offset += len(printed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import shutil
@@ -14,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import faulttol
-from launch import entry
+from faulttol.agent import NodeAgent, Watched, answering
+from faulttol.health import Vitals
+from faulttol.recovery import Member, Standing
+from launch import entry, orders
 from launch.errors import LaunchError
+from launch.orders import Order
 from launch.placement import Home
 
 _LOG_CHUNK_BYTES = 2**20
@@ -31,6 +36,8 @@ class RankActor:
         self._stop = threading.Event()
         self._seen = threading.Event()
         self._outcome: entry.Outcome | None = None
+        self._member: Member | None = None
+        self._standing: Standing | None = None
         _print_to(self._log_path)
         faulthandler.enable()
 
@@ -51,15 +58,26 @@ class RankActor:
         """Run the described entry to its end; `poll` tells how it ended."""
         os.environ.update(description["environ"])
         entry.extend_path(description["sys_path"])
-        outcome = entry.execute(
-            description["entry"],
-            description["payload"],
-            heartbeat_path=heartbeat_path(self._folder),
-            heartbeat_interval_s=description["heartbeat_interval_s"],
-            stop=self._stop,
+        leaving = contextlib.ExitStack()
+        if description.get("recovers"):
+            self._member = Member(self._stand, entry.described)
+
+        def joined() -> None:
             # A rank that freezes before the driver saw its first pulse would not be known to have joined.
-            joined=self._seen.wait,
-        )
+            self._seen.wait()
+            if self._member is not None:
+                leaving.enter_context(answering(answers_path(self._folder)))
+
+        with leaving:
+            outcome = entry.execute(
+                description["entry"],
+                description["payload"],
+                heartbeat_path=heartbeat_path(self._folder),
+                heartbeat_interval_s=description["heartbeat_interval_s"],
+                stop=self._stop,
+                joined=joined,
+                member=self._member,
+            )
         sys.stdout.flush()
         self._outcome = outcome  # before the traceback is printed: see supervisor
         if isinstance(outcome, entry.Raised):
@@ -82,7 +100,13 @@ class RankActor:
         else:
             pulse = (view.alive_count, view.progress_count, view.step, view.phase)
         outcome = None if self._outcome is None else entry.to_json(self._outcome)
-        return {"printed": printed, "pulse": pulse, "outcome": outcome}
+        standing = None if self._standing is None else self._standing.to_json()
+        return {"printed": printed, "pulse": pulse, "outcome": outcome, "standing": standing}
+
+    def order(self, order: Order) -> None:
+        """Take an order of a job with recovery."""
+        assert self._member is not None, "the entry runs"
+        orders.obey(self._member, order)
 
     def request_stop(self) -> None:
         """Let the entry's `stop_requested` be true."""
@@ -91,6 +115,32 @@ class RankActor:
     def dump_stacks(self) -> None:
         """Print the stacks of all threads."""
         faulthandler.dump_traceback(all_threads=True)
+
+    def _stand(self, standing: Standing) -> None:
+        self._standing = standing
+
+
+class AgentActor:
+    """The agent of one node, for members that live there; see `faulttol.agent`."""
+
+    def __init__(self) -> None:
+        self._agent = NodeAgent()
+
+    def watch(self, member: int, home: Home) -> None:
+        """Look after one more member."""
+        folder = Path(home.folder)
+        signs = heartbeat_path(folder), answers_path(folder)
+        self._agent.watch(Watched(member, home.pid, home.start_ticks, *signs))
+
+    def look(self) -> list[Vitals]:
+        """What is seen of each member now."""
+        return self._agent.look()
+
+    def end(self, member: int) -> bool:
+        """End a member's process, stopped or not; whether it is gone."""
+        is_gone = self._agent.end(member)
+        self._agent.forget(member)
+        return is_gone
 
 
 def bury(homes: list[Home], offsets: list[int], patience_s: list[float]) -> list[bytes]:
@@ -118,6 +168,10 @@ def log_path(folder: Path) -> Path:
 
 def heartbeat_path(folder: Path) -> Path:
     return folder / "heartbeat"
+
+
+def answers_path(folder: Path) -> Path:
+    return folder / "answers"
 
 
 def start_ticks(pid: int) -> int | None:

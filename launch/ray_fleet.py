@@ -1,0 +1,230 @@
+"""Members of a job that outlives its ranks as Ray actors, with an agent on each node that looks after those there.
+
+Ray tells of an actor that died in some 20 ms; of one that is stopped it knows nothing, and to kill such a one takes it
+five seconds. The agents, one actor a node, see both and end processes themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from faulttol.health import Vitals
+from launch import context, ray_cluster, ray_rank
+from launch.config import LaunchConfig
+from launch.fleet import MemberReport, member_log
+from launch.job import Job
+from launch.orders import Order
+from launch.rankenv import RankEnv
+from launch.ray_actors import Actor, bury_all, cluster_errors
+from launch.verdict import Exit
+
+_LOOK_S = 0.02
+_END_TIMEOUT_S = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def start_fleet(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterator[RayFleet]:
+    """The running members of `job`, its spares among them; leaving the block ends what is left of them."""
+    demand = {"CPU": config.cpus_per_rank, "GPU": config.gpus_per_rank}
+    size = job.world_size + config.spares
+    with (
+        ray_cluster.joined(config.ray_address) as own,
+        cluster_errors(),
+        ray_cluster.reserved(demand, size, own=own, timeout_s=config.start_timeout_s) as group,
+    ):
+        fleet = RayFleet(job, config, heartbeat_interval_s, group)
+        try:
+            for _ in range(size):
+                fleet.add()
+            yield fleet
+        finally:
+            fleet.kill()
+
+
+class RayFleet:
+    """See `fleet.Fleet`. Each member has a bundle of the placement group, which its successor takes over."""
+
+    def __init__(self, job: Job, config: LaunchConfig, heartbeat_interval_s: float, group: Any) -> None:
+        import ray.util
+
+        self._ray = ray
+        self._job, self._config, self._heartbeat_interval_s = job, config, heartbeat_interval_s
+        self._group = group
+        self._free = list(range(job.world_size + config.spares))
+        self._bundles: list[int] = []
+        self._actors: list[Actor] = []
+        self._ended: dict[int, Exit] = {}
+        self._agents: dict[str, _Agent] = {}
+        self._store_host = ray.util.get_node_ip_address()
+        listener = context.listen(self._store_host)
+        self._store_port = listener.getsockname()[1]
+        self._store = context.serve_store(listener, job.world_size)
+
+    def add(self) -> None:
+        ray = self._ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        actor_class = ray.remote(
+            num_cpus=self._config.cpus_per_rank,
+            num_gpus=self._config.gpus_per_rank,
+            max_restarts=0,
+            max_task_retries=0,
+            concurrency_groups={"run": 1, "monitor": 4},
+        )(ray_rank.RankActor)
+        bundle = self._free.pop(0)
+        placed = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        self._bundles.append(bundle)
+        self._actors.append(Actor(ray, actor_class.options(scheduling_strategy=placed).remote()))
+        member_log(self._job, len(self._actors) - 1).touch()
+
+    def look(self) -> list[MemberReport]:
+        pending = [
+            ref for index, actor in enumerate(self._actors) if index not in self._ended for ref in actor.pending()
+        ]
+        done: list[Any] = []
+        if pending:
+            done, _ = self._ray.wait(pending, num_returns=len(pending), timeout=_LOOK_S)
+        for index, actor in enumerate(self._actors):
+            if index not in self._ended:
+                was_home = actor.home is not None
+                self._append_log(index, actor.take(done))
+                if actor.home is not None and not was_home:
+                    self._settle(index, actor)
+                if actor.report.exit is not None:
+                    self._note_end(index, actor.report.exit)
+        vitals = {seen.rank: seen for agent in self._agents.values() for seen in agent.look()}
+        return [
+            MemberReport(
+                replace(actor.report, exit=self._ended.get(index)),
+                actor.standing,
+                None if index in self._ended else vitals.get(index),
+            )
+            for index, actor in enumerate(self._actors)
+        ]
+
+    def places(self, members: Sequence[int]) -> list[dict[str, Any]]:
+        nodes = [self._node(member) for member in members]
+        order = list(dict.fromkeys(nodes))
+        return [
+            asdict(
+                RankEnv(
+                    rank=rank,
+                    world_size=len(members),
+                    local_rank=nodes[:rank].count(node),
+                    local_world_size=nodes.count(node),
+                    node_rank=order.index(node),
+                    store_host=self._store_host,
+                    store_port=self._store_port,
+                    store_is_served=True,
+                    device_index=0 if self._config.gpus_per_rank else -1,  # each sees its own alone
+                )
+            )
+            for rank, node in enumerate(nodes)
+        ]
+
+    def order(self, member: int, order: Order) -> None:
+        self._actors[member].tell("order", dict(order))
+
+    def end(self, member: int) -> None:
+        actor, ray = self._actors[member], self._ray
+        if member in self._ended:
+            return
+        try:
+            agent = self._agents[self._node(member)]
+            is_gone = ray.get(agent.handle.end.remote(member), timeout=_END_TIMEOUT_S)
+        except (KeyError, ray.exceptions.RayError) as error:
+            log.warning("member %d: its node's agent could not end it: %s", member, error)
+            is_gone = False
+        if not is_gone:
+            actor.kill()  # its node may be gone with it; if it is not, the fence keeps it from writing
+        self._note_end(member, Exit(detail="ended by the launcher"))
+
+    def request_stop(self) -> None:
+        for actor in self._actors:
+            actor.tell("request_stop")
+
+    def dump_stacks(self, members: Sequence[int]) -> None:
+        for member in members:
+            self._actors[member].tell("dump_stacks")
+
+    def kill(self) -> None:
+        actors, self._actors = self._actors, []
+        for agent in self._agents.values():
+            self._ray.kill(agent.handle, no_restart=True)
+        self._agents.clear()
+        for actor in actors:
+            actor.kill()
+        for index, printed in enumerate(bury_all(self._ray, actors)):
+            self._append_log(index, printed)
+
+    def _node(self, member: int) -> str:
+        home = self._actors[member].home
+        return "" if home is None else home.node_id
+
+    def _settle(self, member: int, actor: Actor) -> None:
+        """Let a member that has told where it lives begin, under the eyes of its node's agent."""
+        home = actor.home
+        assert home is not None
+        if home.node_id not in self._agents:
+            self._agents[home.node_id] = _Agent(self._ray, home.node_id)
+        self._agents[home.node_id].handle.watch.remote(member, home)
+        env = RankEnv(store_host=self._store_host, store_port=self._store_port, store_is_served=True)
+        gpus = {"CUDA_VISIBLE_DEVICES": ",".join(home.gpu_ids)} if home.gpu_ids else {}
+        actor.run(
+            {
+                "entry": self._job.entry,
+                "payload": dict(self._job.payload),
+                "sys_path": [os.path.abspath(path) for path in sys.path],
+                "environ": {**env.to_environ(), **gpus},
+                "heartbeat_interval_s": self._heartbeat_interval_s,
+                "recovers": True,
+            }
+        )
+
+    def _note_end(self, member: int, ended: Exit) -> None:
+        if member not in self._ended:
+            self._ended[member] = ended
+            self._free.append(self._bundles[member])
+
+    def _append_log(self, member: int, printed: bytes) -> None:
+        if printed:
+            with open(member_log(self._job, member), "ab") as file:
+                file.write(printed)
+
+
+class _Agent:
+    """A node's agent as the driver knows it."""
+
+    def __init__(self, ray: Any, node_id: str) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        agent_class = ray.remote(num_cpus=0, max_restarts=0)(ray_rank.AgentActor)
+        self.handle = agent_class.options(scheduling_strategy=there).remote()
+        self._ray = ray
+        self._ref: Any = self.handle.look.remote()
+        self._seen: list[Vitals] = []
+        self._seen_at_s = time.monotonic()
+
+    def look(self) -> list[Vitals]:
+        """What it saw last, with the age of that."""
+        if self._ref is not None and self._ray.wait([self._ref], timeout=0)[0]:
+            ref, self._ref = self._ref, None
+            try:
+                self._seen, self._seen_at_s = self._ray.get(ref), time.monotonic()
+                self._ref = self.handle.look.remote()
+            except self._ray.exceptions.ActorUnavailableError:  # the network hiccuped
+                self._ref = self.handle.look.remote()
+            except self._ray.exceptions.RayError as error:
+                log.warning("the agent of a node is gone: %s", error)
+        age_s = time.monotonic() - self._seen_at_s
+        return [replace(vitals, report_age_s=age_s) for vitals in self._seen]
