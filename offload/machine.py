@@ -93,7 +93,7 @@ class Machine:
         self.steps = [0] * len(flat)
         self._groups: list[Group] = []
         self._gradients = self._host_gradients()
-        self._mode = mode
+        self.mode = mode
         self._load_masters()
         self._kernels = self._make_kernels(tiering)
         self.workers = self._make_workers(tiering)
@@ -111,9 +111,9 @@ class Machine:
             Task(group, path, host_gradient=self._gradients.get(group.index))
             for group, path in zip(self.subgroups, self.plan.paths, strict=True)
         ]
-        self.round = Round(tasks, speculates=self._mode == "spec")
+        self.round = Round(tasks, speculates=self.mode == "spec")
         self.passed = set()
-        if self._mode == "stream":
+        if self.mode == "stream":
             self.round.verdict.set_result(Verdict(1.0))
         return self.round
 

@@ -53,7 +53,8 @@ def like(tensor: torch.Tensor, parameter: Any) -> torch.Tensor:
 
 def norm_of(gradient: torch.Tensor) -> torch.Tensor:
     """Return the 2-norm of a gradient, in float32, on its device."""
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm
 
 
 def total(

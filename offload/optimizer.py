@@ -134,6 +134,16 @@ class TieredAdamW(torch.optim.Optimizer):
             self.wait()
         return loss
 
+    def switch(self, mode: Mode, max_norm: float | None) -> None:
+        """Change the mode and the clipping, between two steps. To and from `spec` only before the first step."""
+        _check(mode, max_norm, self.tiering)
+        if self._machine is not None:
+            self.wait()
+            if "spec" in (mode, self.mode) and mode != self.mode:
+                raise OptimizerError("mode: spec has twice the states of the others; make an optimizer of its own")
+            self._machine.mode = mode
+        self.mode, self.max_norm = mode, max_norm
+
     def wait(self) -> None:
         """Return when every update is done and every parameter may be read by anybody; raises what went wrong."""
         self._check_usable()
