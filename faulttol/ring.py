@@ -194,7 +194,8 @@ class RingReader:
             self._map.close()
             raise
         self._counters = memoryview(self._map)[:_HEADER_BYTES].cast("Q")
-        self._is_here = self.info.boot_id == _boot_id()
+        self.is_here = self.info.boot_id == _boot_id()
+        """Whether it was written on this machine, since it was started last: whether its clock is ours."""
         self._names: list[dict[str, Any]] = []
         self._named_bytes = 0
         self._read = 0
@@ -233,7 +234,7 @@ class RingReader:
             generation=self.info.generation,
             events=tuple(events),
             marks=tuple(marks),
-            now_ns=time.monotonic_ns() if self._is_here else self.sign_ns,
+            now_ns=time.monotonic_ns() if self.is_here else self.sign_ns,
             num_lost=self._num_passed + int(self._counters[_LOST]),
         )
 

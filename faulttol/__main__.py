@@ -1,0 +1,153 @@
+"""Look at a run that is recorded: `python -m faulttol COMMAND RUN`. RUN is a folder with rings or shipped events."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from faulttol.config import DetectorConfig, HealthConfig
+from faulttol.errors import FaultTolError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 1 when a report has findings of faults, 2 for what cannot be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run_command(options))
+    except (FaultTolError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m faulttol", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, told: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=told, description=told)
+        command.add_argument("run", metavar="RUN", help="the run's folder, or where its events were shipped to")
+        command.set_defaults(run_command=run)
+        return command
+
+    watch = add("watch", _watch, "Show live where every rank is, what it waits in, and what the detector says.")
+    watch.add_argument("--every", type=float, default=0.5, metavar="S", help="seconds between two pictures")
+    watch.add_argument("--once", action="store_true", help="one picture, without control sequences")
+    _add_threshold(watch)
+    report = add("report", _report, "Say what is wrong and where the time went; exit code 1 if there is a fault.")
+    _add_threshold(report)
+    _add_generation(report)
+    for name, run, what, told in (
+        ("timeline", _timeline, "FILE", "Write a trace for ui.perfetto.dev or chrome://tracing."),
+        ("heat", _heat, "FILE", "Write a page (HTML) with own and waiting time by rank and step, and link delays."),
+        ("flight", _flight, "FOLDER", "Write dumps for `python -m torch.distributed.flight_recorder.fr_trace FOLDER`."),
+    ):
+        command = add(name, run, told)
+        command.add_argument("out", metavar=what, type=Path)
+        _add_generation(command)
+    ship = add("ship", _ship, "Ship a run's rings to TARGET until interrupted, or once.")
+    ship.add_argument("target", metavar="TARGET", help="a path, s3://…, gs://…, or fsspec+PROTOCOL://…")
+    ship.add_argument("--every", type=float, default=10.0, metavar="S", help="seconds between two parts")
+    ship.add_argument("--once", action="store_true")
+    metrics = add("metrics", _metrics, "Serve or write metrics for Prometheus until interrupted.")
+    where = metrics.add_mutually_exclusive_group(required=True)
+    where.add_argument("--port", type=int, help="serve http://127.0.0.1:PORT/metrics")
+    where.add_argument("--file", type=Path, help="write there every --every seconds")
+    metrics.add_argument("--every", type=float, default=10.0, metavar="S")
+    metrics.add_argument("--once", action="store_true", help="write the file once")
+    return parser
+
+
+def _add_threshold(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--hang-after", type=float, metavar="S", help="a collective that is open for longer may hang")
+
+
+def _add_generation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--generation", type=int, help="which one (default: the newest)")
+
+
+def _config(options: argparse.Namespace) -> DetectorConfig:
+    config = DetectorConfig()
+    return config if options.hang_after is None else dataclasses.replace(config, hang_after_s=options.hang_after)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from faulttol.watch import Watcher, run
+
+    with Watcher(Path(options.run), _config(options), HealthConfig()) as watcher:
+        run(watcher, sys.stdout, options.every, options.once)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from faulttol import report, run
+
+    records, config, health = run.records(options.run, options.generation), _config(options), HealthConfig()
+    print(report.text(records, config, health), end="")
+    return int(any(finding.kind.is_fault for finding in report.findings(records, config, health)))
+
+
+def _timeline(options: argparse.Namespace) -> int:
+    from faulttol import run, timeline
+
+    timeline.write(run.records(options.run, options.generation), options.out)
+    print(options.out)
+    return 0
+
+
+def _heat(options: argparse.Namespace) -> int:
+    from faulttol import heat, run
+
+    heat.write(run.records(options.run, options.generation), options.out, f"Run {options.run}")
+    print(options.out)
+    return 0
+
+
+def _flight(options: argparse.Namespace) -> int:
+    from faulttol import flight, run
+
+    for path in flight.dump(run.records(options.run, options.generation), options.out):
+        print(path)
+    return 0
+
+
+def _ship(options: argparse.Namespace) -> int:
+    from faulttol.ship import Shipper
+
+    with contextlib.ExitStack() as stack:
+        shippers: dict[Path, Shipper] = {}
+        while True:
+            for path in sorted(Path(options.run).rglob("*.ring")):
+                if path not in shippers:
+                    shippers[path] = stack.enter_context(contextlib.closing(Shipper(path, options.target)))
+            for shipper in shippers.values():
+                shipper.ship()
+            if options.once:
+                return 0
+            time.sleep(options.every)
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    from faulttol.metrics import Metrics, serve, write_forever
+
+    with Metrics(Path(options.run)) as metrics:
+        if options.port is not None:
+            with serve(metrics, options.port) as port:
+                print(f"http://127.0.0.1:{port}/metrics", flush=True)
+                threading.Event().wait()
+        elif options.once:
+            metrics.write(options.file)
+        else:
+            write_forever(metrics, options.file, options.every, threading.Event())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
