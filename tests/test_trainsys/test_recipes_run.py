@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import trainsys
+from tests import warm
 from tests.test_launch.head import Cluster
 from tests.test_trainsys import runs
 from trainsys import metrics, recipe
@@ -75,13 +74,13 @@ def test_a_recipe_trains_saves_evaluates_and_exports_on_a_cpu(
         "--launch.start_timeout_s=300",
         "--launch.frozen_timeout_s=60",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "trainsys", "launch", *command(name), *settings],
+    done = warm.run(
+        "trainsys",
+        ["launch", *command(name), *settings],
         cwd=tmp_path,
-        env={**os.environ, **cluster.environ},
-        capture_output=True,
-        text=True,
-        timeout=240,
+        folder=tmp_path,
+        environ={**os.environ, **cluster.environ},
+        timeout_s=240,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{runs.logs(tmp_path / 'run')}"
     losses = runs.losses(tmp_path / "run")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import checkpoint as ck
+from tests import warm
 from tests.test_launch.head import Cluster
 from tests.test_trainsys import runs
 
@@ -34,8 +36,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.write_text(tmp_path_factory.mktemp("text") / "corpus")
 
 
-def command(cluster: Cluster, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of the environment as a client of the cluster, which needs its token."""
+def command(cluster: Cluster, *args: str, cwd: Path, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command of the environment as a client of the cluster, which needs its token; see `runs.run`."""
+    if not fresh:
+        with tempfile.TemporaryDirectory(prefix="command-") as folder:
+            environ = {**os.environ, **cluster.environ}
+            return warm.run(args[0], args[1:], cwd=cwd, folder=Path(folder), environ=environ, timeout_s=240)
     return subprocess.run(
         [str(BIN / args[0]), *args[1:]],
         cwd=cwd,
@@ -50,7 +56,7 @@ def test_submit_prints_the_job_s_id_follows_its_log_and_exits_with_its_code(
     cluster: Cluster, text: Path, tmp_path: Path
 ) -> None:
     settings = runs.arguments(*ON_RAY, f"--data.path={text}", f"--run_dir={tmp_path / 'run'}", "--steps=6")
-    done = command(cluster, "trainsys", "submit", *settings, "--address", cluster.url, cwd=tmp_path)
+    done = command(cluster, "trainsys", "submit", *settings, "--address", cluster.url, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     (job_id,) = done.stdout.split()
     assert "step 6/6  loss " in done.stderr
@@ -95,9 +101,10 @@ def test_ray_s_own_job_command_runs_a_recipe_from_the_working_directory(
     work = tmp_path / "work"
     work.mkdir()
     (work / "mine.toml").write_text("[optim]\nlr = 5e-4\n")
-    name, *settings = runs.arguments(*ON_RAY, f"--data.path={text}", f"--run_dir={tmp_path / 'run'}", "--steps=4")
+    one_rank = ("--steps=4", "--parallel.replicate=1")
+    name, *settings = runs.arguments(*ON_RAY, f"--data.path={text}", f"--run_dir={tmp_path / 'run'}", *one_rank)
     submit = ("ray", "job", "submit", "--address", cluster.url, "--working-dir", ".", "--")
-    done = command(cluster, *submit, "trainsys", "launch", name, "mine.toml", *settings, cwd=work)
+    done = command(cluster, *submit, "trainsys", "launch", name, "mine.toml", *settings, cwd=work, fresh=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 4/4  loss " in done.stdout + done.stderr
     assert runs.losses(tmp_path / "run").keys() == {1, 2, 3, 4}
