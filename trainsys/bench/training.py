@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def settings(given: list[str], folder: Path, *, smoke: bool) -> list[str]:
     """Return what to launch: `given`, the default, or a minute run on text that is written to `folder`."""
-    return [*_SMOKE, f"--data.path={_text(folder)}"] if smoke else given or list(_DEFAULT)
+    return [*_SMOKE, f"--data.path={text(folder)}"] if smoke else given or list(_DEFAULT)
 
 
 def num_steps(launched: list[str]) -> int:
@@ -85,7 +85,7 @@ def finish(document: dict[str, Any], path: Path | None) -> None:
     _print(document)
 
 
-def _text(folder: Path) -> Path:
+def text(folder: Path) -> Path:
     """A folder of files that a byte model learns from at once."""
     corpus = folder / "corpus"
     corpus.mkdir()
