@@ -91,7 +91,7 @@ def _report(options: argparse.Namespace) -> int:
 
     records, config, health = run.records(options.run, options.generation), _config(options), HealthConfig()
     print(report.text(records, config, health), end="")
-    return int(any(finding.kind.is_fault for finding in report.findings(records, config, health)))
+    return int(any(episode.finding.kind.is_fault for episode in report.episodes(records, config, health)))
 
 
 def _timeline(options: argparse.Namespace) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from faulttol import clock, pace
@@ -15,18 +17,52 @@ from faulttol.finding import Finding
 from faulttol.view import JobView
 
 
-def findings(records: Sequence[RankRecord], config: DetectorConfig, health: HealthConfig) -> tuple[Finding, ...]:
-    """Return what the detector says of the records as they stand, as often as it takes to be sure."""
-    view, memory = JobView({record.rank: record for record in records}), Memory()
-    found: tuple[Finding, ...] = ()
-    for _ in range(config.confirmations):
-        memory, found = observe(memory, view, config, health)
-    return found
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """A finding, and the steps between which the detector kept making it."""
+
+    finding: Finding
+    first_step: int
+    last_step: int
+
+
+def episodes(records: Sequence[RankRecord], config: DetectorConfig, health: HealthConfig) -> list[Episode]:
+    """Return what the detector would have said while the run went on, in the order it would have begun to.
+
+    It is shown the run window by window of its steps, and in the end as it stands.
+    """
+    steps = sorted({mark.step for record in records for mark in record.marks if mark.step >= 0})
+    memory, found = Memory(), dict[tuple[object, ...], Episode]()
+    ends = steps[config.window_steps - 1 :: config.window_steps]
+    views = [(end, _until(records, end, config.window_steps)) for end in ends]
+    views += [(steps[-1] if steps else -1, JobView({record.rank: record for record in records}))] * config.confirmations
+    for step, view in views:
+        memory, confirmed = observe(memory, view, config, health)
+        for finding in confirmed:
+            begun = found.get(finding.key)
+            found[finding.key] = Episode(finding, begun.first_step if begun else step, step)
+    return list(found.values())
+
+
+def _until(records: Sequence[RankRecord], step: int, window: int) -> JobView:
+    """Return the view of a run that had come to the end of a step, of what a detector looks at then."""
+    oldest = step - 2 * window
+    return JobView(
+        {
+            record.rank: dataclasses.replace(
+                record,
+                events=tuple(event for event in record.events if oldest < event.step <= step),
+                marks=tuple(mark for mark in record.marks if oldest < mark.step <= step),
+                now_ns=max((mark.at_ns for mark in record.marks if mark.step <= step), default=record.now_ns),
+            )
+            for record in records
+        }
+    )
 
 
 def text(records: Sequence[RankRecord], config: DetectorConfig, health: HealthConfig) -> str:
     """Return the report of one generation of a run."""
-    parts = [_title(records), _findings(findings(records, config, health)), _ranks(records), _kinds(records)]
+    parts = [_title(records), _findings(episodes(records, config, health)), _ranks(records), _kinds(records)]
     open_ones = [event for record in records for event in record.events if event.state != "ended"]
     if open_ones:
         parts.append(_unfinished(open_ones, {record.rank: record.now_ns for record in records}))
@@ -44,13 +80,18 @@ def _title(records: Sequence[RankRecord]) -> str:
     return f"{said}; clocks {known}"
 
 
-def _findings(found: Sequence[Finding]) -> str:
+def _findings(found: Sequence[Episode]) -> str:
     if not found:
         return "FINDINGS  none"
     lines = ["FINDINGS"]
-    for finding in found:
+    for episode in found:
+        finding = episode.finding
         suspects = ", ".join(f"{suspect} ({suspect.score:.2f})" for suspect in finding.suspects)
-        lines.append(f"  {finding.kind}: {finding.summary}")
+        first, last = episode.first_step, episode.last_step
+        when = (
+            "" if last < 0 else f" (seen at step {first})" if first == last else f" (seen at steps {first} to {last})"
+        )
+        lines.append(f"  {finding.kind}: {finding.summary}{when}")
         if suspects:
             lines.append(f"    suspects: {suspects}")
         if finding.evidence:

@@ -32,8 +32,9 @@ from faulttol.events import KINDS, MARK_KINDS, CollectiveEvent, MarkKind, RankRe
 _MAGIC = b"faulttol ring 1\n"
 _HEADER_BYTES = 4096
 _COUNTERS = 2048
-"""Offset of the 64-bit counters: records begun, records that could not be written, bytes of names, last sign (ns)."""
-_BEGUN, _LOST, _NAMED, _SIGN = (_COUNTERS // 8 + i for i in range(4))
+"""Offset of the 64-bit counters: records begun, records that could not be written, bytes of names, last sign of life
+(ns), and whether the ring was closed in peace."""
+_BEGUN, _LOST, _NAMED, _SIGN, _CLOSED = (_COUNTERS // 8 + i for i in range(5))
 _NAMES_BYTES = 1 << 20
 _NAME = struct.Struct("=II")  # length, checksum
 
@@ -153,6 +154,7 @@ class Ring:
     def close(self) -> None:
         """Unmap; the file stays and can be read. Idempotent."""
         if not self._map.closed:
+            self._counters[_CLOSED] = 1
             self._counters.release()
             self._map.close()
 
@@ -247,6 +249,11 @@ class RingReader:
     def sign_ns(self) -> int:
         """`time.monotonic_ns()` of the recorder's last sign of life."""
         return int(self._counters[_SIGN])
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the recorder was taken out in peace: no more will come, and nothing is wrong with that."""
+        return bool(self._counters[_CLOSED])
 
     def close(self) -> None:
         """Unmap. Idempotent."""

@@ -33,6 +33,8 @@ class Sign:
     """Since its recorder gave a sign of life."""
     is_alive: bool
     """Whether its process exists, as far as this machine can tell."""
+    is_done: bool = False
+    """Whether its recorder was taken out in peace."""
 
 
 class Watcher:
@@ -56,10 +58,13 @@ class Watcher:
         for reader, history in self._readers.values():
             record = history.add(reader.poll())
             records[record.rank] = record
-            signs[record.rank] = Sign(max(0.0, (record.now_ns - reader.sign_ns) / 1e9), _exists(reader))
+            signs[record.rank] = Sign(
+                max(0.0, (record.now_ns - reader.sign_ns) / 1e9), _exists(reader), reader.is_closed
+            )
         vitals = {
             rank: Vitals(rank=rank, process_alive=sign.is_alive, python_age_s=sign.age_s)
             for rank, sign in signs.items()
+            if not sign.is_done
         }
         view = JobView(records, vitals)
         self._memory, found = observe(self._memory, view, self._config, self._health)
@@ -117,7 +122,7 @@ def frame(view: JobView, signs: Mapping[int, Sign], found: Sequence[Finding], *,
     if colours:
         for place, rank in enumerate(view.ranks, 1):
             sign = signs.get(rank)
-            silent = sign is not None and (not sign.is_alive or sign.age_s > 1.0)
+            silent = sign is not None and not sign.is_done and (not sign.is_alive or sign.age_s > 1.0)
             colour = _RED if rank in bad else _YELLOW if silent else ""
             lines[place] = colour + lines[place] + _PLAIN if colour else lines[place]
         lines[0] = _DIM + lines[0] + _PLAIN
@@ -132,7 +137,9 @@ def _row(rank: int, record: RankRecord | None, sign: Sign | None) -> tuple[str, 
     times = pace.step_times(record)[-16:]
     mark = record.marks[-1] if record.marks else None
     open_ones = [event for event in record.events if event.state == "begun"]
-    silent = "-" if sign is None else f"{sign.age_s:.1f}" if sign.is_alive else "gone"
+    silent = "-"
+    if sign is not None:
+        silent = "done" if sign.is_done else f"{sign.age_s:.1f}" if sign.is_alive else "gone"
     return (
         str(rank),
         "-" if mark is None else str(mark.step),
