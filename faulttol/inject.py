@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 _ENDLESS_S = 3600.0
-_STUCK_LINK_BYTES_PER_S = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,11 @@ KINDS: Mapping[str, KindInfo] = {
     "hang": KindInfo("sleeps, for `seconds`", FindingKind.HANG, _STOPPED),
     "spin": KindInfo("runs an empty Python loop, for `seconds`", FindingKind.HANG, _STOPPED),
     "stuck_link": KindInfo(
-        "one link carries 1 kB/s", FindingKind.COMMUNICATION_HANG, frozenset(), is_lasting=True, is_link=True
+        "what the rank sends to `to_rank` is dropped there",
+        FindingKind.COMMUNICATION_HANG,
+        frozenset(),
+        is_lasting=True,
+        is_link=True,
     ),
     "extra": KindInfo("makes an all-reduce that nobody else makes", FindingKind.DESYNC),
     "wrong_kind": KindInfo("makes a broadcast that nobody else makes", FindingKind.DESYNC),
@@ -241,17 +244,22 @@ class Injector:
             self._stop(fault)
 
     def _is_mine(self, fault: Fault) -> bool:
+        if fault.kind == "stuck_link":
+            return fault.to_rank == self._rank
         return fault.rank in (self._rank, -1)
 
     def _start(self, fault: Fault) -> None:
-        if fault.info.is_link:
-            rate = _STUCK_LINK_BYTES_PER_S if fault.kind == "stuck_link" else fault.rate_bytes_per_s
-            sockets.pace(self._descriptors(fault), rate)
+        if fault.kind == "stuck_link":
+            sockets.block(self._descriptors(fault))
+        elif fault.info.is_link:
+            sockets.pace(self._descriptors(fault), fault.rate_bytes_per_s)
         if fault.kind == "cpu_hog":
             self._hogs[fault] = _hog(fault.seconds or 60.0)
 
     def _stop(self, fault: Fault) -> None:
-        if fault.info.is_link:
+        if fault.kind == "stuck_link":
+            sockets.unblock(self._descriptors(fault))
+        elif fault.info.is_link:
             sockets.pace(self._descriptors(fault), sockets.UNPACED)
         hog = self._hogs.pop(fault, None)
         if hog is not None:
@@ -262,6 +270,8 @@ class Injector:
 
     def _descriptors(self, fault: Fault) -> list[int]:
         assert self._connections is not None
+        if fault.kind == "stuck_link":
+            return list(self._connections.get(fault.rank, ()))
         ranks = [fault.to_rank] if fault.to_rank >= 0 else [rank for rank in self._connections if rank != self._rank]
         return [descriptor for rank in ranks for descriptor in self._connections.get(rank, ())]
 

@@ -59,7 +59,7 @@ class Explanation:
     targets: tuple[int, ...]
     """The cells are those from a source to a target."""
     factor: float
-    """By how much its cells are slower than usual, the median of them."""
+    """How many times slower than usual its cells are, the median of them."""
     num_slow: int
     num_cells: int
 
@@ -82,7 +82,7 @@ def explain(
     usual: DelayMatrix | None = None,
     blocks: Sequence[Sequence[int]] = (),
 ) -> list[Explanation]:
-    """Return what explains the slow cells, the largest first: greedily, each time what explains most of the rest.
+    """Return what explains the slow cells: greedily, each time what explains most of the rest, of equals the slowest.
 
     A cell is slow at `link_factor` times what is usual and `link_floor_s` more than that; usual is the cell of an
     earlier, healthy matrix, or else the median of its class. `blocks`: ranks that hang on one switch each.
@@ -94,18 +94,20 @@ def explain(
         if value > config.link_factor * normal[link] and value > normal[link] + config.link_floor_s
     }
     found = []
+    entities = _entities(matrix, blocks)
     while slow:
-        shape, cells = max(
-            _entities(matrix, blocks), key=lambda one: (_gain(one[1], slow), -_ORDER.index(one[0]), sorted(one[1]))
+        _, _, factor, index = max(
+            (gain, -_ORDER.index(shape), median(matrix.seconds[link] / max(normal[link], 1e-9) for link in cells), i)
+            for i, (shape, cells) in enumerate(entities)
+            if (gain := _gain(cells, slow)) > 0
         )
-        if _gain(cells, slow) <= 0:
-            break
+        shape, cells = entities[index]
         hit = cells & slow
         found.append(
             Explanation(
                 shape,
                 *_ends(shape, cells),
-                factor=median(matrix.seconds[link] / max(normal[link], 1e-9) for link in hit),
+                factor=factor,
                 num_slow=len(hit),
                 num_cells=len(cells),
             )
@@ -179,7 +181,8 @@ def probe(
 ) -> dict[Link, float]:
     """Measure this rank's row of the matrix: seconds to each other rank; all ranks of the group call it together.
 
-    Pairs measure at once that have no rank in common. Links are named by ranks in the job. It blocks for as long as
+    Pairs measure at once that have no rank in common. The payload is several times what a paced connection sends in
+    one piece before it waits. Links are named by ranks in the job. It blocks for as long as
     the slowest link takes, and gives up by the group's timeout only.
     """
     import torch

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import socket
 import struct
+import sys
 import termios
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,19 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _SO_MAX_PACING_RATE = 47
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_DROP_PAYLOAD = (
+    (0x30, 0, 0, 12),  # A = byte 12 of the TCP header: its length in words, in the upper half
+    (0x54, 0, 0, 0xF0),  # A &= 0xf0
+    (0x74, 0, 0, 2),  # A >>= 2: in bytes
+    (0x07, 0, 0, 0),  # X = A
+    (0x80, 0, 0, 0),  # A = length of the segment with its header
+    (0x1C, 0, 0, 0),  # A -= X: of the payload
+    (0x15, 0, 1, 0),  # is it 0?
+    (0x06, 0, 0, 0xFFFFFFFF),  # yes: let it pass
+    (0x06, 0, 0, 0),  # no: drop it
+)
+"""Classic BPF, which every process may attach to its own sockets: code, jumps, operand."""
 UNPACED = 0xFFFFFFFF
 """The kernel's value for no limit."""
 Address = tuple[str, int]
@@ -74,15 +89,39 @@ def backlog_bytes(descriptors: Iterable[int]) -> int:
 
 def pace(descriptors: Iterable[int], rate_bytes_per_s: int) -> int:
     """Hold sending on the connections to a rate (UNPACED: to none); return how many took it."""
-    paced = 0
+    return _set(descriptors, _SO_MAX_PACING_RATE, struct.pack("I", rate_bytes_per_s))
+
+
+def block(descriptors: Iterable[int]) -> int:
+    """Drop what arrives with a payload on the connections, unseen by their owner; return how many took it.
+
+    What this end sends still arrives: acknowledgements pass. The senders repeat what was dropped, so that all goes on
+    after `unblock`, once they try again.
+    """
+    program = (ctypes.c_uint64 * len(_DROP_PAYLOAD))(*(_instruction(*one) for one in _DROP_PAYLOAD))
+    packed = struct.pack("HxxxxxxP", len(_DROP_PAYLOAD), ctypes.addressof(program))
+    return _set(descriptors, _SO_ATTACH_FILTER, packed)
+
+
+def unblock(descriptors: Iterable[int]) -> int:
+    """Let arrive what `block` dropped; return on how many connections."""
+    return _set(descriptors, _SO_DETACH_FILTER, struct.pack("i", 0))
+
+
+def _instruction(code: int, if_true: int, if_false: int, operand: int) -> int:
+    return int.from_bytes(struct.pack("HBBI", code, if_true, if_false, operand), sys.byteorder)
+
+
+def _set(descriptors: Iterable[int], option: int, value: bytes) -> int:
+    taken = 0
     for descriptor in descriptors:
         try:
             with socket.socket(fileno=os.dup(descriptor)) as end:
-                end.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("I", rate_bytes_per_s))
-        except OSError:  # closed
+                end.setsockopt(socket.SOL_SOCKET, option, value)
+        except OSError:  # closed, or it has no filter
             continue
-        paced += 1
-    return paced
+        taken += 1
+    return taken
 
 
 def _address(name: tuple[Any, ...]) -> Address:

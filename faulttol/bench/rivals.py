@@ -62,8 +62,8 @@ def show_straggler(view: JobView, first_step: int) -> Said:
 
 
 def group_timeout(truth: str) -> Said:
-    """Every stop ends in an error of some rank; nobody is named, and neither slowness nor numbers are seen."""
-    return ("stopped", "") if truth in ("crash", "hang", "desync") else NOTHING
+    """Every stop ends in an error of some rank, of one text for all classes; taken here for the right class."""
+    return (truth, "") if truth in ("crash", "hang", "desync") else NOTHING
 
 
 def ray_alone(view: JobView, truth: str, culprit: str) -> Said:

@@ -81,17 +81,19 @@ def window(view: JobView, first_step: int, config: DetectorConfig, health: Healt
 def slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> list[Finding]:
     """Return what makes the steps of the window long; without a baseline, only what peers tell."""
     locals_s, explained = _without_tokens(found, config)
-    late = _late(found, locals_s, baseline, config)
+    raw = _late(found, found.locals_s(), baseline, config)
+    late = _late(found, locals_s, baseline, config) if explained else raw
     stragglers = {rank: times for rank, times in late.items() if _is_mostly(times, config)}
+    if explained:  # the part that tokens explain is known only roughly
+        stragglers = {rank: times for rank, times in stragglers.items() if median(times) > median(raw[rank]) / 2}
     if stragglers:
         return [_straggler(found, stragglers, baseline)]
-    raw = _late(found, found.locals_s(), baseline, config) if explained else late
     findings = []
     if explained and any(_is_mostly(times, config) for times in raw.values()):
         findings.append(_imbalance(found, raw, "its ranks' times follow their tokens"))
     elif _is_mostly([max(times) for times in zip(*raw.values(), strict=True)], config):
         findings.append(_imbalance(found, raw, "ranks come late in turn"))
-    if baseline is not None and (transfer := _slow_transfer(found, locals_s, baseline, config)):
+    if baseline is not None and (transfer := _slow_transfer(found, baseline, config)):
         findings.append(transfer)
     return findings
 
@@ -213,22 +215,19 @@ def _imbalance(found: Window, late: Mapping[int, list[float]], why: str) -> Find
     )
 
 
-def _slow_transfer(
-    found: Window, locals_s: Mapping[int, list[float]], baseline: Baseline, config: DetectorConfig
-) -> Finding | None:
-    """The steps grew in most parts of the window, and nobody's own work did by as much."""
+def _slow_transfer(found: Window, baseline: Baseline, config: DetectorConfig) -> Finding | None:
+    """The steps grew in most parts of the window, and neither did anybody's own work by as much, nor everybody's."""
     parts = _parts(found.steps, config.slow_windows)
-    index = {step: i for i, step in enumerate(found.steps)}
     least_s = max(config.slow_floor_s, config.straggler_excess * baseline.span_s)
-    num_slow = 0
-    for part in parts:
-        span_s = median(median(own[step].span_s for own in found.paces.values()) for step in part)
-        rises = [
-            median(values[index[step]] for step in part) - baseline.local_s.get(rank, 0.0)
-            for rank, values in locals_s.items()
-        ]
-        unexplained_s = span_s - baseline.span_s - max(0.0, *rises)
-        num_slow += unexplained_s > least_s
+    known = {rank: baseline.local_s[rank] for rank in found.paces if rank in baseline.local_s}
+    unexplained_s = {}
+    for step in found.steps:
+        own_s = {rank: found.paces[rank][step].local_s for rank in known}
+        common = median_low(own_s[rank] / max(known[rank], 1e-9) for rank in known) if known else 1.0
+        longest_s = max((own_s[rank] - known[rank] for rank in known), default=0.0)
+        span_s = median(own[step].span_s for own in found.paces.values())
+        unexplained_s[step] = span_s - baseline.span_s - max(0.0, longest_s, (common - 1) * baseline.span_s)
+    num_slow = sum(median(unexplained_s[step] for step in part) > least_s for part in parts)
     if num_slow < max(1, len(parts) - 1):
         return None
     suspects, evidence = _slowest(found, baseline, config)

@@ -1,0 +1,160 @@
+"""A slow rank, a slow transfer and uneven work are told apart by what each rank does with its time."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from faulttol.config import DetectorConfig, HealthConfig
+from faulttol.detector import Memory, observe
+from faulttol.finding import Finding, FindingKind
+from faulttol.rules.pace import paces, period
+from faulttol.rules.speed import slow, window
+from faulttol.view import JobView
+from tests.test_faulttol.scenes import Scene
+
+CONFIG, HEALTH = DetectorConfig(), HealthConfig()
+HEALTHY, TOTAL = 40, 80
+
+
+def judge(scene: Scene, *, learnt: bool = True) -> list[Finding]:
+    """What the last window of a job says; the first steps were healthy, if it learnt from them."""
+    records = scene.run(TOTAL)
+    found = window(JobView(records), 0, CONFIG, HEALTH)
+    before = window(JobView(scene.run(HEALTHY)), 0, CONFIG, HEALTH)
+    assert found is not None
+    assert before is not None
+    return slow(found, before.baseline() if learnt else None, CONFIG)
+
+
+def faulty(step: int) -> bool:
+    return step >= HEALTHY
+
+
+def noise(rank: int, step: int, share: float = 0.1) -> float:
+    return 1 + share * random.Random(1000 * rank + step).random()
+
+
+def test_time_divides_into_work_and_collectives() -> None:
+    record = Scene(work_ms=lambda rank, step: 10.0 + 5 * (rank == 1)).run(5)
+    assert paces(record[1])[2].local_s == pytest.approx(0.015)
+    assert paces(record[0])[2].local_s == pytest.approx(0.010)
+    assert paces(record[0])[2].span_s == pytest.approx(0.017)
+    assert paces(record[0])[2].communication_s == pytest.approx(0.007)
+
+
+def test_steps_are_found_without_marks_by_the_period() -> None:
+    record = replace(Scene().run(12)[0], marks=())
+    found = paces(replace(record, events=tuple(replace(e, bytes=64 << (e.seq % 2)) for e in record.events)))
+    assert len(found) >= 10
+    assert {round(pace.span_s, 6) for pace in found.values()} == {0.012}
+    assert period("abcabcabcabc") == 3
+    assert period("aaaa") == 1
+    assert period("abcdefgh") == 0
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+@pytest.mark.parametrize("factor", [1.5, 2.0, 4.0])
+def test_a_rank_that_works_longer_is_a_straggler(factor: float, learnt: bool) -> None:
+    scene = Scene(work_ms=lambda r, s: 10 * noise(r, s) * (factor if r == 2 and faulty(s) else 1))
+    (finding,) = judge(scene, learnt=learnt)
+    assert (finding.kind, finding.culprits) == (FindingKind.STRAGGLER, (2,))
+    assert finding.slowdown == pytest.approx(factor, rel=0.15)
+
+
+def test_both_ranks_of_a_slow_machine_are_named() -> None:
+    scene = Scene(num_ranks=8, work_ms=lambda r, s: 10 * noise(r, s) * (2 if r in (4, 5) and faulty(s) else 1))
+    (finding,) = judge(scene)
+    assert set(finding.culprits) == {4, 5}
+
+
+def test_of_two_ranks_the_one_that_changed_is_named() -> None:
+    scene = Scene(num_ranks=2, work_ms=lambda r, s: (10 + 5 * r) * noise(r, s) * (2 if r == 0 and faulty(s) else 1))
+    (finding,) = judge(scene)
+    assert finding.culprits == (0,)
+
+
+def test_a_transfer_that_takes_longer_is_no_straggler() -> None:
+    (finding,) = judge(Scene(transfer_ms=lambda step: 12.0 if faulty(step) else 2.0))
+    assert finding.kind is FindingKind.COMMUNICATION_SLOW
+    assert finding.slowdown == pytest.approx(22 / 12)
+    assert finding.evidence["operation"] == "all_reduce"
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene(work_ms=lambda r, s: 10 * noise(r, s)),
+        Scene(work_ms=lambda r, s: 20.0 if faulty(s) else 10.0),
+        Scene(work_ms=lambda r, s: 200.0 if (r, s) == (1, 70) else 10.0),
+        Scene(work_ms=lambda r, s: 200.0 if r == 1 and s % 20 == 0 else 10.0),
+        Scene(work_ms=lambda r, s: 10.0 + r),
+        Scene(
+            work_ms=lambda r, s: 500.0 if r == 0 and s % 4 == 0 else 10.0,
+            phase=lambda r, s: "checkpoint" if r == 0 and s % 4 == 0 else "train",
+        ),
+    ],
+    ids=["noise", "all slower", "one pause", "pauses", "unequal by a tenth", "checkpoints of one rank"],
+)
+def test_benign_differences_are_no_findings(scene: Scene) -> None:
+    assert not judge(scene)
+
+
+def test_ranks_that_are_late_in_turn_are_uneven_work_and_no_fault() -> None:
+    (finding,) = judge(Scene(work_ms=lambda r, s: 10.0 + (15 if (r + s) % 2 and faulty(s) else 0)))
+    assert finding.kind is FindingKind.DATA_IMBALANCE
+    assert not finding.kind.is_fault
+
+
+def test_tokens_explain_a_rank_that_is_always_late() -> None:
+    tokens = {0: 1000, 1: 1000, 2: 2000, 3: 1000}
+    scene = Scene(
+        work_ms=lambda r, s: 0.01 * (tokens[r] if faulty(s) else 1000) * noise(r, s),
+        tokens=lambda r, s: tokens[r] if faulty(s) else 1000,
+    )
+    (finding,) = judge(scene)
+    assert (finding.kind, finding.culprits) == (FindingKind.DATA_IMBALANCE, (2,))
+
+
+def test_tokens_do_not_excuse_a_rank_that_is_slow_besides() -> None:
+    def tokens(rank: int, step: int) -> int:
+        return 900 + 200 * random.Random(7 * rank + 31 * step).randrange(2)
+
+    scene = Scene(
+        work_ms=lambda r, s: 0.01 * tokens(r, s) * (2 if r == 1 and faulty(s) else 1),
+        tokens=tokens,
+    )
+    (finding,) = judge(scene)
+    assert (finding.kind, finding.culprits) == (FindingKind.STRAGGLER, (1,))
+
+
+def test_nothing_is_judged_before_the_window_is_full() -> None:
+    assert window(JobView(Scene().run(CONFIG.window_steps + CONFIG.warmup_steps - 1)), 0, CONFIG, HEALTH) is None
+
+
+def test_a_detector_learns_what_is_usual_and_tells_when_it_changes() -> None:
+    """Views every 4 steps: the baseline comes from healthy ones, and stays while a rank is slow."""
+    scene = Scene(work_ms=lambda r, s: 30.0 if r == 3 and faulty(s) else 10.0)
+    memory, seen = Memory(), list[tuple[int, Finding]]()
+    for steps in range(20, 200, 4):
+        memory, findings = observe(memory, JobView(scene.run(steps)), CONFIG, HEALTH)
+        seen += [(steps, finding) for finding in findings]
+    first, finding = seen[0]
+    assert HEALTHY + 12 <= first <= HEALTHY + 20
+    assert {finding.kind for _, finding in seen} == {FindingKind.STRAGGLER}
+    assert finding.culprits == (3,)
+    assert memory.baseline is not None
+    assert memory.baseline.local_s[3] == pytest.approx(0.010)
+
+
+def test_a_finding_needs_a_second_window_that_agrees() -> None:
+    scene = Scene(work_ms=lambda r, s: 30.0 if r == 3 and faulty(s) else 10.0)
+    memory, view = Memory(), JobView(scene.run(HEALTHY + 16))
+    memory, _ = observe(memory, JobView(scene.run(HEALTHY)), CONFIG, HEALTH)
+    for _ in range(3):
+        memory, findings = observe(memory, view, CONFIG, HEALTH)
+        assert not findings  # the same window again is no confirmation
+    _, findings = observe(memory, JobView(scene.run(HEALTHY + 17)), CONFIG, HEALTH)
+    assert [finding.culprits for finding in findings] == [(3,)]
