@@ -30,6 +30,7 @@ from trainsys.rl.errors import RLError
 from trainsys.rl.model import PREFIX, PolicyModel
 from trainsys.rl.policy import Policy, Row
 from trainsys.rl.rollout import Group, Question
+from trainsys.rl.sampler import slot_core
 
 _TRAINING, _HELD_OUT, _SHOWN, _SAMPLING = range(4)
 """What seeds are for: the first integer of their keys."""
@@ -402,7 +403,13 @@ def _suffix(spec: questions.TaskSpec) -> str:
 
 
 def _build(config: RunConfig, tokenizer: Tokenizer) -> nn.Module:
-    """Return the policy's model on the CPU, from `rl.start_from` or initial values."""
+    """Return the policy's model on the CPU in fp32, from `rl.start_from` or initial values."""
+    model = _load(config, tokenizer)
+    slot_core(model)
+    return model
+
+
+def _load(config: RunConfig, tokenizer: Tokenizer) -> nn.Module:
     if not config.rl.start_from:
         return models.build(
             config.model,

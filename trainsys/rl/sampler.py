@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trainsys.models.attention import set_core
 from trainsys.models.context import share_sequences
-from trainsys.models.decoder import Decoder
+from trainsys.models.decoder import Block, Decoder
 from trainsys.models.huggingface import HuggingFaceModel
 from trainsys.rl.cache import Fill, SlotCache, SlotCore, Step
 from trainsys.rl.errors import PolicyError
@@ -63,17 +63,9 @@ class Sampler:
     """Draws from one model, whose attention it takes over; several on one device do not know of each other."""
 
     def __init__(self, model: nn.Module, *, slots: int, cuda_graphs: bool = True) -> None:
-        """Take over the attention of a built model. `slots` completions are drawn at a time.
-
-        Raises:
-            ConfigError: a Hugging Face model's attention is more than causal softmax.
-        """
+        """Take over the attention of a built model (`slot_core`). `slots` completions are drawn at a time."""
         self._model: Any = model
-        self._core = SlotCore(_head_dim(model))
-        if isinstance(model, HuggingFaceModel):
-            share_sequences(model, self._core)
-        else:
-            set_core(model, self._core)
+        self._core = slot_core(model)
         self._num_slots = slots
         self._device = next(model.parameters()).device
         self._graphs: dict[tuple[int, int, Drawing], torch.cuda.CUDAGraph] = {}
@@ -337,6 +329,31 @@ class _Slots:
         self.counts[len(kept) :] = 0
 
 
+def slot_core(model: nn.Module) -> SlotCore:
+    """Return the core through which a built model attends; the first call takes over its attention.
+
+    Call it once while the model is in fp32: a Hugging Face model's own attention is compared with ours.
+
+    Raises:
+        ConfigError: a Hugging Face model's attention is more than causal softmax.
+    """
+    if isinstance(model, HuggingFaceModel):
+        if not isinstance(model.core, SlotCore):
+            text = model.config.get_text_config()
+            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            share_sequences(model, SlotCore(head_dim))
+        assert isinstance(model.core, SlotCore)
+        return model.core
+    assert isinstance(model, Decoder)
+    first = model.blocks[0]
+    assert isinstance(first, Block)
+    if not isinstance(first.attention.core, SlotCore):
+        set_core(model, SlotCore(model.config.head_dim))
+    core = first.attention.core
+    assert isinstance(core, SlotCore)
+    return core
+
+
 def choose(logits_BV: Tensor, uniform_B1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return (token, its log-probability) of each row, both [B], by inverting the distribution at `uniform_B1`.
 
@@ -377,14 +394,6 @@ def _head(model: nn.Module) -> nn.Linear | None:
     head = model.head
     assert head is None or isinstance(head, nn.Linear)
     return head if head is not None and head.bias is None else None
-
-
-def _head_dim(model: nn.Module) -> int:
-    if isinstance(model, HuggingFaceModel):
-        text = model.config.get_text_config()
-        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    assert isinstance(model, Decoder)
-    return model.config.head_dim
 
 
 def _up_to(size: int, least: int) -> int:
