@@ -59,7 +59,7 @@ def train(recipes: Recipes, resume: Resume = False) -> None:
 
 @app.command(context_settings=_WITH_OVERRIDES, epilog=_OVERRIDES)
 def launch(recipes: Recipes, resume: Resume = False) -> None:
-    """Start all ranks of a run, as processes or Ray actors (launch.kind), and watch them."""
+    """Start all ranks of a run, as processes or Ray actors (launch.kind), and watch them; of a swarm all nodes."""
 
     def show(output: bytes) -> None:
         sys.stdout.buffer.write(output)
@@ -68,7 +68,10 @@ def launch(recipes: Recipes, resume: Resume = False) -> None:
     with _reported():
         from trainsys.session import launch_ranks, outcome_of
 
-        result = launch_ranks(_resolve(recipes), resume=resume, on_output=show)
+        resolved = _resolve(recipes)
+        if resolved.config.rl.swarm.nodes:
+            _launch_swarm(resolved, resume=resume)
+        result = launch_ranks(resolved, resume=resume, on_output=show)
         raise typer.Exit(EXIT_STOPPED if outcome_of(result) == "stopped" else 0)
 
 
@@ -189,6 +192,21 @@ def data_prepare(
         from trainsys.prepare import prepare_data
 
         prepare_data(overrides or [], out, file_format)
+
+
+def _launch_swarm(resolved: Resolved, *, resume: bool) -> NoReturn:
+    """Start and watch a swarm, write its report, and leave."""
+    from trainsys.rl.report import has_rounds, summarise, write_report
+    from trainsys.rl.swarm import outcome_of, run_swarm
+    from trainsys.rl.watching import Screen
+
+    config = resolved.config
+    with contextlib.closing(Screen(config.steps, config.rl.tasks, sys.stdout)) as screen:
+        run, views = run_swarm(resolved, resume=resume, watch=screen)
+    if has_rounds(run.path):
+        page = write_report(run.path)
+        print(summarise(run.path), f"report: {page}", sep="\n")
+    raise typer.Exit(EXIT_STOPPED if outcome_of(views) == "stopped" else 0)
 
 
 def _resolve(arguments: list[str]) -> Resolved:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -23,6 +23,7 @@ from trainsys.step import StepStats
 
 if TYPE_CHECKING:
     from trainsys.rl.learner import RoundStats
+    from trainsys.rl.sharing import SharingStats
 
 Record = Mapping[str, float]
 
@@ -130,6 +131,26 @@ def accuracy_record(accuracy: Mapping[str, float], seconds: float) -> Record:
     mean = sum(accuracy.values()) / len(accuracy)
     by_task = {f"rl/accuracy.{task}": value for task, value in accuracy.items()}
     return {"rl/accuracy": mean, **by_task, "time/validation_s": seconds}
+
+
+def sharing_record(stats: SharingStats, *, ages: Sequence[int], sources: Mapping[str, int], unfit: int) -> Record:
+    """Return the figures of a node among its peers: since its start, and of this round's external groups.
+
+    `ages` are in rounds, one a group; `sources` count them by node; `unfit` prompts did not fit this policy.
+    """
+    return {
+        "sharing/published": stats.published,
+        "sharing/accepted": stats.accepted,
+        "sharing/rejected": sum(stats.rejected.values()),
+        **{f"sharing/rejected.{reason}": count for reason, count in stats.rejected.items()},
+        "sharing/unpublished": stats.unpublished,
+        "sharing/store_failures": stats.store_failures,
+        "sharing/banned": len(stats.banned),
+        "sharing/waiting": stats.waiting,
+        "sharing/unfit": unfit,
+        **({"sharing/age_rounds": sum(ages) / len(ages)} if ages else {}),
+        **{f"sharing/from.{node}": count for node, count in sources.items()},
+    }
 
 
 class JsonLines:

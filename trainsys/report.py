@@ -18,6 +18,10 @@ def summarise(run: Path) -> str:
     """
     folder = RunFolder(run)
     record = folder.record()
+    if record["config"].get("rl", {}).get("tasks"):
+        from trainsys.rl.report import summarise as summarise_rounds
+
+        return summarise_rounds(run)
     if not folder.metrics.exists():
         raise RunError(f"{run}: has no metrics yet")
     records = metrics.read(folder.metrics)

@@ -86,7 +86,12 @@ def train(
     if config.rl.tasks:
         from trainsys.rl.run import train_policy
 
-        return train_policy(context, config, choose_folder, resume=resume)
+        if not config.rl.sharing.external:
+            return train_policy(context, config, choose_folder, resume=resume)
+        from trainsys.rl.peers import joining
+
+        node, join = config.rl.sharing.node, joining(config)
+        return train_policy(context, config, choose_folder, resume=resume, node=node, join=join)
     shared = setup.build(config, choose_folder, context)
     with Trainer(shared, resume=resume) as trainer:
         return trainer.run()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trainsys.errors import MissingExtraError
 from trainsys.rl.errors import TaskError
 from trainsys.rl.questions import parse_spec
+from trainsys.rl.schema import is_node_name
 
 if TYPE_CHECKING:
     from trainsys.config import RunConfig
@@ -26,8 +27,18 @@ _LEAST = {
     "generation.max_new_tokens": 1,
     "generation.slots": 1,
     "loss.overlong_tokens": 1,
+    "sharing.external": 0,
+    "sharing.per_peer": 1,
+    "sharing.max_age_rounds": 0,
+    "sharing.strikes": 1,
+    "swarm.nodes": 0,
+    "swarm.skills_per_node": 0,
+    "swarm.restarts": 0,
 }
-_ABOVE_ZERO = ("warm_start.lr", "generation.temperature", "loss.importance_limit", "loss.external_limit")
+_ABOVE_ZERO = (
+    *("warm_start.lr", "generation.temperature", "loss.importance_limit", "loss.external_limit"),
+    *("sharing.keep_s", "sharing.poll_interval_s", "sharing.deadline_s"),
+)
 
 
 def problems(config: RunConfig) -> Iterator[Problem]:
@@ -41,6 +52,7 @@ def problems(config: RunConfig) -> Iterator[Problem]:
     yield from _batch(config)
     yield from _loss(config)
     yield from _others(config)
+    yield from _sharing(config)
 
 
 def _ranges(config: RunConfig) -> Iterator[Problem]:
@@ -140,3 +152,28 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         yield "profile.start_step", f"{config.profile.start_step}: not with rl.tasks; allowed: 0"
     if config.faulttol.mode != "off":
         yield "faulttol.mode", f"{config.faulttol.mode}: not with rl.tasks; allowed: off"
+
+
+def _sharing(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is wrong between nodes; whether a node that shares has a store is for who starts it to say."""
+    rl, sharing, swarm = config.rl, config.rl.sharing, config.rl.swarm
+    if not sharing.external and (sharing.store or swarm.nodes):
+        yield "rl.sharing.external", f"0 with others to learn from; allowed: 1 to {rl.questions - 1}"
+    if sharing.external and not (sharing.store or swarm.nodes):
+        yield "rl.sharing.store", "missing; give the URL of the swarm to join, or set rl.swarm.nodes to start one"
+    if sharing.external >= rl.questions:
+        yield (
+            "rl.sharing.external",
+            f"{sharing.external} leaves none of rl.questions ({rl.questions}) to this node; "
+            f"allowed: up to {rl.questions - 1}",
+        )
+    if sharing.external and config.parallel.replicate * config.parallel.shard > 1:
+        yield "rl.sharing.external", f"{sharing.external}: a node that shares is one rank; allowed: 0"
+    if sharing.node and not is_node_name(sharing.node):
+        yield "rl.sharing.node", f"{sharing.node!r} is no name; allowed: 1 to 64 small letters, digits, hyphens"
+    if swarm.nodes and config.launch.kind != "ray":
+        yield "launch.kind", f"{config.launch.kind}: the nodes of a swarm are Ray actors; allowed: ray"
+    if swarm.skills_per_node > len(rl.tasks):
+        yield "rl.swarm.skills_per_node", f"{swarm.skills_per_node} is over the {len(rl.tasks)} tasks of rl.tasks"
+    if swarm.skills_per_node and rl.warm_start.tasks:
+        yield "rl.swarm.skills_per_node", "not with rl.warm_start.tasks, which say the same; leave one of them out"

@@ -74,6 +74,61 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SharingConfig:
+    """Rollouts shared with other nodes, each with a policy of its own; nobody waits for anybody."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    store: str = ""
+    """Where nodes meet: a folder or any fsspec URL, or `ray-actor://HOST:PORT/NAME`; empty: this node is alone, or
+    `rl.swarm` says where. `ray` with `rl.swarm.nodes` keeps messages in an actor instead of the run's folder."""
+    node: str = ""
+    """This node's name among the others, different from theirs: small letters, digits, hyphens."""
+    external: int = 0
+    """Of the `rl.questions` groups that a round trains on, those of other nodes (J); the node samples the rest (I).
+    Where fewer have come a round is smaller."""
+    per_peer: int = 2
+    """Groups of one peer in one round; 1 or more."""
+    max_age_rounds: int = 8
+    """Rounds of this node that a group may have waited; 0 or more."""
+    filter_uniform: bool = True
+    """Take from others only groups whose rewards differ; without it many that teach nothing fill the round."""
+    tokens: bool = False
+    """Also share token ids and log-probabilities, which peers with the same tokenizer need for
+    rl.loss.importance = behaviour; others read the text."""
+    keep_s: float = 600.0
+    """Seconds for which a shared group is offered; above 0."""
+    poll_interval_s: float = 1.0
+    """Seconds between two looks at the store, in the background; above 0."""
+    deadline_s: float = 30.0
+    """Seconds after which a call of the store is given up; above 0."""
+    strikes: int = 3
+    """Lies (a wrong reward, a question that is not the task's) until a peer is banned; 1 or more."""
+    sign: bool = False
+    """Sign what is shared and hear only who signs (Ed25519, extra `rl`); the node is called by its public key. The
+    private key is made in `RUN/node.key`."""
+    peers: list[str] = field(default_factory=list)
+    """Hear only these nodes; empty hears all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwarmConfig:
+    """Several nodes started by one `trainsys launch`, each a Ray actor with a policy of its own."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    nodes: int = 0
+    """Nodes to start; 0 trains one policy."""
+    skills_per_node: int = 0
+    """Tasks that the warm start of a node shows, of `rl.tasks` in turn from its own number on; 0 shows all."""
+    variants: list[str] = field(default_factory=list)
+    """Settings that differ: node number n also gets variant n modulo their number, `key=value key=value …`, so that
+    policies may have other sizes and tokenizers."""
+    restarts: int = 1
+    """How often a node that dies is started again, from its newest checkpoint; the others go on meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RLConfig:
     """Reinforcement learning on verifiable tasks; a step of the run is a round: sample, score, update."""
 
@@ -99,3 +154,5 @@ class RLConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)

@@ -1,0 +1,139 @@
+"""The other nodes of a swarm, as the training loop of one sees them (`trainsys.rl.run.Peers`)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trainsys import metrics
+from trainsys.data import Tokenizer, load_tokenizer
+from trainsys.errors import ConfigError
+from trainsys.rl import questions, signing, stores
+from trainsys.rl.errors import PolicyError
+from trainsys.rl.rollout import Completion, Group
+from trainsys.rl.schema import DIGEST_BYTES
+from trainsys.rl.selection import Candidate, Quota
+from trainsys.rl.sharing import Exchange, Identity, Pace
+from trainsys.rl.validation import Rules, Tokens, Validator
+
+if TYPE_CHECKING:
+    from trainsys.config import RunConfig
+    from trainsys.folder import RunFolder
+    from trainsys.rl.learner import Learner
+    from trainsys.rl.policy import Policy
+    from trainsys.rl.run import JoinPeers
+
+
+def joining(config: RunConfig) -> JoinPeers:
+    """Return what connects a node to the store of `config.rl.sharing`.
+
+    Raises:
+        ConfigError: the recipe does not say which store, or what this node is called.
+    """
+    sharing = config.rl.sharing
+    missing = {
+        "store": "give the URL of the swarm to join; `trainsys launch` starts one",
+        "node": "give this node a name of its own",
+    }
+    problems = [f"rl.sharing.{key}: missing; {what}" for key, what in missing.items() if not getattr(sharing, key)]
+    if problems:
+        raise ConfigError(problems)
+
+    def join(learner: Learner, folder: RunFolder) -> SharedPeers:
+        signer = signing.open_signer(folder.path / "node.key") if sharing.sign else None
+        node = signer.node if signer else sharing.node
+        tokens = _tokens(load_tokenizer(config.data.tokenizer))
+        rules = Rules(strikes=sharing.strikes, require_signatures=sharing.sign, peers=frozenset(sharing.peers))
+        identity = Identity(
+            node=node,
+            model=config.name[:64],
+            tokenizer=tokens.digest if sharing.tokens else b"",
+            signer=signer,
+        )
+        pace = Pace(poll_interval_s=sharing.poll_interval_s, deadline_s=sharing.deadline_s)
+        store = stores.open_store(sharing.store, keep_s=sharing.keep_s)
+        return SharedPeers(config, learner.policy, Exchange(store, Validator(node, rules, tokens), identity, pace))
+
+    return join
+
+
+class SharedPeers:
+    """Nodes that are met in a store; the exchange begins with `restore` and ends with `close`."""
+
+    def __init__(self, config: RunConfig, policy: Policy, exchange: Exchange) -> None:
+        sharing = config.rl.sharing
+        self._policy, self._exchange = policy, exchange
+        self._seed = questions.seed_of(config.seed, *sharing.node.encode())
+        self._quota = Quota(
+            num_local=config.rl.questions - sharing.external,
+            num_external=sharing.external,
+            max_age_rounds=sharing.max_age_rounds,
+            per_peer=sharing.per_peer,
+            filter_external=sharing.filter_uniform,
+        )
+        self._record: metrics.Record = {}
+        self._unfit = 0
+
+    @property
+    def num_local(self) -> int:
+        """Questions that this node asks in a round."""
+        return self._quota.num_local
+
+    def trade(self, round_index: int, own: Sequence[Group]) -> tuple[Sequence[Group], Sequence[Group]]:
+        """Share all own groups; return those of them and of others that the round trains on. Waits for nothing."""
+        self._exchange.share(own)
+        generator = random.Random(f"{self._seed}/{round_index}")
+        chosen = self._exchange.take(own, self._quota, now_round=round_index, generator=generator)
+        fitting = [candidate for candidate in chosen.external if self._fits(candidate.group)]
+        self._unfit += len(chosen.external) - len(fitting)
+        self._record = metrics.sharing_record(
+            self._exchange.stats(),
+            ages=[round_index - candidate.arrived_round for candidate in fitting],
+            sources=_sources(fitting),
+            unfit=self._unfit,
+        )
+        return chosen.local, [candidate.group for candidate in fitting]
+
+    def state(self) -> Mapping[str, Any]:
+        """Return this node's place in the store."""
+        return self._exchange.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a place in the store, or begin with an empty one; the exchange runs from here on."""
+        if state:
+            self._exchange.load_state(state)
+        self._exchange.start()
+
+    def record(self) -> Mapping[str, float]:
+        """Return the figures of the last round."""
+        return self._record
+
+    def close(self) -> None:
+        """Publish what waits, within the deadline, and leave."""
+        self._exchange.close()
+
+    def _fits(self, group: Group) -> bool:
+        try:
+            self._policy.rows(group)
+        except PolicyError:
+            return False
+        return True
+
+
+def _sources(candidates: Sequence[Candidate]) -> Mapping[str, int]:
+    return Counter(candidate.group.node for candidate in candidates)
+
+
+def _tokens(tokenizer: Tokenizer) -> Tokens:
+    def spells(completion: Completion) -> bool:
+        ids = completion.token_ids
+        if any(token >= tokenizer.vocab_size for token in ids):
+            return False
+        if completion.finished != (ids[-1] == tokenizer.end_of_document):
+            return False
+        return tokenizer.decode(ids[:-1] if completion.finished else ids) == completion.text
+
+    return Tokens(hashlib.blake2b(tokenizer.digest.encode(), digest_size=DIGEST_BYTES).digest(), spells)
