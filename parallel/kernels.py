@@ -1,7 +1,9 @@
 """Softmax attention with its log-sum-exp, forward and backward, by the fastest kernel that a device and dtype have.
 
     flash   CUDA, bf16 or fp16, head widths that are multiples of 8 up to 256: the flash kernels of torch, which read
-            packed documents by their bounds (`aten._flash_attention_forward`, its arguments alike in torch 2.8 to 2.13)
+            packed documents by their bounds (`aten._flash_attention_forward`, its arguments alike in torch 2.8 to
+            2.13); without documents, from Hopper on and for widths up to 128, cuDNN's, which torch's own attention
+            takes there
     cpu     CPU, fp32, bf16 or fp16: torch's fused CPU kernel, documents as an additive mask
     plain   everything else, above all float64: products and exponentials, a bounded number of scores at a time
 
@@ -15,6 +17,7 @@ backward takes the output and log-sum-exp over ALL keys, of which those at hand 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,6 +99,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, T, H, E] and log-sum-exp [B, T, H]; causal wants T = S, documents want causal."""
     kernel = choose(query_BTHE)
+    if kernel == "flash" and found is None and _takes_cudnn(query_BTHE, key_BSKE):
+        return _cudnn_forward(query_BTHE, key_BSKE, value_BSKE, scale, causal)
     if kernel == "cpu":
         return _cpu_forward(query_BTHE, key_BSKE, value_BSKE, scale, causal, found)
     if kernel == "plain":
@@ -128,6 +133,8 @@ def backward(
     """Return the gradients of query, key and value; `result` is output and log-sum-exp [B, T, H] over all keys."""
     tensors = (query_BTHE, key_BSKE, value_BSKE)
     kernel = choose(query_BTHE)
+    if kernel == "flash" and found is None and _takes_cudnn(query_BTHE, key_BSKE):
+        return _cudnn_backward(grad_BTHE, tensors, result, scale, causal)
     if kernel == "cpu":
         return _cpu_backward(grad_BTHE, tensors, result, scale, causal, found)
     if kernel == "plain":
@@ -224,6 +231,57 @@ def _flash_device(like: Tensor) -> bool:
         return False
     has_kernel = torch.backends.cuda.is_flash_attention_available() and torch.version.cuda is not None
     return has_kernel and torch.cuda.get_device_capability(like.device) >= (8, 0)
+
+
+_CUDNN_TOKENS = 256
+"""cuDNN plans anew for every length, so it gets multiples of this alone: chunks of sequences, not ends of documents."""
+
+
+def _takes_cudnn(query: Tensor, key: Tensor) -> bool:
+    lengths = query.shape[1] % _CUDNN_TOKENS == 0 and key.shape[1] % _CUDNN_TOKENS == 0
+    return lengths and query.shape[-1] <= 128 and _has_cudnn(query.device)
+
+
+@cache
+def _has_cudnn(device: torch.device) -> bool:
+    is_available: bool = torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call]
+    return is_available and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    by_head = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *by_head, None, True, 0.0, causal, False, scale=scale
+    )
+    return out.transpose(1, 2), lse.view(out.shape[:3]).transpose(1, 2)
+
+
+def _cudnn_backward(
+    grad: Tensor, tensors: Sequence[Tensor], result: tuple[Tensor, Tensor], scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse_BTH = result
+    query, key, value, out, grad = (x.transpose(1, 2) for x in (*tensors, out.contiguous(), grad.contiguous()))
+    none = torch.empty(0, device=grad.device)
+    no_dropout = torch.zeros(2, 1, dtype=torch.int64, device=grad.device).unbind()
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        grad,
+        query,
+        key,
+        value,
+        out,
+        lse_BTH.transpose(1, 2).contiguous()[..., None],
+        *no_dropout,
+        none,
+        none,
+        none,
+        query.shape[2],
+        key.shape[2],
+        0.0,
+        causal,
+        scale=scale,
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    return dq, dk, dv
 
 
 def _flash_backward(

@@ -53,6 +53,20 @@ def attention(operands: list[Tensor], found: kernels.Documents | None) -> list[T
     return [*result, *kernels.backward(grad, query, key, value, result, scale=0.1, causal=True, found=found)]
 
 
+def long_rank(rank: int, world_size: int) -> None:
+    """Lengths that cuDNN gets, in either order of queries and keys."""
+    for queries, keys, causal in ((512, 512, True), (256, 768, False), (768, 256, False)):
+        torch.manual_seed(queries)
+        sizes = ((queries, HEADS), (keys, KV_HEADS), (keys, KV_HEADS), (queries, HEADS))
+        operands = [torch.randn(BATCH, *size, 64).bfloat16().cuda() for size in sizes]
+        results = []
+        for query, key, value, grad in (operands, [x.double() for x in operands]):
+            result = kernels.forward(query, key, value, scale=0.1, causal=causal)
+            results.append([*result, *kernels.backward(grad, query, key, value, result, scale=0.1, causal=causal)])
+        for mine, theirs in zip(*results, strict=True):
+            near(mine, theirs)
+
+
 def flash_rank(rank: int, world_size: int) -> None:
     for width in (64, 128):
         operands = inputs(width)
@@ -80,6 +94,10 @@ def flash_rank(rank: int, world_size: int) -> None:
 
 def test_flash_kernels_agree_with_plain_products() -> None:
     run_ranks(flash_rank, 1, timeout_s=TIMEOUT_S)
+
+
+def test_kernels_for_long_sequences_agree_with_plain_products() -> None:
+    run_ranks(long_rank, 1, timeout_s=TIMEOUT_S)
 
 
 def model() -> nn.Module:
