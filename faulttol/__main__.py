@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run_command(options))
-    except (FaultTolError, OSError) as error:
+    except (FaultTolError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -56,6 +56,14 @@ def _parser() -> argparse.ArgumentParser:
     ship.add_argument("target", metavar="TARGET", help="a path, s3://…, gs://…, or fsspec+PROTOCOL://…")
     ship.add_argument("--every", type=float, default=10.0, metavar="S", help="seconds between two parts")
     ship.add_argument("--once", action="store_true")
+    inject = add("inject", _inject, "Strike ranks of a recorded run on this machine with faults, as a drill.")
+    inject.add_argument("--kind", action="append", required=True, metavar="KIND", help="kill, freeze, slow, …; repeat")
+    inject.add_argument("--rank", action="append", type=int, metavar="R", help="one of these (default: any); repeat")
+    inject.add_argument("--for", type=float, default=5.0, dest="seconds", metavar="S", help="of what passes by itself")
+    inject.add_argument("--factor", type=float, default=2.0, help="by which a slow rank becomes slower")
+    inject.add_argument("--count", type=int, default=1, help="faults, drawn at random (default: %(default)s)")
+    inject.add_argument("--every", type=float, default=20.0, metavar="S", help="seconds from one to the next")
+    inject.add_argument("--seed", type=int, default=0)
     metrics = add("metrics", _metrics, "Serve or write metrics for Prometheus until interrupted.")
     where = metrics.add_mutually_exclusive_group(required=True)
     where.add_argument("--port", type=int, help="serve http://127.0.0.1:PORT/metrics")
@@ -115,6 +123,27 @@ def _flight(options: argparse.Namespace) -> int:
 
     for path in flight.dump(run.records(options.run, options.generation), options.out):
         print(path)
+    return 0
+
+
+def _inject(options: argparse.Namespace) -> int:
+    from faulttol import drill
+    from faulttol.inject import Fault
+
+    run = Path(options.run)
+    ranks = options.rank or sorted(drill.targets(run))
+    template = Fault(kind=options.kind[0], rank=-1, step=-1, seconds=options.seconds, factor=options.factor)
+    begun_s = time.monotonic()
+    for at_s, fault in drill.plan(
+        options.kind, ranks, count=options.count, every_s=options.every, seed=options.seed, template=template
+    ):
+        time.sleep(max(0.0, begun_s + at_s - time.monotonic()))
+        target = drill.targets(run).get(fault.rank)
+        if target is None:
+            print(f"rank {fault.rank} does not run on this machine", file=sys.stderr)
+            return 2
+        print(f"{fault.kind} rank {fault.rank} (process {target.pid})", flush=True)
+        drill.strike(target, fault, run / "faults.jsonl")
     return 0
 
 

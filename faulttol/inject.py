@@ -180,10 +180,12 @@ class Injector:
         record: Path,
         connections: Mapping[int, Sequence[int]] | None = None,
         mark_phase: Callable[[str], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._rank = rank
         self._record = record
         self._connections = connections
+        self._sleep = sleep
         self._mark_phase = mark_phase or (lambda phase: None)
         self._acting: dict[Fault, random.Random] = {}
         self._hogs: dict[Fault, subprocess.Popen[bytes]] = {}
@@ -212,7 +214,7 @@ class Injector:
                 else:
                     self._strike(fault)
         for fault, chance in self._acting.items():
-            _slow_down(fault, self._rank, step, chance)
+            self._sleep(_extra_s(fault, self._rank, step, chance))
 
     def skips(self, step: int) -> bool:
         """True in a step whose collectives the rank is to leave out."""
@@ -406,20 +408,18 @@ _STRIKES: Mapping[str, Callable[[Fault], None]] = {
 """What strikes once and at once; other kinds act in every step, or where the program asks."""
 
 
-def _slow_down(fault: Fault, rank: int, step: int, chance: random.Random) -> None:
-    """One step's share of a fault that makes work longer."""
-    seconds = fault.seconds
-    if fault.kind == "slow_jitter":
-        seconds *= chance.uniform(0.5, 1.5)
-    elif fault.kind == "slow_ramp":
-        seconds *= min(1.0, (step - fault.step + 1) / 16)
-    elif fault.kind == "jitter":
-        seconds *= random.Random(fault.seed * 1_000_003 + step * 1009 + rank).random()
-    elif fault.kind == "uneven":
-        seconds *= (step + rank) % 2
-    elif fault.kind not in ("slow", "all_slow", "imbalance"):
-        return
-    time.sleep(seconds)
+def _extra_s(fault: Fault, rank: int, step: int, chance: random.Random) -> float:
+    """For how long a fault that makes work longer holds this step up."""
+    factors: Mapping[str, Callable[[], float]] = {
+        "slow": lambda: 1.0,
+        "all_slow": lambda: 1.0,
+        "imbalance": lambda: 1.0,
+        "slow_jitter": lambda: chance.uniform(0.5, 1.5),
+        "slow_ramp": lambda: min(1.0, (step - fault.step + 1) / 16),
+        "jitter": lambda: random.Random(fault.seed * 1_000_003 + step * 1009 + rank).random(),
+        "uneven": lambda: (step + rank) % 2,
+    }
+    return fault.seconds * factors[fault.kind]() if fault.kind in factors else 0.0
 
 
 def _damage(fault: Fault, tensor: torch.Tensor) -> None:

@@ -52,6 +52,8 @@ from faulttol.rules.pace import paces
 from faulttol.view import JobView
 
 _WATCH_S = {"none": 2.0, "crash": 3.0, "hang": 2.4, "desync": 4.0, "slow": 6.0, "numeric": 3.0}
+_WATCH_STEPS = 40
+"""Slow faults are watched for so many of the steps that they are meant to make, at least."""
 _SMOKE_KINDS = ("clean", "slow", "hang", "kill")
 
 
@@ -191,7 +193,10 @@ def _trial(job: RunningJob, case: Case) -> Verdict:
     assert baseline is not None
     fault, culprit = fault_of(case, baseline.span_s)
     first_step = job.step + 1
-    outcome = strike(job, fault, watch_s=_WATCH_S[case.truth])
+    watch_s = _WATCH_S[case.truth]
+    if case.truth == "slow":
+        watch_s = max(watch_s, _WATCH_STEPS * case.magnitude * baseline.span_s)
+    outcome = strike(job, fault, watch_s=watch_s)
     if not outcome.struck_s:
         raise RuntimeError(f"{case.name}: the fault did not strike")
     job.order(Withdraw())

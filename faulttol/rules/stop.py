@@ -44,11 +44,10 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
 
 def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: HealthConfig) -> float:
     """For how many seconds an operation may be open before it hangs."""
-    key = chain.operation.key
     example = next(iter(chain.operation.events.values()))
     usual_s = _usual_s(view, example, config, health)
     limit_s = max(config.hang_after_s, config.hang_factor * usual_s)
-    is_patient = key.source < 0 and any(_phase(view, rank) in health.patient_phases for rank in chain.ranks)
+    is_patient = any(_phase(view, rank) in health.patient_phases for rank in chain.ranks)
     return limit_s * health.patience if is_patient else limit_s
 
 
