@@ -15,7 +15,7 @@ a benign trial none may come. Slow communication is an alarm once a probe of the
 
 A job goes on from trial to trial; what ends it is followed by a new one. `--runs` keeps every trial as a line of JSON:
 a second run makes only what is missing, and `--minutes` bounds one run. `rivals` judge the same records
-(`faulttol.bench.rivals`). A magnitude is how much longer the steps are meant to become; what became of it is kept too,
+(`faulttol.bench.labels.rivals`). A magnitude is how much longer the steps are meant to become; what became of it is kept too,
 and slow faults are gated at those that made steps at least 1.5 times as long.
 """
 
@@ -32,8 +32,8 @@ from pathlib import Path
 from statistics import median
 
 from faulttol.bench import Gate, Report, arguments
-from faulttol.bench import rivals as other
-from faulttol.bench.grid import (
+from faulttol.bench.labels import rivals as other
+from faulttol.bench.labels.grid import (
     BENIGN,
     CLASSES,
     ENDING,
@@ -46,8 +46,8 @@ from faulttol.bench.grid import (
     cases,
     fault_of,
 )
-from faulttol.bench.jobs import JOBS, Withdraw
-from faulttol.bench.trial import DETECTOR, Outcome, RunningJob, running, settle, strike
+from faulttol.bench.labels.jobs import JOBS, Withdraw
+from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, running, settle, strike
 from faulttol.rules.pace import paces
 from faulttol.view import JobView
 
@@ -64,7 +64,7 @@ def main(words: list[str]) -> int:
         options.jobs, options.ranks, options.kinds, options.magnitudes = ["ddp"], [4], list(_SMOKE_KINDS), [4.0]
         options.seeds = 1
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.jobs"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.labels.jobs"])
     wanted = cases(options.jobs, options.ranks, options.kinds, options.magnitudes, range(options.seeds))
     made = _read(options.runs)
     missing = [case for case in wanted if case.name not in made]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from faulttol.agent import NodeAgent, Watched, start_ticks
-from faulttol.bench.jobs import JobSpec, ProbeAt, Withdraw, serve
+from faulttol.bench.labels.jobs import JobSpec, ProbeAt, Withdraw, serve
 from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.detector import Memory, observe
 from faulttol.finding import Finding, FindingKind

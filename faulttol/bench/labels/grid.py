@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from faulttol.bench.jobs import MICRO_BATCHES, ROWS, WIDTH
+from faulttol.bench.labels.jobs import MICRO_BATCHES, ROWS, WIDTH
 from faulttol.finding import FindingKind
 from faulttol.inject import KINDS, Fault
 
