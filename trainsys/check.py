@@ -12,9 +12,10 @@ from parallel.errors import ParallelError
 from parallel.mesh import Axis
 from parallel.moe_config import size_problems
 from parallel.pipeline import build, num_stages
-from trainsys import schedule
+from trainsys import offloading, schedule
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
+from trainsys.offloading import engine_refusals
 from trainsys.rl.check import problems as rl_problems
 
 Problem = tuple[str, str]
@@ -90,6 +91,7 @@ _AT_LEAST_ONE = (
     "faulttol.policy.same_error_limit",
     *(f"parallel.{axis}" for axis in get_args(Axis)),
     "parallel.stages.per_rank",
+    "offload.window_layers",
 )
 _AT_LEAST_ZERO = (
     "model.num_kv_heads",
@@ -127,6 +129,8 @@ _AT_LEAST_ZERO = (
     "faulttol.policy.backoff_s",
     "faulttol.policy.spare_wait_s",
     "faulttol.policy.recovery_cost_s",
+    "offload.host_bytes",
+    "offload.device_bytes",
     "seed",
 )
 _ABOVE_ZERO = (
@@ -230,8 +234,7 @@ def backend_of(config: RunConfig) -> legal.Backend:
         others["deepspeed"] = f"its ZeRO 0 is numerically wrong in {engine.precision}"
     if engine.precision == "fp16":
         others["torch"] = "it does not scale losses, which fp16 needs"
-    if config.offload.optimizer != "device":
-        others["torch"] = "it offloads nothing"
+    others |= engine_refusals(config)
     return legal.choose(config.parallel, engine.zero_stage, engine.backend, others)
 
 
@@ -361,11 +364,7 @@ def _engine(config: RunConfig) -> Iterator[Problem]:
     engine = config.engine
     if engine.precision == "fp16" and engine.device == "cpu":
         yield "engine.precision", "fp16 does not train on CPU; use bf16 or fp32"
-    if config.offload.optimizer == "cpu" and engine.zero_stage == 0:
-        yield (
-            "offload.optimizer",
-            "cpu needs sharded optimizer state; allowed with engine.zero_stage = 1, 2, 3",
-        )
+    yield from offloading.problems(config)
     if config.profile.start_step > config.steps:
         yield "profile.start_step", f"{config.profile.start_step} lies behind the last step ({config.steps})"
     if config.faulttol.heartbeat_interval_s * 4 > config.launch.frozen_timeout_s:

@@ -37,7 +37,7 @@ from trainsys.compat import quiet_deepspeed
 from trainsys.config import RunConfig
 from trainsys.data import MicroBatch, StepBatch
 from trainsys.engines import BuildOptimizer, Fencing, Shares, Update
-from trainsys.errors import MissingExtraError, NumericsError
+from trainsys.errors import ConfigError, MissingExtraError, NumericsError
 from trainsys.feed import Feed
 from trainsys.muon import Muon
 from trainsys.partition import Slices, partition_of
@@ -63,6 +63,7 @@ class DeepSpeedEngine:
         model, settings = hybrid.module, config.engine
         device = next(model.parameters()).device
         deepspeed = import_deepspeed(device.type)
+        _check_nvme(config)
         self._hybrid = hybrid
         self._feed = Feed(hybrid, device)
         self._stage: int = settings.zero_stage
@@ -423,12 +424,15 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "contiguous_gradients": True,
     }
     own_norm = _owns_norm(config)
-    if own_norm and stage in (1, 2) and settings.precision != "fp16" and config.offload.optimizer == "device":
+    if own_norm and stage in (1, 2) and settings.precision != "fp16" and config.offload.optimizer == "none":
         zero["compute_grad_norm"] = False
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = False
-    if config.offload.optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    for kind, where in (("optimizer", config.offload.optimizer), ("param", config.offload.parameters)):
+        if where.startswith("deepspeed_"):
+            zero[f"offload_{kind}"] = {"device": where.removeprefix("deepspeed_"), "pin_memory": on_gpu}
+        if where == "deepspeed_nvme":
+            zero[f"offload_{kind}"]["nvme_path"] = config.offload.nvme_dir
     built: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
         "gradient_accumulation_steps": accumulation_steps(config) if in_backward else 1,
@@ -442,6 +446,21 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
         "fp16": {"enabled": settings.precision == "fp16", "loss_scale_window": _NEVER},
     }
     return built
+
+
+def _check_nvme(config: RunConfig) -> None:
+    """Raise where DeepSpeed cannot reach a disk; its own message comes from inside a build."""
+    keys = [key for key in ("optimizer", "parameters") if getattr(config.offload, key) == "deepspeed_nvme"]
+    if not keys:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            f"config: offload.{key}: deepspeed_nvme builds DeepSpeed's async_io, which needs libaio's headers "
+            "(Debian: apt install libaio-dev); or choose optimizer = tiered with nvme_dir"
+            for key in keys
+        )
 
 
 def import_deepspeed(device_type: str) -> Any:

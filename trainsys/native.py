@@ -30,8 +30,11 @@ from trainsys.errors import ConfigError, NumericsError
 from trainsys.feed import Feed
 from trainsys.models import blocks
 from trainsys.muon import Muon
+from trainsys.offloading import compute_device, engine_refusals
 from trainsys.partition import STATE_KEYS, Fragment, Gradient, Partition, Slices
 from trainsys.placement import Placement, elsewhere
+from trainsys.streamed import Streamed
+from trainsys.tiered import Tiered, TieredMasters
 
 if TYPE_CHECKING:
     from trainsys.meter import Phases
@@ -49,11 +52,11 @@ class TorchEngine:
         _check(config)
         module = hybrid.module
         self._hybrid, self._clip = hybrid, config.engine.gradient_clip_norm
-        self._device = next(module.parameters()).device
+        self._device = compute_device(config, next(module.parameters()).device)
         self._feed = Feed(hybrid, self._device)
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self._optimizer = build_optimizer(module)
-        self._data = _data_parallel(hybrid, config)
+        self._data = _data_parallel(hybrid, config, self._device)
         _adopt(self._optimizer, names, {master.name: master.tensor for master in self._data.masters})
         self._tied: list[Tied] = []
         if hybrid.pipeline is not None:
@@ -63,7 +66,14 @@ class TorchEngine:
         tied_names = [names[tied.parameter] for tied in self._tied]
         for tied, name in zip(self._tied, tied_names, strict=True):
             tied.parameter = masters[name].tensor
-        self._masters = _Masters(hybrid, self._data, self._optimizer, frozenset(tied_names))
+        placed = _Masters(hybrid, self._data, self._optimizer, frozenset(tied_names))
+        self._masters: _Masters | TieredMasters = placed
+        self._tiered: Tiered | None = None
+        if config.offload.optimizer == "tiered":
+            self._tiered = Tiered(self._optimizer, module, self._data, config)
+            self._optimizer = self._tiered.optimizer
+            separate = config.engine.precision != "fp32"
+            self._masters = TieredMasters(hybrid, self._data, self._tiered, placed.place, separate=separate)
         self._elsewhere = elsewhere(self._masters.slices(), hybrid.groups.get("pipeline"))
         self._steps_taken = 0.0
         if isinstance(self._optimizer, Muon):
@@ -152,6 +162,8 @@ class TorchEngine:
 
     def close(self) -> None:
         """Release hooks; the model stays."""
+        if self._tiered is not None:
+            self._tiered.close()
         self._data.close()
 
     def _finish(self) -> None:
@@ -201,7 +213,7 @@ class _Masters(Partition):
         self._tied, self._copies_of_tied = tied, hybrid.copies_of_tied
 
     def weights(self) -> Slices:
-        found: Slices = {f"model.{master.name}": self._place(master, master.weight) for master in self._data.masters}
+        found: Slices = {f"model.{master.name}": self.place(master, master.weight) for master in self._data.masters}
         return found | self._buffers()
 
     def slices(self) -> Slices:
@@ -210,13 +222,13 @@ class _Masters(Partition):
         found = self.weights()
         for master in self._data.masters:
             if self._separate_master:
-                found[f"optimizer.master.{master.name}"] = self._place(master, master.tensor.detach())
+                found[f"optimizer.master.{master.name}"] = self.place(master, master.tensor.detach())
         for group, holders in self.groups():
             for holder in holders:
                 master = self._by_tensor[holder]
                 for key in STATE_KEYS[group["kind"]]:
                     state = self._optimizer.state[holder][key]
-                    found[f"optimizer.{key}.{master.name}"] = self._place(master, state)
+                    found[f"optimizer.{key}.{master.name}"] = self.place(master, state)
         return found
 
     def groups(self) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:
@@ -252,7 +264,8 @@ class _Masters(Partition):
         )
         return SimpleNamespace(optimizer=wrapped)
 
-    def _place(self, master: Master, flat: Tensor) -> TensorLike:
+    def place(self, master: Master, flat: Tensor) -> TensorLike:
+        """Return where in the whole tensor some elements of a master are."""
         copy, count = master.copy, master.num_copies
         if master.name in self._tied:  # another stage has it too
             copy, count = 2 * copy + (master.name in self._copies_of_tied), 2 * count
@@ -274,11 +287,15 @@ class _Hooks:
         self._data.stage_finished(self._index[stage])
 
 
-def _data_parallel(hybrid: Hybrid, config: RunConfig) -> DataParallel:
+def _data_parallel(hybrid: Hybrid, config: RunConfig, device: torch.device) -> DataParallel:
     """Hand the model over to the data parallelism of the recipe."""
     module, settings = hybrid.module, config.engine
     compute_dtype = next(module.parameters()).dtype
     wide = torch.promote_types(compute_dtype, torch.float32)
+    if config.offload.parameters == "streamed":
+        return Streamed(module, config, device, wide)
+    if config.offload.optimizer == "tiered":
+        wide = compute_dtype  # the fp32 masters are the optimizer's
     overlap = config.parallel.overlap
     if settings.zero_stage == 0:
         return Replicated(
@@ -309,15 +326,16 @@ def _adopt(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensor
         group["params"] = [tensors[names[parameter]] for parameter in group["params"]]
 
 
+def _refused(config: RunConfig) -> list[str]:
+    return [reason for backend, reason in engine_refusals(config).items() if backend == "torch"]
+
+
 def _check(config: RunConfig) -> None:
     problems = []
     if config.engine.precision == "fp16":
         problems.append(
             "config: engine.precision: fp16 needs the loss scaling of engine.backend = deepspeed; bf16, fp32"
         )
-    if config.offload.optimizer != "device":
-        problems.append(
-            f"config: offload.optimizer: {config.offload.optimizer} needs engine.backend = deepspeed; allowed: device"
-        )
+    problems += [f"config: engine.backend: torch: {reason}" for reason in _refused(config)]
     if problems:
         raise ConfigError(problems)

@@ -18,7 +18,7 @@ import torch
 import checkpoint as ck
 from launch import RankContext
 from parallel import hybrid
-from trainsys import data, elastic, meter, metrics, models, recipe, schedule, setup, snapshot
+from trainsys import data, elastic, meter, metrics, models, offloading, recipe, schedule, setup, snapshot
 from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
 from trainsys.drill import Drill
@@ -298,7 +298,7 @@ class Trainer:
                 config.model,
                 vocab_size=shared.prepared.vocab_size,
                 max_positions=config.data.sequence_length,
-                recompute=config.engine.recompute,
+                recompute=offloading.recompute_of(config),
                 seed=config.seed,
             )
         self._parameters = models.num_parameters(model)
@@ -320,7 +320,7 @@ class Trainer:
 
     def _materialise(self, part: torch.nn.Module) -> torch.nn.Module:
         """Bring this rank's part of the model to its device, with its weights."""
-        device, dtype = self._shared.device, self._dtype
+        device, dtype = offloading.home_of(self._config, self._shared.device), self._dtype
         if not next(part.parameters()).is_meta:
             return part.to(device=device, dtype=dtype)
         return models.materialise(part, device, dtype, self._config.seed)

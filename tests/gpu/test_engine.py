@@ -69,9 +69,9 @@ def worst(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         ("--engine.zero_stage=1",),
         ("--engine.zero_stage=2",),
         ("--engine.zero_stage=3",),
-        ("--engine.zero_stage=1", "--offload.optimizer=cpu"),
-        ("--engine.zero_stage=2", "--offload.optimizer=cpu"),
-        ("--engine.zero_stage=3", "--offload.optimizer=cpu"),
+        ("--engine.zero_stage=1", "--offload.optimizer=deepspeed_cpu"),
+        ("--engine.zero_stage=2", "--offload.optimizer=deepspeed_cpu"),
+        ("--engine.zero_stage=3", "--offload.optimizer=deepspeed_cpu"),
         ("--engine.zero_stage=2", "--engine.recompute=full"),
         ("--engine.zero_stage=3", "--engine.recompute=full"),
     ],
@@ -195,7 +195,7 @@ def test_the_step_before_the_loss_scale_grows_applies_the_whole_gradient(stage: 
 
 
 def cpu_rank(rank: int, world_size: int) -> tuple[list[float], bool]:
-    report = engine_rank(rank, world_size, ("--engine.zero_stage=2", "--offload.optimizer=cpu"))
+    report = engine_rank(rank, world_size, ("--engine.zero_stage=2", "--offload.optimizer=deepspeed_cpu"))
     return report["losses"], torch.cuda.is_initialized()
 
 
@@ -239,7 +239,7 @@ def run_half(rank: int, world_size: int, overrides: tuple[str, ...], folder: str
         ("--engine.zero_stage=0",),
         ("--engine.zero_stage=2", "--engine.precision=fp16"),
         ("--engine.zero_stage=3", "--engine.precision=fp16"),
-        ("--engine.zero_stage=3", "--engine.precision=bf16", "--offload.optimizer=cpu"),
+        ("--engine.zero_stage=3", "--engine.precision=bf16", "--offload.optimizer=deepspeed_cpu"),
         ("--engine.zero_stage=3", "--optim.kind=muon"),
         ("--engine.zero_stage=2", "--optim.kind=muon", "--engine.precision=bf16"),
     ],
