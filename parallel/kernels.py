@@ -261,7 +261,6 @@ def _cudnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse_BTH = result
     query, key, value, out, grad = (x.transpose(1, 2) for x in (*tensors, out.contiguous(), grad.contiguous()))
-    none = torch.empty(0, device=grad.device)
     no_dropout = torch.zeros(2, 1, dtype=torch.int64, device=grad.device).unbind()
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         grad,
@@ -271,9 +270,9 @@ def _cudnn_backward(
         out,
         lse_BTH.transpose(1, 2).contiguous()[..., None],
         *no_dropout,
-        none,
-        none,
-        none,
+        None,
+        None,
+        None,
         query.shape[2],
         key.shape[2],
         0.0,
