@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainsys import metrics
 from trainsys.data import Tokenizer, load_tokenizer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trainsys.config import RunConfig
     from trainsys.folder import RunFolder
     from trainsys.rl.learner import Learner
-    from trainsys.rl.policy import Policy
+    from trainsys.rl.policy import Row
     from trainsys.rl.run import JoinPeers
 
 
@@ -60,10 +60,17 @@ def joining(config: RunConfig) -> JoinPeers:
     return join
 
 
+class Reader(Protocol):
+    """A policy, for what it can read."""
+
+    def rows(self, group: Group) -> Sequence[Row]:
+        """Return a group in the policy's tokens. Raises: PolicyError where it does not fit."""
+
+
 class SharedPeers:
     """Nodes that are met in a store; the exchange begins with `restore` and ends with `close`."""
 
-    def __init__(self, config: RunConfig, policy: Policy, exchange: Exchange) -> None:
+    def __init__(self, config: RunConfig, policy: Reader, exchange: Exchange) -> None:
         sharing = config.rl.sharing
         self._policy, self._exchange = policy, exchange
         self._seed = questions.seed_of(config.seed, *sharing.node.encode())

@@ -1,0 +1,323 @@
+"""Nodes as they run: what one makes of the others, a swarm with a dead node, a node that joins late, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import psutil
+import pytest
+
+from tests.test_trainsys.rollouts import group
+from trainsys import metrics, recipe
+from trainsys.check import check
+from trainsys.errors import ConfigError, RunError
+from trainsys.rl import peers, report, watching
+from trainsys.rl.config import SharingConfig
+from trainsys.rl.errors import PolicyError
+from trainsys.rl.peers import SharedPeers
+from trainsys.rl.policy import Row
+from trainsys.rl.rollout import Group
+from trainsys.rl.sharing import Exchange, Identity, Pace
+from trainsys.rl.stores import Mailbox
+from trainsys.rl.swarm import NodeView, outcome_of, run_swarm
+from trainsys.rl.validation import Rules, Validator
+
+_TINY = (
+    *("--steps=26", "--rl.warm_start.steps=2", "--rl.evaluation_questions=4", "--evaluation.every=13"),
+    *("--model.num_layers=1", "--model.dim=16", "--model.num_heads=2", "--model.ffn_dim=16", "--checkpoint.every=2"),
+    *("--rl.questions=4", "--rl.sharing.external=2", "--rl.group_size=4", "--batch.global_sequences=16"),
+    *("--batch.micro_sequences=16", "--engine.backend=torch", "--engine.zero_stage=0", "--schedule.warmup_steps=1"),
+    *('--rl.tasks=["largest:length=1", "sort:length=1"]', "--rl.sharing.filter_uniform=false"),
+    "--rl.swarm.skills_per_node=1",
+)
+
+
+class _Policy:
+    """Takes every prompt but those of one task."""
+
+    def __init__(self, refused: str = "") -> None:
+        self._refused = refused
+
+    def rows(self, group: Group) -> Sequence[Row]:
+        if group.question.task == self._refused:
+            raise PolicyError("too long")
+        return []
+
+
+def _peers(box: Mailbox, node: str, *, refused: str = "") -> SharedPeers:
+    config = recipe.load(["rl_swarm"], ["--rl.sharing.store=unused", f"--rl.sharing.node={node}"]).config
+    exchange = Exchange(box, Validator(node, Rules()), Identity(node=node, model=""), Pace())
+    return SharedPeers(config, _Policy(refused), exchange)
+
+
+@pytest.fixture
+def box() -> Mailbox:
+    return Mailbox(keep_s=60, budget_bytes=2**20)
+
+
+def test_a_round_trains_on_own_groups_and_on_others_and_says_so(box: Mailbox) -> None:
+    anna, bert = _peers(box, "anna"), _peers(box, "bert")
+    assert anna.num_local == 4
+    bert.trade(1, [group(seed, node="bert") for seed in range(4)])
+    bert._exchange.publish_waiting()
+    anna._exchange.poll()
+    own = [group(100 + seed) for seed in range(4)]
+    local, external = anna.trade(1, own)
+    assert sorted(local, key=lambda g: g.question.seed) == own
+    assert [found.node for found in external] == ["bert", "bert"]
+    record = anna.record()
+    assert record["sharing/from.bert"] == 2
+    assert record["sharing/accepted"] == 4
+    assert record["sharing/age_rounds"] == 1
+    assert record["sharing/waiting"] == 2
+    for exchange in (anna, bert):
+        exchange.close()
+
+
+def test_a_prompt_that_does_not_fit_the_policy_is_left_out(box: Mailbox) -> None:
+    anna, bert = _peers(box, "anna", refused="sort"), _peers(box, "bert")
+    bert.trade(1, [group(1, node="bert", task="sort"), group(2, node="bert")])
+    bert._exchange.publish_waiting()
+    anna._exchange.poll()
+    _, external = anna.trade(1, [])
+    assert [found.question.task for found in external] == ["reverse"]
+    assert anna.record()["sharing/unfit"] == 1
+
+
+def test_the_same_seed_and_round_choose_the_same_groups(box: Mailbox) -> None:
+    bert = _peers(box, "bert")
+    bert.trade(1, [group(seed, node="bert") for seed in range(20)])
+    bert._exchange.publish_waiting()
+    chosen = []
+    for _ in range(2):
+        anna = _peers(box, "anna")
+        anna._exchange.poll()
+        chosen.append(anna.trade(7, [])[1])
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--rl.sharing.external=0", "rl.sharing.external"),
+        ("--rl.sharing.external=8", "leaves none"),
+        ("--rl.swarm.nodes=0", "rl.sharing.store: missing"),
+        ("--rl.sharing.node=Eve", "is no name"),
+        ("--launch.kind=local", "allowed: ray"),
+        ("--rl.swarm.skills_per_node=9", "over the 4 tasks"),
+        ("--rl.sharing.per_peer=0", "rl.sharing.per_peer: 0 is out of range"),
+        ("--rl.sharing.deadline_s=0", "rl.sharing.deadline_s: 0"),
+    ],
+)
+def test_a_setting_of_sharing_that_cannot_be_is_refused(override: str, message: str) -> None:
+    resolved = recipe.load(["rl_swarm"], [override])
+    with pytest.raises(ConfigError, match=message):
+        check(resolved.config, sources=resolved.sources)
+
+
+def test_a_node_without_a_store_or_a_name_is_refused() -> None:
+    config = recipe.load(["rl_swarm"]).config
+    with pytest.raises(ConfigError, match=r"rl\.sharing\.store: missing") as caught:
+        peers.joining(config)
+    assert "rl.sharing.node: missing" in str(caught.value)
+    assert config.rl.sharing == SharingConfig(external=4, per_peer=2, poll_interval_s=0.25)
+
+
+class _Killer:
+    """A watcher that kills a node (SIGKILL) once it has made some rounds."""
+
+    def __init__(self, victim: str, at_step: int) -> None:
+        self._victim, self._at_step = victim, at_step
+        self.url = ""
+        self.killed_at: dict[str, int] = {}
+        self.seen: list[list[NodeView]] = []
+
+    def begin(self, url: str, views: list[NodeView]) -> None:
+        self.url = url
+
+    def update(self, views: list[NodeView]) -> None:
+        self.seen.append(views)
+        (view,) = [view for view in views if view.name == self._victim]
+        if view.step < self._at_step or self.killed_at:
+            return
+        path = str(view.folder / "metrics.jsonl")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and path in [file.path for file in process.open_files()]:
+                    process.send_signal(signal.SIGKILL)
+                    self.killed_at = {other.name: other.step for other in views}
+
+
+def _rounds(folder: Path) -> list[dict[str, float]]:
+    return [record for record in metrics.read(folder / "metrics.jsonl") if "rl/reward" in record]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_node_delays_nobody_and_comes_back_and_another_joins_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    variants = '--rl.swarm.variants=["model.dim=16", "model.dim=32 model.num_layers=2"]'
+    resolved = recipe.load(["rl_swarm"], [*_TINY, "--rl.swarm.nodes=2", variants, f"--run_dir={tmp_path / 'run'}"])
+    killer = _Killer("node1", at_step=8)
+    run, views = run_swarm(resolved, resume=False, watch=killer)
+    assert killer.killed_at, "the fault was not injected"
+    assert outcome_of(views) == "completed"
+    assert [(view.state, view.step, view.restarts) for view in views] == [("done", 26, 0), ("done", 26, 1)]
+    # The other went on while the killed one was away.
+    first_again = next(
+        index for index, seen in enumerate(killer.seen) if seen[1].restarts and seen[1].state == "running"
+    )
+    assert killer.seen[first_again][0].step > killer.killed_at["node0"] or views[0].step == killer.killed_at["node0"]
+    for name in ("node0", "node1"):
+        steps = [record["step"] for record in _rounds(run.path / "nodes" / name)]
+        assert steps == list(range(3, 27))
+    sizes = [json.loads((run.path / "nodes" / f"node{n}" / "config.json").read_text())["config"] for n in (0, 1)]
+    assert [size["model"]["dim"] for size in sizes] == [16, 32]
+    assert [size["rl"]["warm_start"]["tasks"] for size in sizes] == [["largest:length=1"], ["sort:length=1"]]
+    assert sum(record["rl/external_groups"] for record in _rounds(run.path / "nodes" / "node0")) > 0
+    assert "node1" in report.summarise(run.path)
+
+    # From another terminal, after the others have gone: what they left in the store is still offered.
+    late = [*_TINY, "--steps=40", "--rl.sharing.max_age_rounds=100", "--rl.sharing.poll_interval_s=0.02"]
+    joined = [*late, f"--rl.sharing.store={killer.url}", "--rl.sharing.node=eve", "--run_dir=eve"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainsys", "train", "rl_swarm", *joined],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(record["rl/external_groups"] for record in _rounds(tmp_path / "eve")) > 0
+    assert any(name.startswith("eve.") for name in os.listdir(max(Path(killer.url).iterdir())))
+
+
+def _view(folder: Path, **change: Any) -> NodeView:
+    return replace(NodeView("node0", folder, "running", 5, 0, ""), **change)
+
+
+def test_an_end_of_a_swarm_names_who_failed_and_why(tmp_path: Path) -> None:
+    assert outcome_of([_view(tmp_path, state="done")]) == "completed"
+    assert outcome_of([_view(tmp_path, state="done"), _view(tmp_path, state="stopped")]) == "stopped"
+    with pytest.raises(RunError, match="node0: died: killed by SIGKILL"):
+        outcome_of([_view(tmp_path, state="died", detail="killed by SIGKILL")])
+
+
+def _write_run(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, float]] = [{"step": 2, "rl/accuracy": 0.25, "rl/accuracy.add": 0.5, "rl/accuracy.sort": 0}]
+    records += [
+        {
+            "step": step,
+            "rl/reward": 0.5,
+            "rl/reward.add": 0.7,
+            "rl/cumulative_reward": 0.5 * (step - 2),
+            "rl/signal_rate": 0.25,
+            "rl/external_groups": 2,
+            "sharing/age_rounds": 1.5,
+            "sharing/accepted": 9,
+            "sharing/rejected": 3,
+            "sharing/rejected.reward": 3,
+            "sharing/from.bert": 1,
+            "sharing/from.<eve>": 1,
+        }
+        for step in range(3, 13)
+    ]
+    records.append({"step": 12, "rl/accuracy": 0.75, "rl/accuracy.add": 1, "rl/accuracy.sort": 0.5})
+    lines = "".join(json.dumps(record | {"time": 0}) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(lines)
+
+
+def test_the_report_has_every_figure_of_every_node(tmp_path: Path) -> None:
+    for name in ("node0", "node1"):
+        _write_run(tmp_path / "nodes" / name)
+    (tmp_path / "nodes" / "node2").mkdir()  # died before its first round
+    nodes = report.read_nodes(tmp_path)
+    assert [node.name for node in nodes] == ["node0", "node1"]
+    node = nodes[0]
+    assert node.accuracy == {"add": 1, "sort": 0.5}
+    assert node.first_accuracy == {"add": 0.5, "sort": 0}
+    assert (node.cumulative_reward, node.signal_rate, node.external, node.age_rounds) == (5, 0.25, 20, 1.5)
+    assert node.sources == {"bert": 10, "<eve>": 10}
+    assert node.rejected == {"reward": 3}
+    text = report.summarise(tmp_path).splitlines()
+    assert len(text) == 3
+    page = report.write_report(tmp_path).read_text()
+    assert "&lt;eve&gt; 10" in page
+    assert "<eve>" not in page
+    pictures = sorted(path.name for path in (tmp_path / "report").glob("*.svg"))
+    assert pictures == ["accuracy.svg", "cumulative-reward.svg", "reward.svg", "skills-node0.svg", "skills-node1.svg"]
+    for name in pictures:
+        assert ElementTree.parse(tmp_path / "report" / name).getroot().tag.endswith("svg")
+    (tmp_path / "empty" / "nodes" / "node0").mkdir(parents=True)
+    with pytest.raises(RunError, match="no node has made a round"):
+        report.read_nodes(tmp_path / "empty")
+
+
+def test_the_screen_tells_lines_where_it_is_no_terminal(tmp_path: Path) -> None:
+    _write_run(tmp_path)
+    stream = io.StringIO()
+    screen = watching.Screen(12, ["add", "sort:length=4"], stream)
+    views = [_view(tmp_path, state="done", step=12, restarts=1)]
+    screen.begin("file:///store", views)
+    screen.update(views)
+    screen.close()
+    first, second = stream.getvalue().splitlines()
+    assert "--rl.sharing.store=file:///store" in first
+    for part in ("node0  done (restart 1)", "step 12/12", "reward 0.500", "add 0.70", "held-out 75.0%", "rejected 3"):
+        assert part in second
+
+
+def test_the_live_table_has_a_row_a_node_and_a_column_a_task(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    _write_run(tmp_path)
+    screen = watching.Screen(12, ["add", "sort"], io.StringIO())
+    views = [_view(tmp_path)]
+    screen.begin("store", views)
+    screen._tails["node0"].read()
+    console = Console(file=io.StringIO(), width=140)
+    console.print(screen._table(views))
+    assert isinstance(console.file, io.StringIO)
+    heading, row = console.file.getvalue().splitlines()[:2]
+    assert all(name in heading for name in ("node", "add", "sort", "held out", "rejected"))
+    assert all(text in row for text in ("node0", "running", "5/12", "0.70", "75%", "25%"))
+
+
+def test_a_tail_reads_what_grows_and_again_what_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = watching.Tail(path)
+    tail.read()
+    path.write_text('{"step": 1, "rl/reward": 0.5}\n{"step": 2, "rl/re')
+    tail.read()
+    assert tail.rewards == [0.5]
+    with path.open("a") as file:
+        file.write('ward": 0.75}\n')
+    tail.read()
+    assert tail.rewards == [0.5, 0.75]
+    path.write_text('{"step": 1, "rl/reward": 0.25}\n')
+    tail.read()
+    assert tail.rewards == [0.25]
+    assert tail.latest["rl/reward"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([], ""), ([0.0, 1.0], "▁█"), ([0.0] * 8 + [1.0] * 8 + [0.5] * 16, "▁▁▁▁████▅▅▅▅▅▅▅▅")]
+)
+def test_a_spark_line_shows_means(values: list[float], expected: str) -> None:
+    assert watching.spark(values) == expected
