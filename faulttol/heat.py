@@ -18,7 +18,7 @@ _CELL, _GAP, _LEFT, _TOP = 14, 1, 64, 22
 _WORST = 2.0
 """The ratio at which a cell is as dark as it gets."""
 
-_LOW, _HIGH, _NONE = (222, 230, 240), (178, 24, 43), "#9aa0a6"
+_LOW, _HIGH, _NONE = (222, 230, 240), (178, 24, 43), "#9aa0a633"
 """Colours of the least and of the worst, legible on a light and on a dark page, and of what is not known."""
 _STYLE = """
 :root { color-scheme: light dark }
@@ -123,7 +123,7 @@ def _svg(grid: Grid, worst: float, least: float = 1.0) -> str:
     pitch = _CELL + _GAP
     width, height = _LEFT + pitch * len(grid.columns), _TOP + pitch * len(grid.rows)
     parts = [f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">']
-    every = max(1, 40 // pitch + 1)
+    every = max(1, math.ceil((8 + 7 * max(map(len, grid.columns), default=1)) / pitch))
     for column, name in enumerate(grid.columns):
         if column % every == 0:
             parts.append(f'<text x="{_LEFT + column * pitch}" y="{_TOP - 8}">{html.escape(name)}</text>')

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from faulttol.events import CollectiveEvent, RankRecord
+from faulttol.events import CollectiveEvent, RankRecord, StepMark
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +26,19 @@ class StepTime:
 
 
 def step_times(record: RankRecord) -> list[StepTime]:
-    """Return the steps of a rank that have both their marks, in order."""
+    """Return the steps of a rank of which both ends are known, in order; the next one's begin ends one too."""
     by_step: dict[int, list[CollectiveEvent]] = {}
     for event in record.events:
         by_step.setdefault(event.step, []).append(event)
     found = []
-    begun: dict[int, int] = {}
+    begun: StepMark | None = None
     for mark in record.marks:
-        if mark.kind == "step_begin":
-            begun[mark.step] = mark.at_ns
-        elif mark.kind == "step_end" and mark.step in begun:
-            begin = begun.pop(mark.step)
-            inside = _covered(by_step.get(mark.step, ()), begin, mark.at_ns)
-            found.append(StepTime(record.rank, mark.step, mark.at_ns - begin, inside))
+        if mark.kind == "phase":
+            continue
+        if begun is not None and (mark.kind == "step_begin" or mark.step == begun.step):
+            inside = _covered(by_step.get(begun.step, ()), begun.at_ns, mark.at_ns)
+            found.append(StepTime(record.rank, begun.step, mark.at_ns - begun.at_ns, inside))
+        begun = mark if mark.kind == "step_begin" else None
     return found
 
 

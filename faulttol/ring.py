@@ -147,6 +147,11 @@ class Ring:
         """Count a record that could not be written."""
         self._counters[_LOST] += 1
 
+    @property
+    def begun(self) -> int:
+        """How many records were begun."""
+        return int(self._counters[_BEGUN])
+
     def sign(self) -> None:
         """Stamp that the process lives."""
         self._counters[_SIGN] = time.monotonic_ns()
@@ -375,7 +380,7 @@ def _info(path: Path, content: mmap.mmap) -> RingInfo:
     start = len(_MAGIC) + _NAME.size
     length, seal = _NAME.unpack_from(content, len(_MAGIC))
     text = content[start : start + length] if length < _COUNTERS else b""
-    if zlib.crc32(text) != seal:
+    if not text or zlib.crc32(text) != seal:
         raise RingError(f"{path}: its header is damaged")
     info = RingInfo(**json.loads(text))
     needed = _HEADER_BYTES + _NAMES_BYTES + info.capacity * _RECORD_BYTES

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import faulttol
+from faulttol import RecorderError
 from faulttol.bench.callers import count
 from tests.ranks import run_ranks
 from tests.test_faulttol import callers
@@ -46,3 +51,138 @@ def test_every_collective_of_every_caller_is_recorded_once_with_its_end(tmp_path
 @pytest.mark.slow
 def test_collectives_of_deepspeed_and_of_inductor_are_recorded_too(tmp_path: Path) -> None:
     _check(tmp_path, run_ranks(_count, 2, str(tmp_path), list(callers.HEAVY), timeout_s=180))
+
+
+def _world_of_one(rank: int, world_size: int, folder: str) -> None:
+    """What holds of the recorder in any process; one fork is cheaper than many."""
+    for check in (_marks, _restores, _never_raises, _failures_are_told, _groups_of_one_name, _one_at_a_time, _forks):
+        check(Path(folder) / check.__name__)
+        faulttol.uninstall()
+
+
+def test_the_recorder_keeps_its_promises_in_a_process(tmp_path: Path) -> None:
+    run_ranks(_world_of_one, 1, str(tmp_path))
+
+
+def _marks(folder: Path) -> None:
+    faulttol.mark_step(1)  # nothing is installed: nothing happens
+    faulttol.install(folder)
+    dist.all_reduce(torch.ones(1))
+    faulttol.mark_step(7, tokens=100)
+    dist.all_reduce(torch.ones(1))
+    faulttol.mark_phase("checkpoint")
+    dist.all_reduce(torch.ones(1))
+    faulttol.mark_step(8)
+    faulttol.mark_step_end(loss=0.5, grad_norm=float("nan"))
+    record = faulttol.read_ring(faulttol.ring_path(folder, 0))
+    assert [(e.step, e.phase) for e in record.events] == [(-1, "train"), (7, "train"), (7, "checkpoint")]
+    kinds = [(mark.kind, mark.step) for mark in record.marks]
+    assert kinds == [("step_begin", 7), ("phase", 7), ("step_end", 7), ("step_begin", 8), ("step_end", 8)]
+    assert record.marks[0].tokens == 100
+    assert record.marks[-1].is_numeric_fault
+
+
+def _restores(folder: Path) -> None:
+    backend = torch._C._distributed_c10d.Backend
+    places = [(dist.Work, "wait"), (dist.ProcessGroup, "_end_coalescing"), (backend, "send")]
+    places += [(dist.distributed_c10d.ProcessGroupGloo, "__init__")]
+    before = [vars(owner).get(name) for owner, name in places]
+    for _ in range(2):
+        faulttol.install(folder)
+        assert [vars(owner).get(name) for owner, name in places] != before
+        dist.all_reduce(torch.ones(1))
+        faulttol.uninstall()
+        faulttol.uninstall()
+        assert [vars(owner).get(name) for owner, name in places] == before
+        dist.all_reduce(torch.ones(1))
+        assert len(faulttol.read_ring(faulttol.ring_path(folder, 0)).events) == 1
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "BackendSelect")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("_c10d_functional::wait_tensor", "BackendSelect")
+    assert not [thread for thread in threading.enumerate() if thread.name == "faulttol-recorder"]
+
+
+def _never_raises(folder: Path) -> None:
+    recorder = faulttol.install(folder)
+    x = torch.ones(2)
+    original, recorder.ring.begin = recorder.ring.begin, None  # type: ignore[method-assign, assignment]
+    dist.all_reduce(x)
+    faulttol.mark_step(1)
+    recorder.ring.begin = original  # type: ignore[method-assign]
+    dist.all_reduce(x)
+    record = faulttol.read_ring(recorder.ring.path)
+    assert x.tolist() == [1.0, 1.0]
+    assert (len(record.events), record.num_lost) == (1, 2)
+
+
+def _failures_are_told(folder: Path) -> None:
+    faulttol.install(folder)
+    with pytest.raises((RuntimeError, ValueError)):
+        dist.group.WORLD.scatter(torch.ones(2), [torch.ones(3)], 0).wait()  # type: ignore[union-attr]
+    (event,) = faulttol.read_ring(faulttol.ring_path(folder, 0)).events
+    assert (event.kind, event.state) == ("scatter", "failed")
+    assert event.end_ns is not None
+
+
+def _groups_of_one_name(folder: Path) -> None:
+    """A group that is made anew under the name of one that is gone counts anew, under a name of its own."""
+    faulttol.install(folder)
+    for _ in range(3):
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        dist.all_reduce(torch.ones(1))
+    events = faulttol.read_ring(faulttol.ring_path(folder, 0)).events
+    assert [(event.group, event.seq) for event in events] == [("0", 1), ("0~2", 1), ("0~3", 1)]
+
+
+def _one_at_a_time(folder: Path) -> None:
+    faulttol.install(folder)
+    with pytest.raises(RecorderError, match="is being recorded"):
+        faulttol.install(folder)
+    faulttol.uninstall()
+    with pytest.raises(ValueError, match="rank: 3 is none of 2"):
+        faulttol.install(folder, rank=3, world_size=2)
+    with pytest.raises(ValueError, match="poll_s"):
+        faulttol.install(folder, poll_s=0.0)
+    faulttol.install(folder, generation=4)
+    assert faulttol.ring_path(folder, 0, 4).exists()
+
+
+def _forks(folder: Path) -> None:
+    """A forked child does not write into its parent's ring."""
+    faulttol.install(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        faulttol.mark_step(99)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert not faulttol.read_ring(faulttol.ring_path(folder, 0)).marks
+
+
+def _stuck(rank: int, world_size: int, folder: str) -> list[tuple[str, int]]:
+    """Rank 0 waits for rank 1, which looks at rank 0's ring before it comes."""
+    faulttol.install(folder)
+    dist.barrier()
+    if rank == 1:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            opened = [e for e in faulttol.read_ring(faulttol.ring_path(folder, 0)).events if e.state == "begun"]
+            if opened and opened[-1].kind == "all_reduce":
+                break
+            time.sleep(0.001)
+        seen = [(event.kind, event.seq) for event in opened]
+    dist.all_reduce(torch.ones(1))
+    faulttol.uninstall()
+    return seen if rank == 1 else []
+
+
+def test_what_a_rank_is_stuck_in_is_seen_from_outside(tmp_path: Path) -> None:
+    assert run_ranks(_stuck, 2, str(tmp_path))[1] == [("all_reduce", 2)]
+
+
+def test_without_a_place_in_the_job_nothing_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RecorderError, match="neither given nor to be had"):
+        faulttol.install(tmp_path)
+    assert not list(tmp_path.iterdir())
