@@ -14,9 +14,9 @@ a benign trial none may come. Slow communication is an alarm once a probe of the
     culprit                of those rightly given it: the strongest suspect is the target (a rank, a directed link)
 
 A job goes on from trial to trial; what ends it is followed by a new one. `--runs` keeps every trial as a line of JSON:
-a second run makes only what is missing, and `--minutes` bounds one run. `rivals` judge the same records
-(`faulttol.bench.labels.rivals`). A magnitude is how much longer the steps are meant to become; what became of it is kept too,
-and slow faults are gated at those that made steps at least 1.5 times as long.
+a second run makes only what is missing, and `--minutes` bounds one run. Rivals judge the same records
+(`faulttol.bench.labels.rivals`). A magnitude is how many times longer the steps are meant to become; what became of it
+is kept too, and slow faults are gated at those that made steps at least 1.5 times as long.
 """
 
 from __future__ import annotations
