@@ -187,7 +187,7 @@ class Bench:
 
     def _their_case(self, cache: str | None) -> Callable[[], object]:
         sizes, repeated = self._sizes, self._prompts.repeat_interleave(self._sizes.each, 0)
-        kind = {} if cache is None else {"cache_implementation": cache}
+        kind: dict[str, Any] = {} if cache is None else {"cache_implementation": cache}
 
         def draw() -> object:
             drawn = _generate(self._theirs, repeated, sizes.new, do_sample=True, **kind)
@@ -295,7 +295,7 @@ def _decoder(sizes: Sizes) -> nn.Module:
 
 
 @torch.no_grad()
-def _generate(model: Any, tokens: Tensor, new: int, mask: Tensor | None = None, **options: Any) -> Tensor:
+def _generate(model: Any, tokens: Tensor, new: int, *, mask: Tensor | None = None, **options: Any) -> Tensor:
     result: Tensor = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens) if mask is None else mask,
@@ -317,7 +317,7 @@ def _same_tokens(ours: HuggingFaceModel, theirs: Any, device: torch.device, new:
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     wide = Sampler(ours.double(), slots=len(prompts))
-    wanted = _generate(theirs.double(), tokens, new, mask, do_sample=False)[:, longest:].tolist()
+    wanted = _generate(theirs.double(), tokens, new, mask=mask, do_sample=False)[:, longest:].tolist()
     found = wide.draw(prompts, [[0]] * len(prompts), Drawing(vocab, _NO_STOP, new, 0.0))
     pairs = zip(found, wanted, strict=True)
     wrong = sum(a != b for (one,), other in pairs for a, b in zip(one.tokens, other, strict=True))

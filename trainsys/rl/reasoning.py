@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 from trainsys.errors import MissingExtraError
@@ -29,7 +30,7 @@ class ReasoningTask:
         except ImportError as error:
             raise MissingExtraError("a task of reasoning_gym", "rl") from error
         self.name = name
-        self.version = f"reasoning-gym {reasoning_gym.__version__}"
+        self.version = f"reasoning-gym {metadata.version('reasoning-gym')}"
         self._gym: Any = reasoning_gym
         self._dataset = name.removeprefix(PREFIX)
         if self._dataset not in DATASETS:
