@@ -16,6 +16,7 @@ from checkpoint import objects as plain
 from checkpoint.access import open_reader
 from checkpoint.arena import SLOT_BYTES, slot_bytes
 from checkpoint.catalog import CheckpointInfo
+from checkpoint.commit import AttemptName
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
 from checkpoint.copies import moments
@@ -137,7 +138,7 @@ class Checkpointer:
         self._delta = Delta(self._storage, rank) if self._config.delta else None
         self._saver = Saver(self._config, rank, world_size, self._run_id, self._tiers, self._promoter)
         deadline_s = self._config.urgent_deadline_s
-        self._preemption = Preemption(self._start, self._saver.cancel, deadline_s, is_alone=world_size == 1)
+        self._preemption = Preemption(self._start_ahead, self._saver.cancel, deadline_s, is_alone=world_size == 1)
         self._armed_with: tuple[Any, ...] = ()
         self._handles: list[SaveHandle] = []
         self.num_skipped = 0
@@ -201,15 +202,18 @@ class Checkpointer:
             self.poll()
             request = self._aimed(self._request(step, tensors, objects, shared, update_order), chosen)
         except BaseException as error:
-            self._saver.abandon(self._saver.name(step), self._targets(chosen), error)
+            with self._preemption.lock:
+                name, ahead = self._saver.name(step), self._preemption.join(step)
+            if ahead is None:
+                self._saver.abandon(name, self._targets(chosen), error)
             raise
         if urgent:
             request = replace(request, deadline_s=self._config.urgent_deadline_s)
         has_room = urgent or self._saver.has_room(may_skip=tiers is None)
         with self._preemption.lock:
-            handle = self._preemption.saving(step)
+            name, handle = self._saver.name(step), self._preemption.join(step)
             if handle is None:
-                handle = self._start(request) if has_room else self._saver.skip(self._saver.name(step), request)
+                handle = self._start(name, request) if has_room else self._saver.skip(name, request)
                 self._preemption.note(handle)
         handle.is_wished = False
         self._handles.append(handle)
@@ -464,8 +468,11 @@ class Checkpointer:
             delta=self._delta,
         )
 
-    def _start(self, request: Request) -> SaveHandle:
-        name = self._saver.name(request.step)
+    def _start_ahead(self, request: Request, is_asked: bool) -> SaveHandle:
+        """Start a save for a wish: in other tiers of the last attempt that `save` asked for, or ahead of the next."""
+        return self._start(self._saver.name_ahead(request.step, is_asked=is_asked), request)
+
+    def _start(self, name: AttemptName, request: Request) -> SaveHandle:
         try:
             return self._saver.start(name, request)
         except BaseException as error:

@@ -178,7 +178,7 @@ class Attempt:
             raise CommitTimeout(f"{self.folder}: rank 0 did not commit within {timeout_s:g} s{votes}", missing or (0,))
 
     def cancel(self, error: BaseException) -> None:
-        """Let whatever waits for other ranks raise `error` instead, unless all of them have voted. From any thread."""
+        """Let whatever waits for other ranks raise `error` instead, unless it has gone on. From any thread."""
         self._cancelled = error
 
     def abandon(self, error: BaseException) -> None:
@@ -213,14 +213,17 @@ class Attempt:
         """Return whether `ready` came true in time; raise SaveAborted as soon as a rank has failed."""
         deadline = time.monotonic() + timeout_s
         pause_s = _FIRST_PAUSE_S
-        while not ready():
+        while True:
+            if self._cancelled is not None:
+                raise self._cancelled
+            if ready():
+                return True
             self._raise_if_aborted()
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return False
             time.sleep(min(pause_s, left_s))
             pause_s = min(pause_s * 2, self._storage.longest_poll_s)
-        return True
 
     def _raise_if_aborted(self) -> None:
         if self._cancelled is not None:

@@ -5,6 +5,10 @@ moment, from a signal's handler too. If no update is under way the armed state i
 that waits for wishes; else as soon as the update is over. Ranks whose loops are a step apart when they are asked save
 different steps first. So as long as nothing is committed, each step that is armed is saved in place of the one before:
 one of them is the same everywhere.
+
+Ranks meet in an attempt by its name, which is the same on all of them whatever came first there, the wish or the loop:
+a wish that is granted before the loop asks for the step starts the very attempt that the loop's call then joins, even
+if it has failed on this rank meanwhile. So a wish is granted once for a step, and tried again with the next one.
 """
 
 from __future__ import annotations
@@ -27,13 +31,16 @@ class Preemption:
 
     def __init__(
         self,
-        start: Callable[[Request], SaveHandle],
+        start: Callable[[Request, bool], SaveHandle],
         cancel: Callable[[SaveHandle, BaseException], None],
         deadline_s: float,
         *,
         is_alone: bool,
     ) -> None:
-        """`start` starts a save, `cancel` lets one fail; `is_alone` says that there is one rank."""
+        """`start` starts a save, `cancel` lets one fail; `is_alone` says that there is one rank.
+
+        The second argument of `start` says whether the loop has asked for that attempt, for other tiers, before.
+        """
         self.lock = threading.Lock()
         """Held by whoever starts a save."""
         self.handle: SaveHandle | None = None
@@ -47,6 +54,8 @@ class Preemption:
         self._is_updating = False
         self._is_wished = False
         self._last: SaveHandle | None = None
+        self._ahead: SaveHandle | None = None
+        """What was started for a wish and is what the loop's next save of that step will join."""
         self._wishes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -80,9 +89,13 @@ class Preemption:
         """Remember a save that the loop asked for: the same step need not be saved twice. With the lock held."""
         self._last = handle
 
-    def saving(self, step: int) -> SaveHandle | None:
-        """Return the save of a step that was started for a wish, unless it failed. With the lock held."""
-        return self.handle if self.handle is not None and _is_good(self.handle, step) else None
+    def join(self, step: int) -> SaveHandle | None:
+        """Return what the loop's save of a step joins, once: the save that a wish started ahead. With the lock held."""
+        ahead = self._ahead
+        if ahead is None or ahead.step != step:
+            return None
+        self._ahead = None
+        return ahead
 
     def close(self) -> None:
         """Stop listening, and drop the armed state. Idempotent."""
@@ -104,20 +117,25 @@ class Preemption:
 
     def _is_wanted(self, step: int) -> bool:
         handle = self.handle
-        if handle is None or handle.failed:
+        if handle is None:
             return True
+        if handle.failed:
+            return not (handle.is_wished and handle.step == step)
         return not handle.done() and handle.step != step and not self._is_alone
 
     def _save(self, request: Request) -> None:
         last = self._last
-        if last is not None and _is_good(last, request.step):
+        is_asked = last is not None and _is_good(last, request.step)
+        if last is not None and is_asked:
             has = {outcome.tier for outcome in last.outcomes}
             if "local" in has:
                 self.handle = last
                 return
             request = replace(request, tiers=[(tier, storage) for tier, storage in request.tiers if tier not in has])
-        older, self.handle = self.handle, self._start(request)
+        older, self.handle = self.handle, self._start(request, is_asked)
         self.handle.is_wished = True
+        if not is_asked:
+            self._ahead = self.handle
         # What the loop asked for is asked for on every rank, and becomes a checkpoint everywhere.
         if older is not None and older.is_wished and not older.done():
             self._cancel(older, SaveFailed(f"step {older.step}: given up, since step {request.step} is saved instead"))

@@ -122,8 +122,12 @@ class Saver:
         self._telling: list[threading.Thread] = []
         self._lock = threading.Lock()
 
+    def name_ahead(self, step: int, *, is_asked: bool) -> AttemptName:
+        """Return what `name` will return next for a step; or, if `is_asked`, what it returned last."""
+        return AttemptName.of(step, self._ordinals[step] - is_asked, self._run_id)
+
     def name(self, step: int) -> AttemptName:
-        """Return the name of the next attempt at a step; every rank gets the same."""
+        """Return the name of the next attempt at a step; every rank asks as often, and gets the same."""
         name = AttemptName.of(step, self._ordinals[step], self._run_id)
         self._ordinals[step] += 1
         return name
@@ -295,9 +299,8 @@ class Saver:
         """Be the thread of one save; whatever happens ends in its handle."""
         timer = self._watch(save)
         try:
-            flow = self._open(save)
+            flow, tiers = self._open(save)
             if flow is not None:
-                tiers = [tier for tier in save.attempts if not save.handle.at(tier).done()]
                 threads = [
                     threading.Thread(target=self._finish, args=(save, t, flow), name=f"checkpoint-{t}", daemon=True)
                     for t in tiers[1:]
@@ -337,8 +340,13 @@ class Saver:
         for attempt in save.attempts.values():
             attempt.cancel(error)
 
-    def _open(self, save: _Save) -> Flow | None:
-        """Begin the attempts and let the copies flow to the tiers where that went well; None if nowhere."""
+    def _open(self, save: _Save) -> tuple[Flow | None, list[str]]:
+        """Begin the attempts and let the copies flow to the tiers where that went well; return these.
+
+        Also of a save that was given up meanwhile: whoever has begun an attempt sees it through, or the other ranks
+        would not be told.
+        """
+        begun = []
         for tier, storage in save.request.tiers:
             attempt = save.attempts[tier]
             try:
@@ -348,13 +356,15 @@ class Saver:
                 storage.write(f"{attempt.folder}/{rank_name(self._rank)}.objects.json", save.request.objects)
             except BaseException as error:  # noqa: BLE001  carried to the handle
                 self._end_badly(save, tier, error)
+            else:
+                begun.append(tier)
+        if not begun:
+            return None, []
         targets = [
             Target(tier, storage, f"{save.attempts[tier].folder}/{rank_name(self._rank)}.safetensors")
             for tier, storage in save.request.tiers
-            if not save.handle.at(tier).done()
+            if tier in begun
         ]
-        if not targets:
-            return None
         try:
             plan, _ = save.plan.result()
             assert self._drain is not None
@@ -363,12 +373,12 @@ class Saver:
         except BaseException as error:  # noqa: BLE001  carried to the handle
             for target in targets:
                 self._end_badly(save, target.tier, error)
-            return None
+            return None, []
         save.handle.follow(flow, sum(parcel.nbytes for parcel in plan.parcels))
         if save.handle.done():  # its deadline passed meanwhile
             flow.cancel(SaveFailed(f"step {save.request.step}: given up before it was written"))
         save.snapshot.attach(flow)
-        return flow
+        return flow, begun
 
     def _finish(self, save: _Save, tier: str, flow: Flow) -> None:
         """See a save through in one tier."""

@@ -14,6 +14,9 @@ from trainsys.hostmemory import gather_on
 from trainsys.metrics import checkpoint_record
 from trainsys.snapshot import Progress
 
+_TRIES = 2
+"""At the last step: an urgent save of it that failed is what the first try joins."""
+
 Write = Callable[[int, Mapping[str, float]], None]
 """(step, record) to the metrics."""
 
@@ -64,7 +67,9 @@ class Saver:
 
     def finish(self, place: Progress) -> None:
         """Save the last step where it outlasts the run, unless it is saved there, and wait until it is durable."""
-        if any(self._gather(not self._is_kept(place.step))):
+        for _ in range(_TRIES):
+            if not any(self._gather(not self._is_kept(place.step))):
+                break
             self._save(snapshot.state_of(self._engine, place), self._lasting)
         if self._pending is not None:
             self._pending.result()  # the commit has a time limit of its own

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveFailed, StorageError
+from checkpoint import CheckpointConfig, Checkpointer, InvalidState, SaveAborted, SaveFailed, StorageError
 from checkpoint.config import MemoryConfig, RemoteConfig
 from checkpoint.storage import open_storage
 from tests.test_checkpoint.stalls import stalled
@@ -225,3 +226,51 @@ def test_what_rank_0_copies_on_is_copied_by_ranks_that_saved_it_for_a_wish(tmp_p
 
     assert ranks(2, train) == ["remote", "remote"]
     assert loaded(Checkpointer(tmp_path / "remote")) == (1, 1.0)
+
+
+def test_an_urgent_save_that_failed_on_one_rank_is_joined_by_all_and_then_tried_again(tmp_path: Path):
+    """Attempts are counted alike, though one rank knows of the failure before its loop asks and the other does not."""
+    weights = {"w": torch.full((1000,), 1.0)}
+    failed, tried = threading.Event(), threading.Barrier(2)
+
+    def train(rank: int) -> tuple[bool, str]:
+        config = CheckpointConfig(commit_timeout_s=20, urgent_deadline_s=20)
+        with Checkpointer(tmp_path, config=config, rank=rank, world_size=2, run_id="run", on_error="warn") as ck:
+            ck.arm(1, weights)
+            if rank == 0:
+                ck.preempt()  # finds nobody else
+                wait_until(lambda: ck.preempted is not None)
+                ck.cancel(SaveFailed("injected"))
+                wait_until(lambda: ck.preempted.done())
+                failed.set()
+            assert failed.wait(20)
+            is_failed = isinstance(ck.save(1, weights).exception(20), SaveFailed | SaveAborted)
+            tried.wait(20)
+            return is_failed, ck.save(1, weights).result(20).folder.split(".")[1]
+
+    assert ranks(2, train) == [(True, "a1")] * 2
+    assert loaded(Checkpointer(tmp_path)) == (1, 1.0)
+
+
+def test_an_urgent_save_of_one_rank_extends_the_attempt_that_the_other_has_in_both_tiers(tmp_path: Path):
+    """The loop saves in memory; the wish adds the disk: before the loop's call on one rank, after it on the other."""
+    weights = {"w": torch.full((1000,), 1.0)}
+    asked = threading.Event()
+
+    def train(rank: int) -> str:
+        config = CheckpointConfig(commit_timeout_s=20, urgent_deadline_s=20, memory=MemoryConfig(every=1))
+        memory, disk = open_storage(tmp_path / "memory"), tmp_path / "disk"
+        with Checkpointer(disk, config=config, rank=rank, world_size=2, run_id="run", memory=memory) as ck:
+            ck.arm(1, weights)
+            if rank == 0:
+                ck.save(1, weights)
+                asked.set()
+            assert asked.wait(20)
+            ck.preempt()
+            wait_until(lambda: ck.preempted is not None)
+            if rank == 1:
+                ck.save(1, weights)
+            return ck.preempted.at("local").result(20).folder.split(".")[1]
+
+    assert ranks(2, train) == ["a0", "a0"]
+    assert loaded(Checkpointer(tmp_path / "disk")) == (1, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -396,3 +397,28 @@ def _save_dtensor(rank: int, world_size: int, root: str) -> None:
         assert torch.equal(box, whole[2 * rank : 2 * rank + 2])
         with pytest.raises(InvalidState, match="'w': is a DTensor inside of another slice; pass it as it is"):
             ck.save(3, {"w": RankLocal(sharded)})
+
+
+def test_a_rank_0_whose_job_goes_on_without_it_neither_commits_nor_removes(tmp_path: Path):
+    """It is asked last, when all have voted and only the record is missing; every rank gets one clear error."""
+    config = CheckpointConfig(commit_timeout_s=20, keep_last=1)
+    generation, told = {"now": 1}, threading.Barrier(2)
+
+    def train(rank: int) -> str:
+        def admit() -> None:
+            if generation["now"] != 1:
+                raise SaveFailed(f"generation 1 of this job is over; generation {generation['now']} commits")
+
+        with Checkpointer(tmp_path, config=config, rank=rank, world_size=2, run_id="run", on_error="warn") as ck:
+            ck.admit_with(admit)
+            ck.save(1, state(values(1), rank, 2)).result(20)
+            told.wait(20)
+            generation["now"] = 2
+            told.wait(20)
+            return str(ck.save(2, state(values(2), rank, 2)).exception(20))
+
+    errors = ranks(2, train)
+    assert errors[0] == "generation 1 of this job is over; generation 2 commits"
+    assert "rank 0 failed: SaveFailed: generation 1 of this job is over" in errors[1]
+    with Checkpointer(tmp_path) as ck:
+        assert [info.step for info in ck.list()] == [1]
