@@ -49,7 +49,8 @@ class CudaCopier:
         self._down = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def up(self, into: torch.Tensor, source: torch.Tensor, *, after: Mark, name: str) -> Mark:
-        """Copy from pinned memory."""
+        """Copy from pinned memory; `into` may be dropped at once."""
+        into.record_stream(self._up)
         if after is not None:
             self._up.wait_event(after)
         return self._copy(self._up, into, source, name, UP)

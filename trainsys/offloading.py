@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from parallel.legal import Backend
 from trainsys.config import RunConfig
@@ -126,6 +129,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "offload.activations",
+        lambda c: c.offload.activations == "auto" and c.offload.parameters == "streamed",
+        "auto measures blocks whose weights stay; allowed with offload.parameters = streamed: none, recompute, swap",
+    ),
+    Rule(
+        "offload.activations",
         lambda c: c.offload.activations in ("swap", "auto") and c.parallel.pipeline > 1,
         "in a pipeline several micro-batches are between forward and backward, in an order that swapping does not "
         "know; allowed: none, recompute",
@@ -156,6 +164,20 @@ def engine_refusals(config: RunConfig) -> dict[Backend, str]:
 def recompute_of(config: RunConfig) -> Recompute:
     """Return what blocks compute again in backward."""
     return "full" if config.offload.activations == "recompute" else config.engine.recompute
+
+
+def swapping(config: RunConfig, module: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Return what swaps the activations of a model's blocks, as the run asks for; streamed blocks have their own."""
+    from offload.activations import Activations, Automatic
+    from trainsys.models import blocks
+
+    kind = config.offload.activations
+    if kind not in ("swap", "auto") or config.offload.parameters == "streamed":
+        return contextlib.nullcontext()
+    layers = blocks(module)
+    if kind == "auto":
+        return Automatic(module, layers, device=device)
+    return Activations(layers, ["swap"] * len(layers), device=device).attach()
 
 
 def home_of(config: RunConfig, device: torch.device) -> torch.device:

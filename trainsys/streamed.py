@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from offload.activations import Activations
 from offload.streaming import LayerStream, fit
 from parallel.data import Master
 from parallel.shards import shard_of
@@ -20,7 +21,11 @@ class Streamed:
     def __init__(self, module: nn.Module, config: RunConfig, device: torch.device, master_dtype: torch.dtype) -> None:
         """Take over the model, which is on the CPU. Where the dtypes are one, masters share the weights' memory."""
         self._parameters = dict(module.named_parameters())
-        self.stream = _stream(module, config, device)
+        layers = blocks(module)
+        self._activations = (
+            Activations(layers, ["swap"] * len(layers), device=device) if config.offload.activations == "swap" else None
+        )
+        self.stream = _stream(module, config, device, self._activations)
         self._is_apart = next(iter(self._parameters.values())).dtype != master_dtype
         self.masters: Sequence[Master] = [
             self._master(name, parameter, master_dtype) for name, parameter in self._parameters.items()
@@ -57,6 +62,8 @@ class Streamed:
     def close(self) -> None:
         """End the stream; the weights stay in CPU memory."""
         self.stream.close()
+        if self._activations is not None:
+            self._activations.close()
 
     @torch.no_grad()
     def _master(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> Master:
@@ -73,8 +80,8 @@ class Streamed:
         )
 
 
-def _stream(module: nn.Module, config: RunConfig, device: torch.device) -> LayerStream:
+def _stream(module: nn.Module, config: RunConfig, device: torch.device, saved: Activations | None) -> LayerStream:
     layers, settings = blocks(module), config.offload
     if settings.device_bytes:
-        return fit(module, layers, device=device, budget_bytes=settings.device_bytes)
-    return LayerStream(module, layers, device=device, window=settings.window_layers)
+        return fit(module, layers, device=device, budget_bytes=settings.device_bytes, saved=saved)
+    return LayerStream(module, layers, device=device, window=settings.window_layers, saved=saved)

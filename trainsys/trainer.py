@@ -315,6 +315,7 @@ class Trainer:
         stack.callback(part.close)
         if config.engine.compile:
             models.compile_parts(part.module)
+        stack.enter_context(offloading.swapping(config, part.module, shared.device))
         with shared.context.making_groups():
             return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
 
