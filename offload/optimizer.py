@@ -33,9 +33,9 @@ class TieredAdamW(torch.optim.Optimizer):
 
     - `sync`: in `step()`, which returns when they are done.
     - `defer`: under the next forward, which waits module by module (`attach`) or parameter by parameter.
-    - `stream`: as gradients arrive in backward; without clipping and loss scaling.
-    - `spec`: like `stream`, but tentatively, for clipping that rarely bites: nothing may read a parameter between
-      backward and `step()`. Twice the host memory for states.
+    - `stream`: as gradients arrive in backward; without clipping and loss scaling. Between backward and `step()` no
+      parameter may be read.
+    - `spec`: like `stream`, but tentatively, for clipping that rarely bites; twice the host memory for states.
 
     `max_norm` clips the global norm of the gradients without a host that waits for it. A step whose norm, if it is
     known, is not finite is skipped. With `tiering.accumulation_steps` gradients leave the device in the last backward
@@ -111,8 +111,11 @@ class TieredAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self.mode == "stream" and (scale is not None or found_inf is not None):
-            raise OptimizerError("mode: stream; it updates before an overflow is known: use spec or defer")
+        if self.tiering.accumulation_steps is not None and (scale is not None or found_inf is not None):
+            raise OptimizerError(
+                f"accumulation_steps: {self.tiering.accumulation_steps}; a GradScaler looks at .grad before step(), "
+                "where it is gone: None, with mode sync or defer"
+            )
         machine = self.machine
         self._take_rest()
         if machine.round is None:
@@ -150,10 +153,9 @@ class TieredAdamW(torch.optim.Optimizer):
         machine = self._machine
         if machine is None or machine.round is None:
             return
-        if not machine.round.has_stepped and self.mode in ("stream", "spec"):
-            raise OptimizerError(
-                f"mode: {self.mode}; parameters are read between backward and step(); call step() first, or use defer"
-            )
+        if not machine.round.has_stepped:
+            self._refuse_early_read()
+            return
         self._end_round(machine)
         if machine.device.type == "cuda":
             torch.cuda.current_stream(machine.device).synchronize()
@@ -163,8 +165,12 @@ class TieredAdamW(torch.optim.Optimizer):
     def wait_for(self, parameters: Any, *, on_host: bool) -> None:
         """Wait for some parameters, by their numbers; forward hooks call it."""
         machine = self._machine
-        if machine is None or machine.round is None or not machine.round.has_stepped:
+        if machine is None or machine.round is None:
             return
+        if not machine.round.has_stepped:
+            if not self._taken.isdisjoint(parameters):
+                self._refuse_early_read()
+            return  # a block that backward computes again
         self._check_usable()
         with self._waiting():
             for number in parameters:
@@ -263,6 +269,13 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _refuse_early_read(self) -> None:
+        """Raise where updates begin in backward: what is read may be of this step, or of the next one."""
+        if self.mode in ("stream", "spec"):
+            raise OptimizerError(
+                f"mode: {self.mode}; parameters are read between backward and step(); call step() first, or use defer"
+            )
 
     def _end_round(self, machine: Machine) -> None:
         """Let the caller's stream wait for every update; take stock of the step."""
@@ -406,9 +419,9 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def _read(self, number: int) -> None:
         machine = self.machine
-        if machine.round is not None and not machine.round.has_stepped and self.mode == "spec":
-            self.wait()  # raises: the update is tentative
-        if machine.round is not None:
+        if machine.round is not None and not machine.round.has_stepped:
+            self._refuse_early_read()
+        elif machine.round is not None:
             with self._waiting():
                 machine.wait_for(number)
         gates.release(self._parameters()[number])

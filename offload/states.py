@@ -139,7 +139,7 @@ class TierCache:
 
     def add(self, index: int, count: int, label: str) -> None:
         """Make room in the tier for a subgroup; `label` says in errors what it is. Before the first use."""
-        self._entries[index] = _Entry(self.tier.allocate(12 * count), count, label)
+        self._entries[index] = _Entry(self.tier.allocate(12 * count, label), count, label)
 
     def holds(self, index: int) -> bool:
         """Whether a subgroup is in the tier."""

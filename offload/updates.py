@@ -319,6 +319,7 @@ class DeviceWorker(Worker):
         self._kernel = kernel
         self._slots = slots
         self._down: dict[int, Ticket] = {}
+        self._slot_down: dict[int, Ticket] = {}
         self._staged: deque[_Staged] = deque()
 
     def returned(self, index: int) -> None:
@@ -346,7 +347,9 @@ class DeviceWorker(Worker):
             staged.states = slot.narrow(0, task.subgroup.count)
             home = self.place.store.current(task.index)
             target = staged.states
+            # The host has waited for the slot's last update only; the lane waits until it has left the slot, too.
             before = [self._down[task.index]] if task.index in self._down else []
+            before += [self._slot_down[staged.slot]] if staged.slot in self._slot_down else []
             staged.up = self.place.lanes.lane("states up").run(
                 lambda: target.copy_(home, non_blocking=True), after=before, num_bytes=home.nbytes
             )
@@ -371,8 +374,8 @@ class DeviceWorker(Worker):
             down = self.place.lanes.lane("states down").run(
                 lambda: home.copy_(states, non_blocking=True), after=[ticket], num_bytes=home.nbytes
             )
-            self._down[task.index] = down
-            self._slots.give(staged.slot, down)
+            self._down[task.index] = self._slot_down[staged.slot] = down
+            self._slots.give(staged.slot, ticket)
         self._settle(round_, task, used, ticket)
 
     def _compute(self, task: Task, gradients: dict[int, torch.Tensor], runs: Sequence[Run], states: States) -> None:

@@ -82,6 +82,7 @@ def _options() -> Namespace:
     parser.add_argument("--interleave", default="auto", help="auto, cpu or a number (default: %(default)s)")
     parser.add_argument("--subgroup", type=int, default=1 << 24, help="parameters of a subgroup (default: %(default)s)")
     parser.add_argument("--device-mib", type=int, default=1900, help="device memory for states (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=3, help="subgroups in the device at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of the CPU's updates")
     parser.add_argument("--kernel", choices=("native", "torch"), default="native")
     parser.add_argument("--prepare", action="store_true", help="only build DeepSpeed's CPU optimizer and our kernels")
@@ -214,7 +215,7 @@ def _tiering(options: Namespace) -> Tiering:
         accumulation_steps=1,
         subgroup_numel=options.subgroup,
         interleave=options.interleave,
-        budget=Budget(device_bytes=options.device_mib << 20),
+        budget=Budget(device_bytes=options.device_mib << 20, num_slots=options.slots),
         kernel=options.kernel,
         num_threads=options.threads,
     )
