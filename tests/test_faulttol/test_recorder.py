@@ -16,6 +16,7 @@ import torch.distributed as dist
 import faulttol
 from faulttol import RecorderError
 from faulttol.bench.callers import count
+from parallel.pipeline.wires import Wires
 from tests.ranks import run_ranks
 from tests.test_faulttol import callers
 
@@ -186,3 +187,33 @@ def test_without_a_place_in_the_job_nothing_is_installed(tmp_path: Path, monkeyp
     with pytest.raises(RecorderError, match="neither given nor to be had"):
         faulttol.install(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def _wires(rank: int, world_size: int, folder: str) -> None:
+    """Ranks 1 and 2 of three are two stages of a pipeline."""
+    faulttol.install(folder)
+    group = dist.new_group([2, 1])  # rank 1 is the first of it
+    if rank:
+        wires = Wires(group, [(0, 1)], torch.device("cpu"), 20.0)  # type: ignore[arg-type]
+        x, aux = torch.ones(5), torch.zeros(())
+        for _ in range(3):
+            if rank == 1:
+                wires.send((x, aux), 0, 1).wait()
+                wires.receive(x, 1, 0).wait()
+            else:
+                wires.receive(x, 0, 1).wait()
+                wires.send((x, aux), 1, 0).wait()
+        wires.close()
+    faulttol.uninstall()
+
+
+def test_messages_of_our_pipelines_are_matched_between_their_ranks(tmp_path: Path) -> None:
+    run_ranks(_wires, 3, str(tmp_path))
+    sides = [faulttol.read_ring(faulttol.ring_path(tmp_path, rank)).events for rank in (1, 2)]
+    keys = [
+        {(e.group, e.source, e.target, e.seq, e.bytes) for e in events if e.is_message and e.state == "ended"}
+        for events in sides
+    ]
+    assert keys[0] == keys[1]
+    directions = Counter((source, target) for _, source, target, _, _ in keys[0])
+    assert directions == {(1, 2): 4, (2, 1): 4}, "a byte to connect, and three messages"
