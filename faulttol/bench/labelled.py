@@ -31,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
+from faulttol import flight
 from faulttol.bench import Gate, Report, arguments
 from faulttol.bench.labels import rivals as other
 from faulttol.bench.labels.grid import (
@@ -46,7 +47,7 @@ from faulttol.bench.labels.grid import (
     cases,
     fault_of,
 )
-from faulttol.bench.labels.jobs import JOBS, Withdraw
+from faulttol.bench.labels.jobs import BACKLOG_S, JOBS, Withdraw
 from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, running, settle, strike
 from faulttol.rules.pace import paces
 from faulttol.view import JobView
@@ -214,7 +215,7 @@ def _trial(job: RunningJob, case: Case) -> Verdict:
         after_s=0.0 if alarm is None else alarm.at_s - outcome.struck_s,
         grown=_span_s(outcome.view, outcome.struck_s) / baseline.span_s,
         suspicions=len(outcome.others),
-        rivals=_rivals(outcome, case, culprit, dict(baseline.local_s), first_step),
+        rivals=_rivals(job, outcome, case, culprit, dict(baseline.local_s), first_step),
         summary="" if finding is None else finding.summary,
     )
 
@@ -233,14 +234,26 @@ def _span_s(view: JobView, since_s: float) -> float:
 
 
 def _rivals(
-    outcome: Outcome, case: Case, culprit: str, before: dict[int, float], first_step: int
+    job: RunningJob, outcome: Outcome, case: Case, culprit: str, before: dict[int, float], first_step: int
 ) -> dict[str, tuple[str, str]]:
-    return {
+    said = {
         "section score": other.section_score(outcome.view, before, first_step),
         "show_straggler": other.show_straggler(outcome.view, first_step),
         "group timeout": other.group_timeout(case.truth),
         "Ray alone": other.ray_alone(outcome.view, case.truth, culprit),
+        "flight recorder": other.NOTHING,
+        "analyser on our records": other.NOTHING,
     }
+    if case.truth in ("crash", "hang", "desync"):
+        folder = job.spec.directory
+        (folder / "dump").touch()
+        time.sleep(2 * BACKLOG_S + 0.1)
+        said["flight recorder"] = other.flight_recorder(folder, "torch_rank_")
+        flight.dump(list(outcome.view.records.values()), folder, "our_rank_")
+        said["analyser on our records"] = other.flight_recorder(folder, "our_rank_")
+        for path in (folder / "dump", *folder.glob("torch_rank_*"), *folder.glob("our_rank_*")):
+            path.unlink(missing_ok=True)
+    return said
 
 
 def _read(path: Path | None) -> dict[str, Verdict]:

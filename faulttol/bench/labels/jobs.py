@@ -221,7 +221,7 @@ def serve(rank: int, spec: JobSpec, orders: Connection) -> None:
     links = sockets.connections()
     injector = Injector([], rank=rank, record=directory / "strikes", connections=links, mark_phase=recorder.mark_phase)
     with Heartbeat(directory / f"heart{rank}", 0.1) as heart, answering(directory / f"answers{rank}"):
-        voice = _Voice(orders, links)
+        voice = _Voice(rank, directory, orders, links)
         voice.say("ready", os.getpid())
         _train(job, spec, injector, recorder, heart, voice)
 
@@ -229,7 +229,8 @@ def serve(rank: int, spec: JobSpec, orders: Connection) -> None:
 class _Voice:
     """Tells the observer things, from a thread of its own too: what waits in the connections while the loop stands."""
 
-    def __init__(self, orders: Connection, links: Mapping[int, list[int]]) -> None:
+    def __init__(self, rank: int, directory: Path, orders: Connection, links: Mapping[int, list[int]]) -> None:
+        self._rank, self._directory = rank, directory
         self.orders = orders
         self.step = -1
         self._links = links
@@ -249,6 +250,17 @@ class _Voice:
             if step == self.step:  # the loop stands
                 self.say("backlog", {peer: count for peer, count in now.items() if count and before.get(peer)})
             step, before = self.step, now
+            if (self._directory / "dump").exists():
+                self._dump()
+
+    def _dump(self) -> None:
+        """Write torch's own flight record, once."""
+        from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]
+
+        path = self._directory / f"torch_rank_{self._rank}"
+        if not path.exists():
+            path.with_name(f".{path.name}").write_bytes(_dump_fr_trace(True, False, False))
+            path.with_name(f".{path.name}").rename(path)
 
 
 def _train(job: Job, spec: JobSpec, injector: Injector, recorder: Recorder, heart: Heartbeat, voice: _Voice) -> None:

@@ -12,7 +12,11 @@ Ray alone        learns of processes that end, and of nothing else
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 
 from faulttol.config import DetectorConfig, HealthConfig
@@ -59,6 +63,33 @@ def show_straggler(view: JobView, first_step: int) -> Said:
     first = min(waits, key=lambda rank: waits[rank])
     others_s = median(wait for rank, wait in waits.items() if rank != first)
     return ("slow", f"rank {first}") if others_s - waits[first] > _WAITING * total_s else NOTHING
+
+
+def flight_recorder(folder: Path, prefix: str) -> Said:
+    """What torch's analyser makes of the dumps: ranks missing in an operation, or operations that do not fit.
+
+    A stop of the analyser itself, as on gloo's dumps or where a rank wrote none, says nothing.
+    """
+    logging.disable(logging.CRITICAL)  # what it would print
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from torch.distributed.flight_recorder.components.builder import build_db
+            from torch.distributed.flight_recorder.components.config_manager import JobConfig
+            from torch.distributed.flight_recorder.components.loader import read_dir
+
+            options = JobConfig().parse_args([str(folder), "-p", prefix])
+            details, version = read_dir(options)
+            found = build_db(details, options, version)
+    except (AssertionError, KeyError, ValueError, IndexError, TypeError, NotImplementedError):
+        return NOTHING
+    finally:
+        logging.disable(logging.NOTSET)
+    for one in reversed(found.collectives):
+        if one.missing_ranks:
+            return "hang", f"rank {min(one.missing_ranks)}"
+        if one.mismatch_collectives:
+            return "desync", f"rank {min(one.mismatch_collectives)}"
+    return NOTHING
 
 
 def group_timeout(truth: str) -> Said:
