@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainsys.errors import MissingExtraError
 from trainsys.rl.errors import TaskError
-from trainsys.rl.questions import parse_spec
+from trainsys.rl.questions import draw, parse_spec
 from trainsys.rl.schema import is_node_name
 
 if TYPE_CHECKING:
@@ -82,7 +82,10 @@ def _tasks(config: RunConfig) -> Iterator[Problem]:
     for key, texts in (("rl.tasks", config.rl.tasks), ("rl.warm_start.tasks", config.rl.warm_start.tasks)):
         for text in texts:
             try:
-                parse_spec(text)
+                spec = parse_spec(text)
+                draw([spec], 1, (0,))
+                if config.rl.evaluation_questions and key == "rl.tasks":
+                    draw([spec], 1, (0,), held_out=True)
             except (TaskError, MissingExtraError) as error:
                 yield key, str(error)
     warm = config.rl.warm_start
