@@ -108,8 +108,10 @@ class Interception:
     def _replace(self, sink: Sink) -> None:
         self._put(dist.Work, "wait", lambda wait: _waiting(wait, sink))
         self._put(dist.ProcessGroup, "_end_coalescing", lambda end: _coalescing(end, sink))
+        backend = _backend_class()
         for operation in BACKEND_METHODS:
-            self._put(_backend_class(), operation.name, functools.partial(_method, operation=operation, sink=sink))
+            if hasattr(backend, operation.name):  # one that this torch lacks cannot be called either
+                self._put(backend, operation.name, functools.partial(_method, operation=operation, sink=sink))
         for name in ("ProcessGroupGloo", "ProcessGroupNCCL"):
             if hasattr(dist.distributed_c10d, name):  # a build for CPUs has no NCCL
                 self._put(getattr(dist.distributed_c10d, name), "__init__", lambda init: _making(init, sink))

@@ -363,11 +363,14 @@ class Recorder:
     # The watcher's thread.
 
     def _watch(self) -> None:
-        if torch.cuda.is_available() and not leave_captures_alone():
-            _LOG.warning("the CUDA runtime was not found: a graph that is captured while collectives go on may fail")
+        is_ready = False
         while not self._closed.wait(self._poll_s):
             if not self._is_on:
                 return
+            if self._clocks and not is_ready:  # not before: to ask for devices would make their context
+                is_ready = True
+                if not leave_captures_alone():
+                    _LOG.warning("no CUDA runtime found: a graph that is captured while collectives go on may fail")
             self.ring.sign()
             for key, token in list(self._pending.items()):
                 try:
