@@ -117,7 +117,10 @@ class TestRay(StoreContract):
             yield store
 
     def test_a_mailbox_that_is_not_there_is_said_so(self) -> None:
-        with ray_mailbox.serve("there", keep_s=1, budget_bytes=1) as url, pytest.raises(SharingError, match="no mailbox"):
+        with (
+            ray_mailbox.serve("there", keep_s=1, budget_bytes=1) as url,
+            pytest.raises(SharingError, match="no mailbox"),
+        ):
             open_store(url.replace("there", "elsewhere"), keep_s=1)
 
 
