@@ -120,6 +120,10 @@ class FaultTolConfig:
     """Seconds between two signs of life of a rank's process; above 0, well under launch.frozen_timeout_s."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """mode=observe, act: from when on a missing sign of life means something."""
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    """mode=observe, act: from when on what was recorded counts as wrong."""
+    ring_dir: str = ""
+    """mode=observe, act: folder in which ranks record, in memory or on a local disk; empty takes `RUN/events`."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """mode=act: what recovery may cost."""
     drill: bool = False

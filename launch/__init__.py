@@ -2,6 +2,7 @@
 
 from launch.config import LaunchConfig
 from launch.context import RankContext
+from launch.diagnosis import Observation
 from launch.errors import ClusterError, JobNotFound, LaunchError, PlacementError, RankFailed, TokenError
 from launch.fleet import Recovery
 from launch.job import Job, JobResult
@@ -15,6 +16,7 @@ __all__ = [
     "JobResult",
     "LaunchConfig",
     "LaunchError",
+    "Observation",
     "PlacementError",
     "RankContext",
     "RankEnv",

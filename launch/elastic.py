@@ -16,14 +16,16 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NoReturn
 
 from faulttol import fence, policy
-from faulttol.health import Condition, Health, assess
+from faulttol.finding import Finding, FindingKind
+from faulttol.health import Condition, Health, Vitals, assess
 from faulttol.policy import Incident, Loss, LossKind, Resume, Shrink, Situation, Stop, Wait
 from faulttol.recovery import Standing
 from launch import orders, signals, verdict
+from launch.diagnosis import Diagnosis, told
 from launch.entry import Raised, Returned
 from launch.errors import RankFailed, RankNote, Reason
 from launch.fleet import Fleet, MemberReport, Recovery, member_log
@@ -53,6 +55,8 @@ _REASONS: dict[LossKind, Reason] = {
     "numeric": "raised",
 }
 
+_STANDSTILLS = (FindingKind.HANG, FindingKind.COMMUNICATION_HANG, FindingKind.DESYNC)
+
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +67,7 @@ class _Member:
     index: int
     status: RankStatus
     standing: Standing | None = None
+    vitals: Vitals | None = None
     health: Health | None = None
     rank: int | None = None
     """In the current generation, until that has ended for it."""
@@ -100,20 +105,24 @@ class _Trouble:
     """Seconds from its begin to each state of recovery."""
 
 
+@dataclass(frozen=True, slots=True)
+class Care:
+    """How a job is looked after."""
+
+    limits: Limits
+    recovery: Recovery
+    diagnosis: Diagnosis | None = None
+    """What its ranks record, and what is found in it."""
+
+
 def supervise(
-    fleet: Fleet,
-    job: Job,
-    limits: Limits,
-    recovery: Recovery,
-    *,
-    stop_grace_s: float,
-    on_output: Callable[[bytes], None],
+    fleet: Fleet, job: Job, care: Care, *, stop_grace_s: float, on_output: Callable[[bytes], None]
 ) -> JobResult:
     """Keep the job going until all its ranks have returned, a stop is over, or going on is pointless; none is left.
 
     Raises: RankFailed.
     """
-    watch = _Watch(fleet, job, limits, recovery, on_output)
+    watch = _Watch(fleet, job, care, on_output)
     stop = StopWish()
     stop_at_s: float | None = None
     with signals.caught(stop.note):
@@ -136,13 +145,12 @@ def supervise(
 class _Watch:
     """All members of the job, and which of them are its ranks."""
 
-    def __init__(
-        self, fleet: Fleet, job: Job, limits: Limits, recovery: Recovery, on_output: Callable[[bytes], None]
-    ) -> None:
+    def __init__(self, fleet: Fleet, job: Job, care: Care, on_output: Callable[[bytes], None]) -> None:
         self.fleet = fleet
         self.now_s = 0.0
         self.generation = 0
-        self._job, self._limits, self._recovery = job, limits, recovery
+        self._job, self._limits, self._recovery = job, care.limits, care.recovery
+        self._diagnosis = care.diagnosis
         self._on_output = on_output
         self._members: list[_Member] = []
         self._size = job.world_size
@@ -173,6 +181,9 @@ class _Watch:
                 self._members.append(_Member(index, RankStatus(rank=index)))
             self._learn(self._members[index], report)
         self._pass_on()
+        for finding in self._diagnosis.look(self._vitals()) if self._diagnosis is not None else ():
+            if finding.kind.is_fault:
+                self._say(told(finding))
 
     def start(self, is_stopping: Callable[[], bool]) -> None:
         """Form the first generation as soon as there are ranks enough.
@@ -197,7 +208,7 @@ class _Watch:
 
     def find(self) -> bool:
         """Whether the current generation cannot go on."""
-        return any(self._trouble_of(member) for member in self.ranks)
+        return any(self._trouble_of(member) for member in self.ranks) or self._finding(*_STANDSTILLS) is not None
 
     def recover(self, is_stopping: Callable[[], bool]) -> None:
         """End the current generation, and form the next one; or wait until one can be formed.
@@ -207,6 +218,10 @@ class _Watch:
         found = [self._trouble_of(member) for member in self.ranks]
         is_stall = all(one in (None, "stalled") for one in found)
         trouble = _Trouble(self.generation, self.now_s, is_stall)
+        desync = self._finding(FindingKind.DESYNC)
+        if desync is not None:
+            for rank in desync.culprits or (0,):
+                trouble.losses[self.ranks[rank].index] = Loss(rank, "desync", desync.summary)
         step = max((m.status.pulse.step for m in self.ranks if m.status.pulse is not None), default=-1)
         fence.publish(self._recovery.fence, self.generation + 1)
         self._mark(trouble, "fenced")
@@ -260,7 +275,21 @@ class _Watch:
 
     # ---- what is seen
 
+    def _vitals(self) -> list[Vitals]:
+        """Of the ranks that have not finished, under their numbers in this generation."""
+        return [
+            replace(member.vitals, rank=member.rank)
+            for member in self.ranks
+            if member.vitals is not None and member.rank is not None and not self._is_done(member)
+        ]
+
+    def _finding(self, *kinds: FindingKind) -> Finding | None:
+        """What holds now of these kinds, the gravest; None where nobody looks."""
+        current = self._diagnosis.current if self._diagnosis is not None else ()
+        return next((finding for finding in current if finding.kind in kinds), None)
+
     def _learn(self, member: _Member, report: MemberReport) -> None:
+        member.vitals = report.vitals
         member.status = verdict.observe(member.status, report.report, self.now_s)
         if report.standing is not None:
             member.standing = report.standing
@@ -339,7 +368,10 @@ class _Watch:
             if self.now_s > deadline_s:
                 self._collect_stacks(remaining)
                 for member in remaining:
+                    hang = self._finding(FindingKind.HANG)
                     text = "it did not leave when its collectives were broken off"
+                    if hang is not None:
+                        text += f"; {hang.summary}"
                     trouble.losses[member.index] = Loss(member.number, "hung", text)
                     self._end(member)
                 break
@@ -393,6 +425,8 @@ class _Watch:
     def _place(self, seats: list[_Member]) -> None:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
+        if self._diagnosis is not None:
+            self._diagnosis.begin(self.generation, self._size)
         places = self.fleet.places([member.index for member in seats])
         for rank, (member, place) in enumerate(zip(seats, places, strict=True)):
             member.rank = rank

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from launch import elastic, local, ray_actors, ray_fleet
 from launch.config import LaunchConfig
+from launch.diagnosis import Diagnosis, Observation
 from launch.fleet import Fleet, Recovery
 from launch.job import Job, JobResult
 from launch.supervisor import Ranks, log_path, supervise
@@ -26,11 +28,13 @@ def run(
     *,
     heartbeat_interval_s: float,
     on_output: Callable[[bytes], None],
+    observation: Observation | None = None,
     recovery: Recovery | None = None,
 ) -> JobResult:
     """Run `job` on all its ranks and block until it ended; no rank outlives the call or the calling process.
 
-    With `recovery` the job goes on without ranks that are lost; its entry does its work in `RankContext.run`.
+    With `observation` what its ranks record is looked at, and findings are told and kept. With `recovery` the job
+    goes on without ranks that are lost; its entry does its work in `RankContext.run`.
 
     `on_output` gets what rank 0 prints, as it appears. SIGTERM or SIGINT asks every rank to stop, kills what
     is left after `config.stop_grace_s`, and ends in the outcome "stopped"; a second SIGINT kills at once.
@@ -49,13 +53,18 @@ def run(
         exit_timeout_s=config.stop_grace_s,
         heartbeat_interval_s=heartbeat_interval_s,
     )
-    if recovery is not None:
-        with _FLEET_BY_KIND[config.kind](job, config, heartbeat_interval_s) as fleet:
-            return elastic.supervise(
-                fleet, job, limits, recovery, stop_grace_s=config.stop_grace_s, on_output=on_output
-            )
-    with _START_BY_KIND[config.kind](job, config, heartbeat_interval_s) as ranks:
-        return supervise(ranks, job, limits, stop_grace_s=config.stop_grace_s, on_output=on_output)
+    grace_s = config.stop_grace_s
+    with contextlib.ExitStack() as stack:
+        diagnosis = None
+        if observation is not None:
+            diagnosis = stack.enter_context(contextlib.closing(Diagnosis(observation)))
+            diagnosis.begin(0, job.world_size)
+        if recovery is not None:
+            fleet = stack.enter_context(_FLEET_BY_KIND[config.kind](job, config, heartbeat_interval_s))
+            care = elastic.Care(limits, recovery, diagnosis)
+            return elastic.supervise(fleet, job, care, stop_grace_s=grace_s, on_output=on_output)
+        ranks = stack.enter_context(_START_BY_KIND[config.kind](job, config, heartbeat_interval_s))
+        return supervise(ranks, job, limits, stop_grace_s=grace_s, on_output=on_output, diagnosis=diagnosis)
 
 
 def _empty_logs(job: Job) -> None:

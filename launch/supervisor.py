@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from launch import signals, verdict
+from launch.diagnosis import Diagnosis, told
 from launch.entry import Raised, Returned
 from launch.errors import RankFailed, RankNote
 from launch.job import Job, JobResult
@@ -57,9 +58,17 @@ def log_path(log_dir: Path, rank: int) -> Path:
 
 
 def supervise(
-    ranks: Ranks, job: Job, limits: Limits, *, stop_grace_s: float, on_output: Callable[[bytes], None]
+    ranks: Ranks,
+    job: Job,
+    limits: Limits,
+    *,
+    stop_grace_s: float,
+    on_output: Callable[[bytes], None],
+    diagnosis: Diagnosis | None = None,
 ) -> JobResult:
     """Watch `ranks` until all have returned, one is at fault, or a stop is over; none is left running.
+
+    What `diagnosis` finds is told where it is a fault, kept, and changes nothing.
 
     Raises: RankFailed.
     """
@@ -69,6 +78,9 @@ def supervise(
     with signals.caught(stop.note):
         while True:
             watch.look()
+            for finding in diagnosis.look() if diagnosis is not None else ():
+                if finding.kind.is_fault:
+                    on_output(f"[{job.name}] {told(finding)}\n".encode())
             if verdict.completed(watch.statuses):
                 return watch.finish("completed" if stop_at_s is None else "stopped")
             if verdict.ended_badly(watch.statuses):

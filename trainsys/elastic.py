@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import faulttol
 import launch
 from faulttol.fence import Fence
 from trainsys.check import backend_of, check, data_ranks, num_ranks
@@ -25,6 +27,39 @@ def recovery_of(config: RunConfig, folder: RunFolder) -> launch.Recovery | None:
         health=config.faulttol.health,
         policy=config.faulttol.policy,
     )
+
+
+def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation | None:
+    """Return what the launcher needs to look at what ranks record; None if the recipe does not ask."""
+    if config.faulttol.mode == "off":
+        return None
+    return launch.Observation(
+        rings=rings_path(config, folder),
+        record=folder.path / "events" / "findings.jsonl",
+        health=config.faulttol.health,
+        detector=config.faulttol.detector,
+    )
+
+
+@contextlib.contextmanager
+def recorded(config: RunConfig, folder: RunFolder, context: launch.RankContext) -> Iterator[None]:
+    """Record the collectives of this process inside the block, if the recipe asks for it."""
+    if config.faulttol.mode == "off":
+        yield
+        return
+    env = context.env
+    rings = rings_path(config, folder)
+    rings.mkdir(parents=True, exist_ok=True)
+    faulttol.install(rings, rank=env.rank, world_size=env.world_size, generation=context.generation)
+    try:
+        yield
+    finally:
+        faulttol.uninstall()
+
+
+def rings_path(config: RunConfig, folder: RunFolder) -> Path:
+    """Return the folder in which ranks record."""
+    return Path(config.faulttol.ring_dir).absolute() if config.faulttol.ring_dir else folder.path / "events"
 
 
 def fence_path(folder: RunFolder) -> Path:

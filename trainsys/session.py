@@ -68,6 +68,7 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
             config.launch,
             heartbeat_interval_s=config.faulttol.heartbeat_interval_s,
             on_output=on_output,
+            observation=elastic.observation_of(config, run),
             recovery=elastic.recovery_of(config, run),
         )
     if result.killed:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import checkpoint as ck
+import faulttol
 from launch import RankContext
 from parallel import hybrid
 from trainsys import data, elastic, meter, metrics, models, offloading, recipe, schedule, setup, snapshot
@@ -68,7 +69,9 @@ def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]
         config = elastic.with_ranks(recipe_config, context.env.world_size) if context.generation else recipe_config
         check(config, world_size=context.env.world_size)
         resume = payload["resume"] or context.generation > 0
-        return dataclasses.asdict(train(context, config, lambda: folder, resume=resume, threads=payload["threads"]))
+        with elastic.recorded(config, folder, context):
+            summary = train(context, config, lambda: folder, resume=resume, threads=payload["threads"])
+        return dataclasses.asdict(summary)
 
     return context.run(work)
 
@@ -204,6 +207,7 @@ class Trainer:
                 self._beat("save")
                 self._saver.after_step(self._place)
         self._beat("save")
+        faulttol.mark_phase("save")
         self._saver.finish(self._place)
         if stopped:
             self._metrics.say(f"stopped after step {self._place.step} as asked; --resume continues from there")
@@ -221,6 +225,7 @@ class Trainer:
     def _train(self, batch: data.StepBatch, targets: int) -> StepStats:
         config, step = self._config, self._place.step + 1
         self._beat("train", step)
+        faulttol.mark_step(step, tokens=batch.num_targets)
         factor = schedule.factor(config.schedule, step, config.steps)
         stats = train_step(
             self._engine,
@@ -236,6 +241,7 @@ class Trainer:
             data=replace(self._place.data, position=self._place.data.position + config.batch.global_sequences),
             tokens_seen=self._place.tokens_seen + targets,
         )
+        faulttol.mark_step_end(loss=stats.loss)
         self._throughput.mark(targets)
         if _due(step, config.metrics.every) or step == config.steps:
             self._metrics.write(step, metrics.train_record(stats, self._pace()))
@@ -245,6 +251,7 @@ class Trainer:
         if not self._config.evaluation.sequences:
             return
         self._beat("evaluate")
+        faulttol.mark_phase("evaluate")
         started = time.perf_counter()
         validation = data.ValidationSet(
             data.TokenDataset(self._shared.prepared.path, "validation", self._config.data.sequence_length),
@@ -271,6 +278,7 @@ class Trainer:
         if self._validation[0] < self._place.step:
             self._evaluate()
         self._beat("export")
+        faulttol.mark_phase("export")
         setup.all_or_none(self._export if self._shared.rank == 0 else lambda: None, self._shared.control)
 
     def _export(self) -> None:

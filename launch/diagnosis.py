@@ -1,0 +1,88 @@
+"""What the detector says of a job while it runs: from the rings that ranks record into to findings, each told once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from faulttol.config import DetectorConfig, HealthConfig
+from faulttol.detector import Memory, observe
+from faulttol.finding import Finding
+from faulttol.health import Vitals
+from faulttol.history import Follower
+
+_LOOK_S = 0.5
+_KEPT_EVENTS = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """Where the ranks record, and what is made of it."""
+
+    rings: Path
+    """Folder of the rings, which this machine sees; see `faulttol.install`."""
+    record: Path
+    """File that gets a JSON line for each finding."""
+    health: HealthConfig
+    detector: DetectorConfig
+
+
+class Diagnosis:
+    """Looks at the rings of one generation at a time. One thread uses it."""
+
+    def __init__(self, observation: Observation) -> None:
+        self._observation = observation
+        self._follower: Follower | None = None
+        self._generation = -1
+        self._memory = Memory()
+        self._told: set[object] = set()
+        self._looked_s = 0.0
+        self._current: tuple[Finding, ...] = ()
+
+    def begin(self, generation: int, world_size: int) -> None:
+        """Turn to another generation."""
+        self.close()
+        self._generation = generation
+        self._follower = Follower(self._observation.rings, range(world_size), generation, _KEPT_EVENTS)
+        self._memory, self._told, self._current = Memory(), set(), ()
+
+    def look(self, vitals: Iterable[Vitals] = ()) -> Sequence[Finding]:
+        """Return the findings that were not there before, now and then; nothing in between."""
+        now_s = time.monotonic()
+        if self._follower is None or now_s - self._looked_s < _LOOK_S:
+            return ()
+        self._looked_s = now_s
+        view = self._follower.look(vitals)
+        observation = self._observation
+        self._memory, self._current = observe(self._memory, view, observation.detector, observation.health)
+        fresh = [finding for finding in self._current if finding.key not in self._told]
+        self._told.update(finding.key for finding in fresh)
+        for finding in fresh:
+            self._keep(finding)
+        return fresh
+
+    @property
+    def current(self) -> tuple[Finding, ...]:
+        """What held at the last look, the gravest first."""
+        return self._current
+
+    def close(self) -> None:
+        """Let go of the rings. Idempotent."""
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+
+    def _keep(self, finding: Finding) -> None:
+        line = {"time": round(time.time(), 3), "generation": self._generation, **asdict(finding)}
+        self._observation.record.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._observation.record, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def told(finding: Finding) -> str:
+    """One line on a finding for a person."""
+    suspects = ", ".join(f"{suspect} ({suspect.score:.2f})" for suspect in finding.suspects[:4])
+    return f"found {finding.kind.value}: {finding.summary}" + (f"; suspected: {suspects}" if suspects else "")
