@@ -34,7 +34,7 @@ from parallel.bench import Gate, Report, arguments
 from trainsys.bench.swarms import grid, killing
 from trainsys.bench.swarms.alphabet import SKILLS
 from trainsys.bench.swarms.grid import HONEST, SCENARIOS
-from trainsys.bench.swarms.simulation import Scenario, Settings
+from trainsys.bench.swarms.simulation import Settings
 from trainsys.rl.chart import Line, draw
 
 _UNFINISHED = 3
@@ -55,6 +55,7 @@ def main(given: list[str]) -> int:
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin nothing that would end later")
     parser.add_argument("--only", default="", help="only scenarios with this in their name")
     parser.add_argument("--svg", type=Path, help="draw the curves there")
+    parser.add_argument("--markdown", type=Path, help="write the table of the README there")
     for name in ("nodes", "rounds", "dim", "num_layers", "warm_steps", "groups"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Settings(), name))
     options = parser.parse_args(given)
@@ -83,7 +84,27 @@ def main(given: list[str]) -> int:
         _kill(report, seconds=0.5 if options.smoke else 10)
     if options.svg:
         options.svg.write_text(picture(found), encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(markdown(report), encoding="utf-8")
     return report.finish(options)
+
+
+def markdown(report: Report) -> str:
+    """Return the scenarios as a table: means over seeds, of the accuracy with its 95 % interval."""
+    columns = ("accuracy, own skills", "accuracy, missing skills", "cumulative reward", "generated", "local signal")
+    rows = ["| scenario | accuracy [95 %] | own skills | missing skills | reward | groups generated | signal |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(case for case, metric, _ in report.samples if metric == "accuracy"):
+        values = _samples(report, name, "accuracy")
+        low, high = interval(values)
+        cells = [f"{fmean(values):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 1 else "")]
+        for column in columns:
+            found = report.samples.get((name, column, "1"))
+            cells.append(f"{fmean(found):.3g}" if found else "-")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows += ["", "| held to | value | limit | |", "|---|---|---|---|"]
+    rows += [f"| {g.name} | {g.value:.3g} | {g.limit:.3g} | {'ok' if g.ok else 'missed'} |" for g in report.gates]
+    return "\n".join(rows) + "\n"
 
 
 def interval(samples: list[float]) -> tuple[float, float]:
@@ -180,11 +201,6 @@ def _curve(seeds: list[list[Node]]) -> list[tuple[float, float]]:
     start = fmean(fmean(node["start"].values()) for nodes in seeds for node in nodes)
     curves = [node["curve"] for nodes in seeds for node in nodes]
     return [(0.0, start), *((fmean(x for x, _ in at), fmean(y for _, y in at)) for at in zip(*curves, strict=False))]
-
-
-def scenario_named(name: str) -> Scenario:
-    """Return the scenario of that name."""
-    return next(scenario for scenario in SCENARIOS if scenario.name == name)
 
 
 if __name__ == "__main__":
