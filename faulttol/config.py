@@ -59,6 +59,10 @@ class DetectorConfig:
     """Views in a row that must agree before a finding about a hang or about speed is reported."""
     window_steps: int = 16
     """Steps that a rule about speed looks at."""
+    fast_steps: int = 6
+    """Steps of a shorter window, in which only what is much slower counts."""
+    fast_excess: float = 1.0
+    """Share of the step that counts there, instead of `straggler_excess`."""
     straggler_excess: float = 0.2
     """A straggler's local time exceeds its peers' by at least this share of the step."""
     straggler_floor_s: float = 0.002

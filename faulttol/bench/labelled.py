@@ -48,7 +48,7 @@ from faulttol.bench.labels.grid import (
     fault_of,
 )
 from faulttol.bench.labels.jobs import BACKLOG_S, JOBS, Withdraw
-from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, running, settle, strike
+from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, TrialError, running, settle, strike
 from faulttol.rules.pace import paces
 from faulttol.view import JobView
 
@@ -166,25 +166,24 @@ def _benign(report: Report, verdicts: Sequence[Verdict]) -> None:
 
 
 def _trials(missing: Sequence[Case], until_s: float) -> Iterator[Verdict]:
-    """Make the trials, in one job for as long as it lives."""
+    """Make the trials, in one job for as long as it lives; a trial that cannot be made is told and left out."""
     with ExitStack() as stack:
         job: RunningJob | None = None
         for case in missing:
             if time.monotonic() > until_s:
                 return
-            if job is None or (job.spec.name, job.spec.num_ranks) != (case.job, case.num_ranks):
-                stack.close()
-                job = stack.enter_context(running(case.job, case.num_ranks))
-            if not settle(job):
-                stack.close()
-                job = stack.enter_context(running(case.job, case.num_ranks))
-                if not settle(job):
-                    print(f"{case.name}: the job does not settle; left out", flush=True)
+            try:
+                if job is None or (job.spec.name, job.spec.num_ranks) != (case.job, case.num_ranks) or not settle(job):
                     stack.close()
-                    job = None
-                    continue
-            yield _trial(job, case)
-            if case.ends_job:
+                    job = stack.enter_context(running(case.job, case.num_ranks))
+                    if not settle(job):
+                        raise TrialError(f"{case.name}: the job does not settle")
+                yield _trial(job, case)
+                is_over = case.ends_job
+            except TrialError as error:
+                print(f"{error}; left out", flush=True)
+                is_over = True
+            if is_over:
                 stack.close()
                 job = None
 
@@ -195,11 +194,13 @@ def _trial(job: RunningJob, case: Case) -> Verdict:
     fault, culprit = fault_of(case, baseline.span_s)
     first_step = job.step + 1
     watch_s = _WATCH_S[case.truth]
+    if case.kind == "stuck_link":
+        watch_s = _WATCH_S["slow"]  # it does not pass by itself
     if case.truth == "slow":
         watch_s = max(watch_s, _WATCH_STEPS * case.magnitude * baseline.span_s)
     outcome = strike(job, fault, watch_s=watch_s)
     if not outcome.struck_s:
-        raise RuntimeError(f"{case.name}: the fault did not strike")
+        raise TrialError(f"{case.name}: the fault did not strike")
     job.order(Withdraw())
     alarm = outcome.alarms[0] if outcome.alarms else None
     finding = None if alarm is None else alarm.finding

@@ -8,7 +8,7 @@ does, the transfers did. Both are sums of differences on one clock each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import correlation, fmean, linear_regression, median, median_low
 
 from faulttol.config import DetectorConfig, HealthConfig
@@ -50,6 +50,12 @@ class Window:
         """Each rank's local time in every step."""
         return {rank: [own[step].local_s for step in self.steps] for rank, own in self.paces.items()}
 
+    def last(self, num_steps: int) -> Window:
+        """The last steps of the window as one of their own."""
+        steps = self.steps[-num_steps:]
+        kept = {key: tuple(v for v in values if v[0] >= steps[0]) for key, values in self.transfers_s.items()}
+        return Window(steps, self.paces, {key: values for key, values in kept.items() if values})
+
     def baseline(self) -> Baseline:
         """What is usual, taking this window for a healthy one."""
         return Baseline(
@@ -79,7 +85,19 @@ def window(view: JobView, first_step: int, config: DetectorConfig, health: Healt
 
 
 def slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> list[Finding]:
-    """Return what makes the steps of the window long; without a baseline, only what peers tell."""
+    """Return what makes the steps of the window long; without a baseline, only what peers tell.
+
+    What is much slower shows in the window's last steps alone already.
+    """
+    findings = _slow(found, baseline, config)
+    if baseline is None or any(finding.kind.is_fault for finding in findings):
+        return findings
+    fast = replace(config, straggler_excess=config.fast_excess, straggler_share=1.0, slow_windows=config.fast_steps)
+    at_once = [finding for finding in _slow(found.last(config.fast_steps), baseline, fast) if finding.kind.is_fault]
+    return at_once or findings
+
+
+def _slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> list[Finding]:
     locals_s, explained = _without_tokens(found, config)
     raw = _late(found, found.locals_s(), baseline, config)
     late = _late(found, locals_s, baseline, config) if explained else raw

@@ -158,3 +158,21 @@ def test_a_finding_needs_a_second_window_that_agrees() -> None:
         assert not findings  # the same window again is no confirmation
     _, findings = observe(memory, JobView(scene.run(HEALTHY + 17)), CONFIG, HEALTH)
     assert [finding.culprits for finding in findings] == [(3,)]
+
+
+def test_what_is_much_slower_is_told_from_fewer_steps() -> None:
+    scene = Scene(work_ms=lambda r, s: (40.0 if r == 1 and faulty(s) else 10.0) * noise(r, s))
+    before = window(JobView(scene.run(HEALTHY)), 0, CONFIG, HEALTH)
+    assert before is not None
+
+    def told(num_steps: int, scene: Scene) -> list[Finding]:
+        found = window(JobView(scene.run(HEALTHY + num_steps)), 0, CONFIG, HEALTH)
+        assert found is not None
+        return slow(found, before.baseline(), CONFIG)
+
+    assert not told(CONFIG.fast_steps - 1, scene)
+    assert [finding.culprits for finding in told(CONFIG.fast_steps, scene)] == [(1,)]
+    mild = Scene(work_ms=lambda r, s: (15.0 if r == 1 and faulty(s) else 10.0) * noise(r, s))
+    assert not told(CONFIG.fast_steps, mild)
+    link = Scene(transfer_ms=lambda s: 40.0 if faulty(s) else 2.0)
+    assert [finding.kind for finding in told(CONFIG.fast_steps, link)] == [FindingKind.COMMUNICATION_SLOW]

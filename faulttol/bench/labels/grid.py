@@ -165,8 +165,11 @@ def _next(case: Case, rank: int) -> int:
 
 
 def _bytes_per_step(case: Case) -> float:
-    """What one link carries in a step: of rings, 2 (n - 1) / n of the parameters for an all-reduce."""
+    """What the busiest of the paced links carries in a step: of a ring, 2 (n - 1) / n of what is reduced."""
     if case.job == "pipeline":
-        return MICRO_BATCHES * ROWS * WIDTH * 4
+        messages = MICRO_BATCHES * ROWS * WIDTH * 4
+        replicas = case.num_ranks // 2
+        reduced = 2 * (replicas - 1) / replicas * _PARAMETER_BYTES  # by the links within a stage
+        return messages if case.kind == "slow_link" else max(messages, reduced)
     share = (case.num_ranks - 1) / case.num_ranks * _PARAMETER_BYTES
     return share * (2 if case.job == "ddp" else 3)

@@ -28,11 +28,15 @@ DETECTOR = DetectorConfig(hang_after_s=1.0, window_steps=16)
 HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=2.0)
 LOOK_S = 0.05
 """Between two looks at the job."""
-_AHEAD_S = 0.5
+_AHEAD_S = 0.3
 """Between the order to probe and the step that it is for: all ranks have to get it in time."""
 _START_S = 60.0
 _AGAIN_S = 0.3
 _LOCATED = frozenset({FindingKind.COMMUNICATION_SLOW, FindingKind.COMMUNICATION_HANG})
+
+
+class TrialError(RuntimeError):
+    """A trial could not be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +104,12 @@ class RunningJob:
         """Wait for the ranks' groups, then watch their processes."""
         for rank, orders in enumerate(self._orders):
             if not orders.poll(_START_S):
-                raise TimeoutError(f"rank {rank} of {self.spec.name} has not begun in {_START_S:g} s")
-            _, pid = orders.recv()
+                raise TrialError(f"rank {rank} of {self.spec.name} has not begun in {_START_S:g} s")
+            try:
+                _, pid = orders.recv()
+            except EOFError as error:
+                log = (self.spec.directory / f"log{rank}").read_text()[-2000:]
+                raise TrialError(f"rank {rank} of {self.spec.name} ended before it began:\n{log}") from error
             directory = self.spec.directory
             self._agent.watch(
                 Watched(rank, pid, start_ticks(pid), directory / f"heart{rank}", directory / f"answers{rank}")
