@@ -22,7 +22,7 @@ from trainsys.meter import Peak
 from trainsys.step import StepStats
 
 if TYPE_CHECKING:
-    from trainsys.rl.learner import RoundStats
+    from trainsys.rl.learner import Accuracy, RoundStats
     from trainsys.rl.sharing import SharingStats
 
 Record = Mapping[str, float]
@@ -126,11 +126,13 @@ def round_record(
     }
 
 
-def accuracy_record(accuracy: Mapping[str, float], seconds: float) -> Record:
+def accuracy_record(accuracy: Accuracy, seconds: float) -> Record:
     """Return the record of one evaluation on held-out questions, by task."""
-    mean = sum(accuracy.values()) / len(accuracy)
-    by_task = {f"rl/accuracy.{task}": value for task, value in accuracy.items()}
-    return {"rl/accuracy": mean, **by_task, "time/validation_s": seconds}
+    record = {"time/validation_s": seconds}
+    for name, by_task in (("rl/accuracy", accuracy.greedy), ("rl/sampled_accuracy", accuracy.sampled)):
+        record[name] = sum(by_task.values()) / len(by_task)
+        record |= {f"{name}.{task}": value for task, value in by_task.items()}
+    return record
 
 
 def sharing_record(stats: SharingStats, *, ages: Sequence[int], sources: Mapping[str, int], unfit: int) -> Record:
@@ -282,7 +284,8 @@ def _rl_numbers(record: Record) -> str:
 def _accuracies(record: Record) -> str:
     prefix = "rl/accuracy."
     tasks = ", ".join(f"{key.removeprefix(prefix)} {v:.0%}" for key, v in record.items() if key.startswith(prefix))
-    return f"held-out accuracy {record['rl/accuracy']:.1%} ({tasks})"
+    sampled = record["rl/sampled_accuracy"]
+    return f"held-out accuracy {record['rl/accuracy']:.1%} ({tasks}), sampled {sampled:.1%}"
 
 
 def _clock(seconds: float) -> str:

@@ -78,7 +78,7 @@ def _learn(rank: int, world_size: int, backend: str, stage: int) -> list[Any]:
         for index in (1, 2, 3):
             stats = learner.round(learner.rollouts(index), lr_factor=0.1)
             told.append(dataclasses.asdict(stats))
-        return [*told, learner.evaluate(), learner.version]
+        return [*told, dataclasses.asdict(learner.evaluate()), learner.version]
 
 
 def test_two_ranks_learn_what_one_does() -> None:

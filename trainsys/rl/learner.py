@@ -34,6 +34,8 @@ from trainsys.rl.sampler import slot_core
 
 _TRAINING, _HELD_OUT, _SHOWN, _SAMPLING = range(4)
 """What seeds are for: the first integer of their keys."""
+_HELD_OUT_SAMPLES = 4
+"""Completions of each held-out question at the temperature of training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,16 @@ class World:
     groups: MeshGroups
     control: dist.ProcessGroup
     """gloo over all ranks of the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Mean scores on held-out questions, by task."""
+
+    greedy: dict[str, float]
+    """Of the most likely tokens."""
+    sampled: dict[str, float]
+    """Of completions at the temperature of training: the reward that rounds raise, on questions they never ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,16 +224,19 @@ class Learner:
         mean = float(self._summed(sums[:1].cpu())[0]) / total
         return mean, self.engine.update(lr_factor)
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the mean score of greedy answers to held-out questions, the same ones every time, by task."""
+    def evaluate(self) -> Accuracy:
+        """Return the mean scores of answers to held-out questions, the same ones every time."""
         number = self._settings.evaluation_questions
-        sums = torch.zeros(len(self._specs), dtype=torch.float64)
+        sums = torch.zeros(2, len(self._specs), dtype=torch.float64)
         for index, spec in enumerate(self._specs):
             asked = questions.draw([spec], number, (_HELD_OUT,), held_out=True)[self._world.rank :: self._num_ranks]
-            answers = self.policy.answer(asked)
-            sums[index] = sum(tasks.score(*pair) for pair in zip(asked, (a.text for a in answers), strict=True))
-        means = (self._summed(sums) / max(number, 1)).tolist()
-        return {f"{spec.name}{_suffix(spec)}": mean for spec, mean in zip(self._specs, means, strict=True)}
+            sampled = self.policy.sample(asked, _HELD_OUT_SAMPLES, _HELD_OUT)
+            for question, answer, others in zip(asked, self.policy.answer(asked), sampled, strict=True):
+                sums[0, index] += tasks.score(question, answer.text)
+                sums[1, index] += sum(tasks.score(question, other.text) for other in others) / _HELD_OUT_SAMPLES
+        names = [f"{spec.name}{_suffix(spec)}" for spec in self._specs]
+        greedy, at_temperature = (self._summed(sums) / max(number, 1)).tolist()
+        return Accuracy(dict(zip(names, greedy, strict=True)), dict(zip(names, at_temperature, strict=True)))
 
     def _place(self, part: nn.Module) -> nn.Module:
         return part.to(device=self._world.device, dtype=DTYPES[self._config.engine.precision])

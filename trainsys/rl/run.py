@@ -24,7 +24,7 @@ from trainsys.data import load_tokenizer
 from trainsys.folder import RunFolder
 from trainsys.metrics import Metrics
 from trainsys.preemption import watched
-from trainsys.rl.learner import Learner, RoundStats, World
+from trainsys.rl.learner import Accuracy, Learner, RoundStats, World
 from trainsys.rl.model import PREFIX
 from trainsys.rl.rollout import Group
 from trainsys.saving import Saver
@@ -43,7 +43,7 @@ class Summary:
     cumulative_reward: float
     """Mean reward of each round, summed over the rounds."""
     accuracy: dict[str, float]
-    """Of the last evaluation, by task; empty without any."""
+    """Of greedy answers at the last evaluation, by task; empty without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +136,8 @@ class Run:
         """Build policy, engine and checkpointer; with `resume` continue from the newest checkpoint, if any."""
         self._context, self._config, self._met, self._settings = context, config, met, config.rl
         self._rank = context.env.rank
-        self._accuracy: tuple[int, dict[str, float]] = (-1, {})
-        self._first_accuracy: dict[str, float] = {}
+        self._accuracy: tuple[int, Accuracy] = (-1, Accuracy({}, {}))
+        self._first_accuracy = Accuracy({}, {})
         self._started = (0, time.perf_counter())
         with contextlib.ExitStack() as stack:
             self._build(stack, resume, node, join)
@@ -219,7 +219,7 @@ class Run:
             outcome="stopped" if stopped else "completed",
             step=self._place.step,
             cumulative_reward=self._place.cumulative_reward,
-            accuracy=self._accuracy[1],
+            accuracy=self._accuracy[1].greedy,
         )
 
     def _supervise(self, step: int) -> None:
@@ -340,16 +340,26 @@ class Run:
         self._context.heartbeat.beat(step=self._place.step if step is None else step, phase=phase)
 
 
-def _table(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[str]:
+def _table(before: Accuracy, after: Accuracy) -> Iterator[str]:
     """Yield lines that say the held-out accuracy of each task, and what it was before the first round."""
-    if not after:
+    if not after.greedy:
         return
-    width = max(map(len, (*after, "mean")))
-    yield "held-out accuracy (before the first round, now):"
-    rows = [*after.items(), ("mean", sum(after.values()) / len(after))]
-    earlier = {**before, "mean": sum(before.values()) / len(before)} if before else {}
-    for name, value in rows:
-        yield f"  {name:<{width}}  {f'{earlier[name]:6.1%}' if name in earlier else '     -'}  {value:6.1%}"
+    width = max(map(len, (*after.greedy, "mean")))
+    yield "held-out accuracy, before the first round and now: greedy; sampled as in training"
+    for task in (*after.greedy, "mean"):
+        cells = [_percent(figures, task) for of in ("greedy", "sampled") for figures in _both(before, after, of)]
+        yield f"  {task:<{width}}  {cells[0]} {cells[1]};  {cells[2]} {cells[3]}"
+
+
+def _both(before: Accuracy, after: Accuracy, kind: str) -> tuple[dict[str, float], dict[str, float]]:
+    return getattr(before, kind), getattr(after, kind)
+
+
+def _percent(by_task: Mapping[str, float], task: str) -> str:
+    if not by_task:
+        return "     -"
+    value = sum(by_task.values()) / len(by_task) if task == "mean" else by_task[task]
+    return f"{value:6.1%}"
 
 
 def _due(step: int, every: int) -> bool:
