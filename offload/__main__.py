@@ -14,7 +14,10 @@ from pathlib import Path
 from offload.errors import OffloadError
 from offload.numa import memory_only
 from offload.probe import Measurement, Report, probe
+from offload.tier import TierSpec
 
+KEPT = Path.home() / ".cache" / "trainsys" / "probe.json"
+"""Where the figures of the last probe are kept, for plans."""
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -24,9 +27,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not options.path.is_dir():
             raise OffloadError(f"--path: {options.path} is not a folder; name one on the disk to measure")
-        report = probe(options.path, size_bytes=options.size, repeats=options.repeats)
-        if options.json:
-            options.json.write_text(json.dumps(_as_json(report), indent=1) + "\n")
+        report = probe(options.path, size_bytes=options.size, repeats=options.repeats, cxl=options.emulate_cxl)
+        text = json.dumps(as_json(report), indent=1) + "\n"
+        for path in (options.keep, options.json):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
     except (OffloadError, OSError) as error:
         print(f"offload probe: {error}", file=sys.stderr)
         return 2
@@ -46,7 +52,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder on the disk to measure; default: here",
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures with every sample")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures with every sample there")
+    command.add_argument(
+        "--keep", type=Path, default=KEPT, metavar="FILE", help="where `trainsys plan` finds them; default: %(default)s"
+    )
+    command.add_argument(
+        "--emulate-cxl",
+        type=_emulated,
+        metavar="SIZE,GB/s,us",
+        help="without CXL memory measure a stand-in of this size, rate each way and latency, e.g. 64GiB,20,0.5",
+    )
     command.add_argument(
         "--size", type=_num_bytes, default="512MiB", help="bytes moved per repeat, e.g. 1GiB; default 512MiB"
     )
@@ -62,13 +77,29 @@ def _num_bytes(text: str) -> int:
     return size
 
 
+def _emulated(text: str) -> TierSpec:
+    size, *figures = text.split(",")
+    try:
+        rate, latency_us = (float(figure) for figure in figures)
+        return TierSpec(
+            name="cxl",
+            capacity_bytes=_num_bytes(size),
+            read_bytes_per_s=rate * 1e9,
+            write_bytes_per_s=rate * 1e9,
+            latency_s=latency_us * 1e-6,
+            emulated=True,
+        )
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SIZE,GB/s,us such as 64GiB,20,0.5") from error
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 
-def _as_json(report: Report) -> dict[str, object]:
+def as_json(report: Report) -> dict[str, object]:
     rows = [{**dataclasses.asdict(row), "value": row.value} for row in report.measurements]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"date": date, **dataclasses.asdict(report), "measurements": rows}
@@ -85,6 +116,7 @@ def _table(report: Report) -> str:
     memory = f"{int(machine['memory_bytes']) / (1 << 30):.1f} GiB"
     lines.append(f"machine: {machine['cpus']} CPUs, {memory}, GPU {machine['gpu']}, {machine['system']}")
     found = memory_only(report.numa_nodes)
+    lines += [f"tier {spec.label}: {spec.capacity_bytes / 1e9:.1f} GB" for spec in report.tiers]
     nodes = ", ".join(f"node {node.index} ({node.memory_bytes / (1 << 30):.1f} GiB)" for node in found)
     lines.append(f"CXL or other memory without CPUs: {nodes or 'none'}")
     return "\n".join(lines)
@@ -94,7 +126,12 @@ def _figure(row: Measurement) -> tuple[str, str]:
     """Return the median and the range, in units that a person reads."""
     if row.value is None:
         return "not measured", ""
-    scale, unit = {"B/s": (1e9, "GB/s"), "parameters/s": (1e9, "G parameters/s"), "s": (1e-6, "us")}[row.unit]
+    scale, unit = {
+        "B/s": (1e9, "GB/s"),
+        "parameters/s": (1e9, "G parameters/s"),
+        "s": (1e-6, "us"),
+        "FLOP/s": (1e12, "TFLOP/s"),
+    }[row.unit]
     low, high = min(row.samples) / scale, max(row.samples) / scale
     return f"{row.value / scale:.3g} {unit}", f"({low:.3g} to {high:.3g})"
 

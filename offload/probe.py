@@ -7,6 +7,7 @@ touched before. The figures of tiers go through `CpuTier` and `NvmeTier` themsel
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import platform
@@ -21,8 +22,9 @@ from statistics import median
 import torch
 
 from offload.cpu import CpuTier
-from offload.errors import TierError
-from offload.numa import NumaNode, numa_nodes
+from offload.cxl import CxlTier
+from offload.errors import OffloadError, TierError
+from offload.numa import NumaNode, memory_only, numa_nodes
 from offload.nvme import NvmeTier
 from offload.tier import Tier, TierSpec
 
@@ -61,14 +63,18 @@ class Report:
     numa_nodes: list[NumaNode]
 
 
-def probe(folder: Path, *, size_bytes: int, repeats: int) -> Report:
-    """Measure this machine, and its disk in `folder`; needs 2 x `size_bytes` of memory and one of disk."""
+def probe(folder: Path, *, size_bytes: int, repeats: int, cxl: TierSpec | None = None) -> Report:
+    """Measure this machine, and its disk in `folder`; needs 2 x `size_bytes` of memory and one of disk.
+
+    CXL memory is every NUMA node that has memory and no CPU, or without any the emulated tier that `cxl` describes.
+    """
     clock = Clock(repeats)
     memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cpu, cpu_rows = _tier(clock, "cpu", CpuTier, memory_bytes, size_bytes)
+    cpu, cpu_rows = _tier(clock, _blank("cpu", memory_bytes), CpuTier, size_bytes)
     nvme, nvme_rows = _tier(
-        clock, "nvme", lambda spec: NvmeTier(spec, folder), shutil.disk_usage(folder).free, size_bytes
+        clock, _blank("nvme", shutil.disk_usage(folder).free), lambda spec: NvmeTier(spec, folder), size_bytes
     )
+    cards = [_tier(clock, spec, make, size_bytes) for spec, make in _cards(cxl)]
     return Report(
         machine=_machine(),
         versions={"python": platform.python_version(), "torch": torch.__version__},
@@ -76,12 +82,14 @@ def probe(folder: Path, *, size_bytes: int, repeats: int) -> Report:
         measurements=[
             *_copies(clock, size_bytes),
             _adamw(clock, "cpu", size_bytes),
+            _own_adamw(clock, size_bytes),
             *cpu_rows,
+            *(row for _, rows in cards for row in rows),
             _write_and_fsync(clock, folder, size_bytes),
             *nvme_rows,
             *_cuda(clock, size_bytes),
         ],
-        tiers=[spec for spec in (cpu, nvme) if spec is not None],
+        tiers=[spec for spec in (cpu, *(spec for spec, _ in cards), nvme) if spec is not None],
         numa_nodes=numa_nodes(),
     )
 
@@ -138,19 +146,56 @@ def _adamw(clock: Clock, device: str, size_bytes: int) -> Measurement:
     return clock.rate(f"{device}.adamw", "parameters/s", count, step, how)
 
 
-def _tier(
-    clock: Clock, name: str, make: Callable[[TierSpec], Tier], capacity_bytes: int, size_bytes: int
-) -> tuple[TierSpec | None, list[Measurement]]:
-    """Measure writes, reads and the latency of a tier; return its spec, or None where it cannot be made."""
-    part_bytes = max(_SMALL_BYTES, size_bytes // _NUM_BLOCKS // _SMALL_BYTES * _SMALL_BYTES)
-    # The rates are what we are about to learn; nothing that runs here looks at them.
-    blank = TierSpec(
+def _own_adamw(clock: Clock, size_bytes: int) -> Measurement:
+    """The tiered optimizer's kernel: bf16 gradients in, fp32 states, bf16 parameters out, all threads."""
+    from offload.kernels import States, Step, make_kernel
+
+    metric, count = "cpu.tiered_adamw", max(1024, size_bytes // _PARAMETER_BYTES)
+    threads = torch.get_num_threads()
+    try:
+        kernel = make_kernel("native", torch.device("cpu"), num_threads=threads)
+    except OffloadError as error:
+        return Measurement(metric, "parameters/s", [], str(error))
+    states = States(*(torch.zeros(count) for _ in range(3)))
+    gradient, out = torch.ones(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.bfloat16)
+    step = Step(1, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    how = f"one fused pass of C over {count / 1e6:.3g}M parameters, bf16 in and out, {threads} threads"
+    try:
+        return clock.rate(metric, "parameters/s", count, lambda: kernel.adamw(states, gradient, out, step), how)
+    finally:
+        kernel.close()
+
+
+def _blank(name: str, capacity_bytes: int) -> TierSpec:
+    """Return a spec whose rates are still to be learnt; nothing that runs here looks at them."""
+    return TierSpec(
         name=name, capacity_bytes=capacity_bytes, read_bytes_per_s=1.0, write_bytes_per_s=1.0, latency_s=0.0
     )
+
+
+def _cards(emulated: TierSpec | None) -> list[tuple[TierSpec, Callable[[TierSpec], Tier]]]:
+    """Return the CXL tiers that can be made here."""
+    nodes = memory_only(numa_nodes())
+    if not nodes:
+        return [(emulated, CxlTier)] if emulated is not None else []
+    return [
+        (_blank(f"cxl{node.index}", node.memory_bytes), functools.partial(CxlTier, node=node.index)) for node in nodes
+    ]
+
+
+def _tier(
+    clock: Clock, blank: TierSpec, make: Callable[[TierSpec], Tier], size_bytes: int
+) -> tuple[TierSpec | None, list[Measurement]]:
+    """Measure writes, reads, both at once and the latency of a tier; return its spec, or None where it cannot be made.
+
+    An emulated tier is measured like any other, which shows that it keeps to its figures; its rows say so.
+    """
+    name = blank.name
+    part_bytes = max(_SMALL_BYTES, size_bytes // _NUM_BLOCKS // _SMALL_BYTES * _SMALL_BYTES)
     try:
         tier = make(blank)
     except TierError as error:
-        units = {"write": "B/s", "read": "B/s", "latency": "s"}
+        units = {"write": "B/s", "read": "B/s", "both": "B/s", "latency": "s"}
         return None, [Measurement(f"{name}.{what}", unit, [], str(error)) for what, unit in units.items()]
     with tier:
         data = torch.ones(part_bytes, dtype=torch.uint8)
@@ -166,23 +211,31 @@ def _tier(
             for future in [tier.read(block, target) for block, target in pairs]:
                 future.result()
 
+        def both() -> None:
+            half = _NUM_BLOCKS // 2
+            moves = [tier.write(block, data) for block in blocks[:half]]
+            moves += [tier.read(block, target) for block, target in zip(blocks[half:], targets, strict=False)]
+            for future in moves:
+                future.result()
+
         what = type(tier).__name__ + (", past the page cache" if isinstance(tier, NvmeTier) else "")
+        what += ", emulated" if tier.spec.emulated else ""
         how = f"{what}, {_NUM_BLOCKS} blocks of {_mib(part_bytes)} at once"
         total = _NUM_BLOCKS * part_bytes
         writes = clock.rate(f"{name}.write", "B/s", total, write, how)
         reads = clock.rate(f"{name}.read", "B/s", total, read, how)
+        at_once = clock.rate(f"{name}.both", "B/s", total, both, f"{how}, half of them each way, sum")
         small = tier.allocate(_SMALL_BYTES)
         tier.write(small, data[:_SMALL_BYTES]).result()
         times_s = clock.times_s(lambda: tier.read(small, targets[0][:_SMALL_BYTES]).result())
         latency = Measurement(f"{name}.latency", "s", times_s, f"{what}, one read of 4 KiB")
-    spec = TierSpec(
-        name=name,
-        capacity_bytes=capacity_bytes,
+    spec = dataclasses.replace(
+        blank,
         read_bytes_per_s=median(reads.samples),
         write_bytes_per_s=median(writes.samples),
         latency_s=median(times_s),
     )
-    return spec, [writes, reads, latency]
+    return spec, [writes, reads, at_once, latency]
 
 
 def _write_and_fsync(clock: Clock, folder: Path, size_bytes: int) -> Measurement:
@@ -229,7 +282,15 @@ def _cuda(clock: Clock, size_bytes: int) -> list[Measurement]:
         how = f"pinned, {_mib(size_bytes)} {'each way at once, sum' if all(ways) else 'one way'}, {name}"
         amount = size_bytes * sum(ways)
         rows.append(clock.rate(f"cuda.{metric}", "B/s", amount, functools.partial(move, *ways), how))
-    return [*rows, _adamw(clock, "cuda", size_bytes)]
+    side = 8192
+    one, other = (torch.ones(side, side, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+
+    def product() -> None:
+        one @ other
+        torch.cuda.synchronize()
+
+    how = f"product of two {side} x {side} matrices in bf16, {name}"
+    return [*rows, _adamw(clock, "cuda", size_bytes), clock.rate("cuda.matmul", "FLOP/s", 2 * side**3, product, how)]
 
 
 @contextlib.contextmanager

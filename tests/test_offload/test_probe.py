@@ -22,7 +22,12 @@ _ALWAYS = {
     "cpu.adamw",
     "cpu.write",
     "cpu.read",
+    "cpu.both",
     "cpu.latency",
+    "cpu.tiered_adamw",
+    "cxl.read",
+    "cxl.write",
+    "cxl.both",
     "disk.write_fsync",
     "nvme.write",
     "nvme.read",
@@ -39,9 +44,23 @@ def _probe(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
     out, disk = tmp_path / "probe.json", tmp_path / "disk"
     disk.mkdir()
-    done = _probe("--path", str(disk), "--json", str(out), "--size", "1MiB", "--repeats", "2")
+    done = _probe(
+        "--path",
+        str(disk),
+        "--json",
+        str(out),
+        "--keep",
+        str(out),
+        "--size",
+        "1MiB",
+        "--repeats",
+        "2",
+        "--emulate-cxl",
+        "2GiB,1,50",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
+    assert json.loads((tmp_path / "kept.json").read_text()) == report
     rows = {row["metric"]: row for row in report["measurements"]}
     assert rows.keys() >= _ALWAYS
     for metric, row in rows.items():
@@ -51,9 +70,14 @@ def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
         (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{metric} "))
         assert line.endswith(row["how"])
     tiers = {tier["name"]: TierSpec(**tier) for tier in report["tiers"]}
-    assert tiers.keys() == {"cpu", "nvme"}
+    assert tiers.keys() == {"cpu", "cxl", "nvme"}
     assert math.isclose(tiers["nvme"].read_bytes_per_s, rows["nvme.read"]["value"])
-    assert not any(tier.emulated for tier in tiers.values())
+    assert [name for name, tier in tiers.items() if tier.emulated] == ["cxl"]
+    assert "tier cxl (emulated): 2.1 GB" in done.stdout
+    assert all("emulated" in row["how"] for metric, row in rows.items() if metric.startswith("cxl."))
+    # Slower than it was told to be is possible on a busy machine, faster is not.
+    assert tiers["cxl"].read_bytes_per_s <= 1.001e9
+    assert tiers["cxl"].latency_s >= 50e-6
     assert not os.listdir(disk)
 
 
@@ -73,7 +97,7 @@ def test_a_rate_is_an_amount_per_second_and_the_first_repeat_does_not_count() ->
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_to_the_gpu_are_measured(tmp_path: Path) -> None:
-    done = _probe("--path", str(tmp_path), "--size", "1MiB", "--repeats", "1")
+    done = _probe("--path", str(tmp_path), "--size", "1MiB", "--repeats", "1", "--keep", str(tmp_path / "k.json"))
     assert done.returncode == 0, done.stderr
     for metric in ("cuda.host_to_device", "cuda.device_to_host", "cuda.both", "cuda.adamw"):
         assert f"\n{metric} " in done.stdout
@@ -85,8 +109,9 @@ def test_copies_to_the_gpu_are_measured(tmp_path: Path) -> None:
         (["--path", "/nowhere"], "offload probe: --path: /nowhere is not a folder"),
         (["--size", "1 parsec"], "argument --size: '1 parsec' is not a size of at least 1 MiB"),
         (["--size", "4"], "argument --size: '4' is not a size of at least 1 MiB"),
+        (["--emulate-cxl", "4GiB"], "argument --emulate-cxl: '4GiB' is not SIZE,GB/s,us"),
         (["--repeats", "0"], "argument --repeats: '0' is not a number of at least 1"),
-        (["--path", "/proc", "--size", "1MiB", "--repeats", "1"], "offload probe: "),
+        (["--path", "/proc", "--size", "1MiB", "--repeats", "1", "--keep", "/proc/k"], "offload probe: "),
     ],
 )
 def test_a_mistake_ends_with_2_and_one_message(
