@@ -24,6 +24,7 @@ from trainsys.rl.validation import Rules, Validator
 
 _NODES = 3
 _VICTIM = 1
+_LEAST_ROUNDS = 3
 _SPEC = [questions.TaskSpec("reverse")]
 
 
@@ -36,23 +37,29 @@ def rounds_per_s(seconds: float) -> tuple[list[float], list[float]]:
     with tempfile.TemporaryDirectory(prefix="bench-killing-") as folder:
         command = [sys.executable, "-m", __name__, folder]
         nodes = [subprocess.Popen([*command, str(node)]) for node in range(_NODES)]
+        survivors = [node for node in range(_NODES) if node != _VICTIM]
         try:
-            _await(lambda: all(len(_times(folder, node)) > 2 for node in range(_NODES)), nodes)
-            began = time.time()
-            _await(lambda: time.time() > began + seconds, nodes)
+            _observe(folder, list(range(_NODES)), nodes, 0.0)  # all are there and warm
+            before = _observe(folder, survivors, nodes, seconds)
             nodes[_VICTIM].send_signal(signal.SIGKILL)
             nodes[_VICTIM].wait()
-            killed = time.time()
-            survivors = [node for node in range(_NODES) if node != _VICTIM]
-            _await(lambda: time.time() > killed + seconds, [nodes[node] for node in survivors])
+            after = _observe(folder, survivors, [nodes[node] for node in survivors], seconds)
         finally:
             for process in nodes:
                 process.kill()
                 process.wait()
-        times = [_times(folder, node) for node in survivors]
-    before = [sum(began < moment <= killed for moment in of_node) / (killed - began) for of_node in times]
-    after = [sum(killed < moment <= killed + seconds for moment in of_node) / seconds for of_node in times]
     return before, after
+
+
+def _observe(folder: str, watched: list[int], alive: list[subprocess.Popen[bytes]], seconds: float) -> list[float]:
+    """Return the rounds a second of nodes from now on, over some seconds and at least some rounds of each."""
+    began = time.time()
+
+    def rounds() -> list[int]:
+        return [sum(moment > began for moment in _times(folder, node)) for node in watched]
+
+    _await(lambda: time.time() > began + seconds and min(rounds()) >= _LEAST_ROUNDS, alive)
+    return [count / (time.time() - began) for count in rounds()]
 
 
 def _await(done: Callable[[], bool], nodes: list[subprocess.Popen[bytes]]) -> None:
