@@ -7,7 +7,9 @@ from offload.errors import (
     BlockError,
     BudgetError,
     Corrupted,
+    KernelError,
     OffloadError,
+    OptimizerError,
     PlacementError,
     SpecError,
     TierError,
@@ -15,6 +17,8 @@ from offload.errors import (
 )
 from offload.gpu import GpuTier
 from offload.nvme import NvmeTier
+from offload.optimizer import TieredAdamW, Tiering
+from offload.schedule import Budget, Rates
 from offload.striped import StripedTier
 from offload.tier import Block, Tier, TierSpec
 from offload.trace import Trace
@@ -22,20 +26,26 @@ from offload.trace import Trace
 __all__ = [
     "Block",
     "BlockError",
+    "Budget",
     "BudgetError",
     "Corrupted",
     "CpuTier",
     "CxlTier",
     "GpuTier",
+    "KernelError",
     "NvmeTier",
     "OffloadConfig",
     "OffloadError",
+    "OptimizerError",
     "PlacementError",
+    "Rates",
     "SpecError",
     "StripedTier",
     "Tier",
     "TierError",
     "TierFull",
     "TierSpec",
+    "TieredAdamW",
+    "Tiering",
     "Trace",
 ]

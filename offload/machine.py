@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -275,14 +276,15 @@ class Machine:
         return runs
 
     def _plan(self, tiering: Tiering) -> Plan:
-        interleave = tiering.interleave
-        if interleave is None:
-            interleave = "auto" if self.device.type == "cuda" else "cpu"
+        interleave, budget = tiering.interleave, tiering.budget
+        if interleave is None and self.device.type == "cuda":
+            interleave = "auto"
+        elif interleave is None:  # there is no other memory than the CPU's
+            interleave, budget = "cpu", dataclasses.replace(budget, device_bytes=0)
         if interleave == "auto" and self.rates is None:
             self.rates = calibrate.calibrate(
                 self.device, num_threads=tiering.num_threads or default_threads(), kernel=tiering.kernel
             )
-        budget = tiering.budget
         found = plan([group.count for group in self.subgroups], self.rates, interleave=interleave, budget=budget)
         if "tier" in found.paths and tiering.tier is None:
             missing = 12 * found.numel(self.subgroups, "tier")

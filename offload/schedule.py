@@ -125,7 +125,8 @@ class Rates:
     @property
     def tier(self) -> float:
         """Parameters whose states are read, updated and written back."""
-        return min(self.cpu, 1 / (STATE_BYTES / self.tier_read + STATE_BYTES / self.tier_write))
+        each_s = STATE_BYTES / self.tier_read + STATE_BYTES / self.tier_write
+        return 1 / max(each_s, 1 / self.cpu)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
