@@ -211,7 +211,8 @@ class Sampler:
         else:
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads, which copy checkpoints, may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._step(slots, *key)
             self._graphs[key] = graph
             graph.replay()
