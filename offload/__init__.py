@@ -21,7 +21,7 @@ from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget, Rates
 from offload.striped import StripedTier
 from offload.tier import Block, Tier, TierSpec
-from offload.trace import Trace
+from offload.tracing import Trace
 
 __all__ = [
     "Block",

@@ -29,7 +29,7 @@ from offload.pages import allocate_pages
 from offload.pinned import Pinned
 from offload.swap_plan import ActivationPlan, Choice, LayerActivations, Links, plan_activations
 from offload.tier import Block, Tier
-from offload.trace import Trace
+from offload.tracing import Trace
 
 _MIN_BYTES = 1 << 16
 """Smaller storages are kept: moving one costs as much as moving this."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from offload.trace import STALL, Trace
+from offload.tracing import STALL, Trace
 
 UP, DOWN = "cpu to gpu", "gpu to cpu"
 """Lanes of a trace."""

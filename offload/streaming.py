@@ -27,7 +27,7 @@ from offload.layers import LayerWeights, Slot, lay_out, settle, settle_in
 from offload.pages import allocate_pages
 from offload.pinned import Pinned
 from offload.tier import Tier
-from offload.trace import Trace
+from offload.tracing import Trace
 from offload.window import Window, fixed_bytes_needed, largest_window
 
 

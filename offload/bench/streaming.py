@@ -32,7 +32,7 @@ from offload.bench import Bound, Gate, Report, arguments
 from offload.bench.models import Decoder, batch, build
 from offload.cap import capped
 from offload.streaming import LayerStream, fit
-from offload.trace import Trace
+from offload.tracing import Trace
 from offload.window import LayerCost, Window, choose_window, predicted_s
 
 PHASES = ("exact", "speed", "deepspeed", "capped")

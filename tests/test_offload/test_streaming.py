@@ -15,7 +15,7 @@ from torch import nn
 from offload import CpuTier, CxlTier, NvmeTier, Tier
 from offload.errors import BudgetError, StreamError
 from offload.streaming import LayerStream, fit
-from offload.trace import Trace
+from offload.tracing import Trace
 from offload.window import LayerCost, Window, choose_window, largest_window
 from tests.contracts.tier import spec
 from tests.test_offload.streamed_models import Block, Model, differing, pair, train

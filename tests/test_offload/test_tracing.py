@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from offload import CpuTier
-from offload.trace import COMPUTE, STALL, Trace, memory_peaks, merged, shared_s
+from offload.tracing import COMPUTE, STALL, Trace, memory_peaks, merged, shared_s
 from tests.contracts.tier import spec
 
 
