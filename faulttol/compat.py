@@ -2,8 +2,8 @@
 
 A kernel at the `BackendSelect` key of a `c10d` operator runs for every caller: `torch.distributed`, DDP's reducer in
 C++, FSDP2, functional collectives, compiled graphs, inference tensors. What is not an operator is replaced on its
-class: `Work.wait` (the end of an operation on the CPU), `ProcessGroup._end_coalescing` (the one work of many
-messages), and the methods of a bare `Backend`, which never reach the operators.
+class: `Work.wait` (the end of an operation on the CPU), `ProcessGroup._start_coalescing` and
+`_end_coalescing` (one work of many messages), and the methods of a bare `Backend`, which never reach the operators.
 
 All of it is taken back by `close()`. Held against torch 2.11 to 2.13; another version must have the same parts, or
 `Interception` says which one it misses.
@@ -48,6 +48,9 @@ class Sink(Protocol):
 
     def over(self, token: Any) -> None:
         """Called after the waiting."""
+
+    def coalescing(self, group: Any) -> None:
+        """Called before a group's coalescing starts."""
 
     def coalesced(self, group: Any, work: Any) -> None:
         """Called when a group's coalescing ended in one work."""
@@ -107,7 +110,8 @@ class Interception:
 
     def _replace(self, sink: Sink) -> None:
         self._put(dist.Work, "wait", lambda wait: _waiting(wait, sink))
-        self._put(dist.ProcessGroup, "_end_coalescing", lambda end: _coalescing(end, sink))
+        self._put(dist.ProcessGroup, "_start_coalescing", lambda start: _coalescing(start, sink))
+        self._put(dist.ProcessGroup, "_end_coalescing", lambda end: _coalesced(end, sink))
         backend = _backend_class()
         for operation in BACKEND_METHODS:
             if hasattr(backend, operation.name):  # one that this torch lacks cannot be called either
@@ -202,7 +206,15 @@ def _waiting(wait: Any, sink: Sink) -> Callable[..., Any]:
     return waiting
 
 
-def _coalescing(end: Any, sink: Sink) -> Callable[..., Any]:
+def _coalescing(start: Any, sink: Sink) -> Callable[..., Any]:
+    def starting(group: Any, *arguments: Any, **keywords: Any) -> Any:
+        sink.coalescing(group)
+        return start(group, *arguments, **keywords)
+
+    return starting
+
+
+def _coalesced(end: Any, sink: Sink) -> Callable[..., Any]:
     def ending(group: Any, *arguments: Any, **keywords: Any) -> Any:
         work = end(group, *arguments, **keywords)
         sink.coalesced(group, work)

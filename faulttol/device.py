@@ -21,7 +21,8 @@ _ANCHOR_EVERY_NS = 10_000_000_000
 """Elapsed times are fp32 milliseconds: over 10 s they are good to a microsecond."""
 _ANCHOR_TRIES = 5
 _ANCHOR_WAIT_NS = 1_000_000
-_POOLED = 1024
+_FIRST, _POOLED = 64, 4096
+"""Events that are made at once, and that are kept."""
 
 
 def is_capturing() -> bool:
@@ -61,25 +62,43 @@ class DeviceClock:
     """Times of one device's events on the host's clock. `stamp` is for any thread, the rest for one."""
 
     def __init__(self, index: int) -> None:
+        self._index = index
         self._device = torch.device("cuda", index)
         self._stream: Any = None
         self._anchor: _Anchor | None = None
         self._free: list[Any] = []
+        self._streams: dict[tuple[int, int, int], Any] = {}
         self._last_end: dict[object, int] = {}
+        for _ in range(_FIRST):  # made before they are needed: to make one takes longer than to record it
+            event = _event()
+            event.record(torch.cuda.current_stream(self._device))
+            self._free.append(event)
 
-    def stamp(self) -> Any:
-        """Return an event of a pool, recorded on the device's current stream."""
+    def stamp(self) -> tuple[Any, object]:
+        """Return an event of a pool, recorded on the device's current stream, and what names that stream."""
+        key = torch._C._cuda_getCurrentStream(self._index)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = torch.cuda.current_stream(self._device)
         try:
             event = self._free.pop()
         except IndexError:
             event = _event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        event.record(stream)
+        return event, key
 
     def release(self, event: Any) -> None:
         """Take an event back."""
         if len(self._free) < _POOLED:
             self._free.append(event)
+
+    def between(self, ready: Any, passed: Any) -> Span | None:
+        """Return when the device came from one event to the other, both over; None before there is an anchor."""
+        anchor = self._anchored()
+        if anchor is None:
+            return None
+        end_ns = anchor.host_ns + round(anchor.event.elapsed_time(passed) * 1e6)
+        return Span(end_ns - round(ready.elapsed_time(passed) * 1e6), end_ns)
 
     def span(self, channel: object, ready: Any, duration_ns: int) -> Span | None:
         """Return when an operation ran whose input was ready at `ready`; None before there is an anchor.

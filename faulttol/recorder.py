@@ -17,7 +17,7 @@ import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import torch
@@ -27,48 +27,13 @@ from faulttol.channels import Channels
 from faulttol.compat import Interception, group_of, work_of
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
+from faulttol.ongoing import Group, Token
 from faulttol.operations import ENDS_AT_WAIT, Operation
 from faulttol.ring import KIND_NUMBERS, Ring
 
 _LOG = logging.getLogger(__name__)
 _MAX_OUTPUTS = 256
 """Results of functional reduce-scatters that are followed until somebody waits for them."""
-
-
-class _Group:
-    """What is known of one process group."""
-
-    __slots__ = ("backends", "messages", "name", "numbers", "ranks", "ref", "seq", "timed", "timed_kinds", "unfinished")
-
-    def __init__(self, group: Any, name: str, ranks: tuple[int, ...]) -> None:
-        self.ref = weakref.ref(group)
-        self.name, self.ranks = name, ranks
-        self.seq = 0
-        self.messages: dict[tuple[int, bool], int] = {}
-        self.numbers: dict[str, int] = {}
-        """By device type: the ring's number of this group with the backend it has there."""
-        self.backends: dict[str, str] = {}
-        self.timed = False
-        self.timed_kinds: set[str] = set()
-        self.unfinished: list[_Token] = []
-        """Begun without a work of their own: one work will stand for all when coalescing ends."""
-
-
-class _Token:
-    """An operation that goes on."""
-
-    __slots__ = ("age", "channel", "device", "group", "index", "is_over", "kind", "output", "ready", "ref", "work")
-
-    def __init__(self, index: int, kind: str, group: _Group, device: Any, ready: Any) -> None:
-        self.index, self.kind, self.group, self.device, self.ready = index, kind, group, device, ready
-        self.output = 0
-        """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
-        self.work: Any = None
-        self.ref: Any = None
-        self.channel: object = None
-        """What the device runs one after the other, and this among it."""
-        self.age = 0
-        self.is_over = False
 
 
 class Recorder:
@@ -79,10 +44,12 @@ class Recorder:
         self._step, self._phase = -1, "train"
         self._where = (-1, ring.number("phase", "train"))
         self._step_is_open = False
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, Group] = {}
         self._dtypes: dict[torch.dtype, int] = {}
-        self._pending: dict[int, _Token] = {}
-        self._outputs: OrderedDict[int, _Token] = OrderedDict()
+        self._pending: dict[int, Token] = {}
+        self._stamped: dict[object, deque[Token]] = {}
+        """By stream: what has no work, since it runs on the stream that it was called from."""
+        self._outputs: OrderedDict[int, Token] = OrderedDict()
         self._clocks: dict[int, DeviceClock] = {}
         self._channels = Channels(rank)
         self._follows_tensors = False
@@ -133,7 +100,7 @@ class Recorder:
 
     # What the interception tells (compat.Sink); none of it raises.
 
-    def begin(self, operation: Operation, group: Any, arguments: tuple[Any, ...]) -> _Token | None:
+    def begin(self, operation: Operation, group: Any, arguments: tuple[Any, ...]) -> Token | None:
         """Write that an operation begins."""
         if not self._is_on:
             return None
@@ -143,7 +110,7 @@ class Recorder:
             self._lose()
             return None
 
-    def _begin(self, operation: Operation, bare: Any, arguments: tuple[Any, ...]) -> _Token | None:
+    def _begin(self, operation: Operation, bare: Any, arguments: tuple[Any, ...]) -> Token | None:
         first, size = _measure(operation, arguments)
         on_device = first is not None and not first.is_cpu
         if on_device and first.is_cuda and is_capturing():
@@ -166,31 +133,36 @@ class Recorder:
         dtype = 0 if first is None or operation.tensors is None else self._dtype(first.dtype)
         now = time.monotonic_ns()
         index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._where, peer, (number, dtype))
-        token = _Token(index, kind, group, first.device.index if is_async else None, clock and clock.stamp())
+        ready = None if clock is None else clock.stamp()[0]
+        token = Token(index, kind, group, first.device.index if is_async else None, ready)
         token.channel = (group.name, peer if kind in MESSAGES else -1)
         if not is_async and kind in _REDUCE_SCATTERS:
             self._follow_output(arguments[0], token)
         return token
 
-    def returned(self, token: _Token, result: Any) -> None:
+    def returned(self, token: Token, result: Any) -> None:
         """Keep the work until it is over."""
         try:
             work = work_of(result)
             if work is not None:
                 token.work = work
                 self._pending[id(work)] = token
-            elif token.kind == "monitored_barrier":
-                self._end(token, late=False)
-            else:
+            elif token.group.coalesces:
                 token.group.unfinished.append(token)
+            elif token.ready is not None:
+                clock = self._clocks[token.device]
+                token.passed, stream = clock.stamp()
+                self._stamped.setdefault(stream, deque()).append(token)
+            else:
+                self._end(token, late=False)
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
 
-    def raised(self, token: _Token) -> None:
+    def raised(self, token: Token) -> None:
         """Write that the operation failed."""
         self._end(token, late=False, failed=True)
 
-    def awaited(self, work: Any) -> _Token | None:
+    def awaited(self, work: Any) -> Token | None:
         """Return the token of a work on the CPU: its wait is its end. A device's wait is only an order."""
         token = self._pending.get(id(work))
         if token is None or token.device is not None:
@@ -202,9 +174,17 @@ class Recorder:
             self._lose()
         return token
 
-    def over(self, token: _Token) -> None:
+    def over(self, token: Token) -> None:
         """Write that the operation ended; late if it was over before somebody waited."""
         self._end(token, late=token.age < 0)
+
+    def coalescing(self, group: Any) -> None:
+        """Expect operations without a work of their own."""
+        try:
+            if self._is_on:
+                self._group(group).coalesces = True
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
 
     def coalesced(self, group: Any, work: Any) -> None:
         """Let one work stand for all that the group began since coalescing started."""
@@ -212,8 +192,9 @@ class Recorder:
             if not self._is_on:
                 return
             known = self._groups.get(group.group_name)
-            if known is None or not known.unfinished:
+            if known is None:
                 return
+            known.coalesces = False
             tokens, known.unfinished = known.unfinished, []
             for token in tokens:
                 token.ready = None  # the device times none of them by itself
@@ -263,13 +244,14 @@ class Recorder:
         self._interception.close()
         if os.getpid() == self._pid:  # a forked child has no such thread
             self._watcher.join()
+            self._look_at_all()
         self._pending.clear()
         self.ring.close()
 
     @property
     def num_pending(self) -> int:
         """How many operations go on, as far as the recorder has noticed."""
-        return len(self._pending)
+        return len(self._pending) + sum(map(len, self._stamped.values()))
 
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back: what a forked child does."""
@@ -277,7 +259,7 @@ class Recorder:
 
     # Inside.
 
-    def _end(self, token: _Token, *, late: bool, failed: bool = False) -> None:
+    def _end(self, token: Token, *, late: bool, failed: bool = False) -> None:
         if token.is_over:
             return
         token.is_over = True
@@ -297,11 +279,11 @@ class Recorder:
             self._complained = True
             _LOG.warning("an event could not be recorded; later losses are only counted", exc_info=True)
 
-    def _group(self, group: Any) -> _Group:
+    def _group(self, group: Any) -> Group:
         known = self._groups.get(group.group_name)
         return known if known is not None and known.ref() is group else self._meet(group)
 
-    def _meet(self, group: Any) -> _Group:
+    def _meet(self, group: Any) -> Group:
         """Get to know a group; one that has the name of a group that is gone gets a name of its own."""
         name, earlier = group.group_name, self._groups.get(group.group_name)
         ranks = tuple(dist.get_process_group_ranks(group))
@@ -309,13 +291,13 @@ class Recorder:
         if earlier is not None:
             base, _, count = earlier.name.rpartition("~")
             shown = f"{base}~{int(count) + 1}" if base else f"{name}~2"
-        known = self._groups[name] = _Group(group, shown, ranks)
+        known = self._groups[name] = Group(group, shown, ranks)
         return known
 
-    def _channel(self, backend: Any) -> _Group:
-        known: _Group | None = self._channels.known(backend)
+    def _channel(self, backend: Any) -> Group:
+        known: Group | None = self._channels.known(backend)
         if known is None:
-            known = _Group(backend, *self._channels.resolve(backend))
+            known = Group(backend, *self._channels.resolve(backend))
             self._channels.know(backend, known)
         elif not known.ranks:
             name, ranks = self._channels.resolve(backend)
@@ -325,7 +307,7 @@ class Recorder:
                 known.numbers.clear()
         return known
 
-    def _number(self, group: _Group, bare: Any, device_type: str) -> int:
+    def _number(self, group: Group, bare: Any, device_type: str) -> int:
         backend = bare if bare is not None else group.ref()._get_backend(torch.device(device_type))  # type: ignore[union-attr]
         name = backend.name().lower()
         group.backends[device_type] = name
@@ -342,7 +324,7 @@ class Recorder:
             number = self._dtypes[dtype] = self.ring.number("dtype", str(dtype).removeprefix("torch."))
         return number
 
-    def _clock(self, group: _Group, bare: Any, index: int) -> DeviceClock:
+    def _clock(self, group: Group, bare: Any, index: int) -> DeviceClock:
         if not group.timed:
             group.timed = True
             if bare is None:
@@ -352,7 +334,7 @@ class Recorder:
             clock = self._clocks[index] = DeviceClock(index)
         return clock
 
-    def _follow_output(self, output: Any, token: _Token) -> None:
+    def _follow_output(self, output: Any, token: Token) -> None:
         while isinstance(output, (list, tuple)):
             output = output[0]
         token.output = output.data_ptr()
@@ -372,14 +354,39 @@ class Recorder:
                 if not leave_captures_alone():
                     _LOG.warning("no CUDA runtime found: a graph that is captured while collectives go on may fail")
             self.ring.sign()
-            for key, token in list(self._pending.items()):
-                try:
-                    self._look(key, token)
-                except Exception:  # noqa: BLE001 - as in begin
-                    self._pending.pop(key, None)
-                    self._lose()
+            self._look_at_all()
 
-    def _look(self, key: int, token: _Token) -> None:
+    def _look_at_all(self) -> None:
+        for key, token in list(self._pending.items()):
+            try:
+                self._look(key, token)
+            except Exception:  # noqa: BLE001 - as in begin
+                self._pending.pop(key, None)
+                self._lose()
+        for tokens in list(self._stamped.values()):
+            while tokens:
+                token = tokens[0]
+                try:
+                    if not token.passed.query():
+                        break  # what comes after it on its stream is not over either
+                    self._end_of_stream(token)
+                except Exception:  # noqa: BLE001 - as in begin; after an error of the device every query raises
+                    self._end(token, late=True, failed=True)
+                    self._lose()
+                tokens.popleft()
+
+    def _end_of_stream(self, token: Token) -> None:
+        clock = self._clocks[token.device]
+        span = clock.between(token.ready, token.passed)
+        clock.release(token.ready)
+        clock.release(token.passed)
+        if span is None:
+            self._end(token, late=True)
+        else:
+            token.is_over = True
+            self.ring.end(token.index, span.end_ns, span.end_ns - span.begin_ns, failed=False, late=False)
+
+    def _look(self, key: int, token: Token) -> None:
         work = token.work
         if work is None:
             return  # only its caller holds it now: its wait or its end tells
@@ -393,14 +400,14 @@ class Recorder:
             token.ref = weakref.ref(work, lambda _: self._dropped(key, token))
             token.work = None
 
-    def _dropped(self, key: int, token: _Token) -> None:
+    def _dropped(self, key: int, token: Token) -> None:
         """End what nobody can wait for any more, unless its output is still followed."""
         if self._pending.get(key) is token:
             del self._pending[key]
             if self._outputs.get(token.output) is not token:
                 self._end(token, late=True)
 
-    def _end_of_work(self, token: _Token, work: Any) -> None:
+    def _end_of_work(self, token: Token, work: Any) -> None:
         if token.device is None:
             try:
                 self._interception.wait(work)  # it is over: this only tells how

@@ -85,7 +85,12 @@ def _marks(folder: Path) -> None:
 
 def _restores(folder: Path) -> None:
     backend = torch._C._distributed_c10d.Backend
-    places = [(dist.Work, "wait"), (dist.ProcessGroup, "_end_coalescing"), (backend, "send")]
+    places = [
+        (dist.Work, "wait"),
+        (dist.ProcessGroup, "_end_coalescing"),
+        (dist.ProcessGroup, "_start_coalescing"),
+        (backend, "send"),
+    ]
     places += [(dist.distributed_c10d.ProcessGroupGloo, "__init__")]
     before = [vars(owner).get(name) for owner, name in places]
     for _ in range(2):
