@@ -83,6 +83,7 @@ def probe(folder: Path, *, size_bytes: int, repeats: int, cxl: TierSpec | None =
             *_copies(clock, size_bytes),
             _adamw(clock, "cpu", size_bytes),
             _own_adamw(clock, size_bytes),
+            _matmul(clock, "cpu", torch.float32, 1024),
             *cpu_rows,
             *(row for _, rows in cards for row in rows),
             _write_and_fsync(clock, folder, size_bytes),
@@ -282,15 +283,20 @@ def _cuda(clock: Clock, size_bytes: int) -> list[Measurement]:
         how = f"pinned, {_mib(size_bytes)} {'each way at once, sum' if all(ways) else 'one way'}, {name}"
         amount = size_bytes * sum(ways)
         rows.append(clock.rate(f"cuda.{metric}", "B/s", amount, functools.partial(move, *ways), how))
-    side = 8192
-    one, other = (torch.ones(side, side, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return [*rows, _adamw(clock, "cuda", size_bytes), _matmul(clock, "cuda", torch.bfloat16, 8192)]
+
+
+def _matmul(clock: Clock, device: str, dtype: torch.dtype, side: int) -> Measurement:
+    """A product of two square matrices: what forward and backward are made of."""
+    one, other = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
 
     def product() -> None:
         one @ other
-        torch.cuda.synchronize()
+        if device != "cpu":
+            torch.cuda.synchronize()
 
-    how = f"product of two {side} x {side} matrices in bf16, {name}"
-    return [*rows, _adamw(clock, "cuda", size_bytes), clock.rate("cuda.matmul", "FLOP/s", 2 * side**3, product, how)]
+    how = f"product of two {side} x {side} matrices, {str(dtype).removeprefix('torch.')}"
+    return clock.rate(f"{device}.matmul", "FLOP/s", 2 * side**3, product, how)
 
 
 @contextlib.contextmanager
@@ -307,7 +313,15 @@ def _machine() -> dict[str, str | int]:
     cpus = len(os.sched_getaffinity(0))
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"system": platform.platform(), "cpus": cpus, "memory_bytes": memory_bytes, "gpu": gpu}
+    found: dict[str, str | int] = {
+        "system": platform.platform(),
+        "cpus": cpus,
+        "memory_bytes": memory_bytes,
+        "gpu": gpu,
+    }
+    if torch.cuda.is_available():
+        found["gpu_bytes"] = torch.cuda.mem_get_info()[1]
+    return found
 
 
 def _mib(num_bytes: int) -> str:

@@ -150,6 +150,29 @@ def config(recipes: Recipes) -> None:
         check(resolved.config, sources=resolved.sources)
 
 
+@app.command("plan", context_settings=_WITH_OVERRIDES, epilog=_OVERRIDES)
+def plan_run(
+    recipes: Recipes,
+    offload: Annotated[bool, typer.Option("--offload", help="Bytes per tier, time per step and efficiency.")] = False,
+    probe: Annotated[
+        Path | None, typer.Option(help="Figures of `python -m offload probe`; default: those it kept last.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the matrix rate that forward and backward reach.")
+    ] = 0.5,
+) -> None:
+    """Predict what a run needs of this machine and how long a step takes, without starting it."""
+    with _reported():
+        from offload.__main__ import KEPT
+        from trainsys import planning
+
+        if not offload:
+            _fail("plan: say what to plan: --offload", EXIT_USAGE)
+        resolved = _resolve(recipes)
+        machine = planning.read_probe(probe or KEPT)
+        print(planning.describe(resolved.config, machine, utilisation=utilisation, sources=resolved.sources))
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes that ship with trainsys."""
@@ -244,10 +267,11 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     """Return the error trees of the packages in use; imported here because an error is never in a hurry."""
     from checkpoint import CheckpointError
     from launch import LaunchError
+    from offload import OffloadError
     from trainsys.data import DataError
     from trainsys.errors import TrainsysError
 
-    return TrainsysError, DataError, CheckpointError, LaunchError
+    return TrainsysError, DataError, CheckpointError, LaunchError, OffloadError
 
 
 def _fail(message: str, code: int) -> NoReturn:

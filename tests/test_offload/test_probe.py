@@ -25,6 +25,7 @@ _ALWAYS = {
     "cpu.both",
     "cpu.latency",
     "cpu.tiered_adamw",
+    "cpu.matmul",
     "cxl.read",
     "cxl.write",
     "cxl.both",
@@ -44,20 +45,8 @@ def _probe(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
     out, disk = tmp_path / "probe.json", tmp_path / "disk"
     disk.mkdir()
-    done = _probe(
-        "--path",
-        str(disk),
-        "--json",
-        str(out),
-        "--keep",
-        str(out),
-        "--size",
-        "1MiB",
-        "--repeats",
-        "2",
-        "--emulate-cxl",
-        "2GiB,1,50",
-    )
+    size = ("--size", "1MiB", "--repeats", "2", "--emulate-cxl", "2GiB,1,50")
+    done = _probe("--path", str(disk), "--json", str(out), "--keep", str(tmp_path / "kept.json"), *size)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert json.loads((tmp_path / "kept.json").read_text()) == report
