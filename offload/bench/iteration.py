@@ -222,11 +222,15 @@ def _tiering(options: Namespace) -> Tiering:
 
 
 def _built(make: Callable[[], Engine], device: torch.device) -> Engine:
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    before = _allocated(device)
     engine = make()
     gc.collect()
-    engine.resting_bytes = (torch.cuda.memory_allocated() if device.type == "cuda" else 0) - before
+    engine.resting_bytes = _allocated(device) - before
     return engine
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 def _about(ours: Engine, seconds: float) -> Iterator[dict[str, Any]]:
@@ -289,7 +293,9 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
         else:
             engine.clip(CLIP if variant.clips else None)
         label = f"{variant.name} {tokens}"
+        before = _allocated(device)
         samples, peak, loss = _block(engine, batch, (warmup, repeats), device)
+        engine.resting_bytes += _allocated(device) - before  # what it made at its first step, such as buckets
         for name, values in samples.items():
             yield _result(label, name, "s", *values)
         yield _result(label, "memory", "GB", (peak - sum(e.resting_bytes for e in found if e is not engine)) / 1e9)
