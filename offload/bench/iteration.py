@@ -74,8 +74,8 @@ def _options() -> Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", default="8192,32768,65536", help="tokens a step, N,N,… (default: %(default)s)")
     parser.add_argument("--groups", default="main", help=f"of {','.join(GROUPS)} (default: %(default)s)")
-    parser.add_argument("--limit-s", type=float, default=230, help="time that a group may take (default: %(default)s)")
-    parser.add_argument("--case-limit-s", type=float, default=90, help="between two results (default: %(default)s)")
+    parser.add_argument("--limit-s", type=float, default=285, help="time that a group may take (default: %(default)s)")
+    parser.add_argument("--case-limit-s", type=float, default=150, help="between two results (default: %(default)s)")
     for name, default in (("layers", 24), ("width", 2560), ("heads", 20), ("vocabulary", 32768), ("sequence", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--modes", default="", help="of ours: defer,stream,sync; with +clip for clipping")
