@@ -9,6 +9,9 @@ between the ends of two backwards on the device, with nothing that stops the hos
 are parts of it on the device, with what they wait for; `rest` is what remains. `memory` is the most that was
 allocated on the device, without what the engines beside it hold.
 
+Without a GPU the device is the CPU, and `--link 0.1 --modes sync,defer,stream` emulates a link of 0.1 GB/s: `hidden` is
+then the share of what the host waits in `sync` that it does not wait in another mode.
+
 Before anything is timed, kernels on both sides are compared to the bit, and so are parameters after steps of a small
 model under every mode and several schedules.
 
@@ -83,6 +86,7 @@ def _options() -> Namespace:
     parser.add_argument("--subgroup", type=int, default=1 << 24, help="parameters of a subgroup (default: %(default)s)")
     parser.add_argument("--device-mib", type=int, default=1900, help="device memory for states (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=3, help="subgroups in the device at once (default: %(default)s)")
+    parser.add_argument("--link", type=float, metavar="GB/S", help="without a GPU: emulate a link of this rate")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of the CPU's updates")
     parser.add_argument("--kernel", choices=("native", "torch"), default="native")
     parser.add_argument("--prepare", action="store_true", help="only build DeepSpeed's CPU optimizer and our kernels")
@@ -95,6 +99,8 @@ def _options() -> Namespace:
         options.threads, options.interleave = 1, "2"
     options.tokens = [int(word) for word in str(options.tokens).split(",")]
     options.groups = ["prepare"] if options.prepare else options.groups.split(",")
+    if options.link and torch.cuda.is_available():
+        parser.error("--link: it emulates what this machine has; only without a GPU")
     unknown = [group for group in options.groups if group not in (*GROUPS, "prepare")]
     if unknown:
         parser.error(f"--groups: {', '.join(unknown)}; allowed: {', '.join(GROUPS)}")
@@ -105,7 +111,7 @@ def _options() -> Namespace:
 
 def _parameters(options: Namespace) -> dict[str, Any]:
     names = ("tokens", "groups", "layers", "width", "heads", "vocabulary", "sequence", "modes", "interleave")
-    found = {name: getattr(options, name) for name in (*names, "subgroup", "device_mib", "threads", "kernel")}
+    found = {name: getattr(options, name) for name in (*names, "subgroup", "device_mib", "threads", "kernel", "link")}
     return {**found, "repeats": options.repeats, "clip": CLIP}
 
 
@@ -218,6 +224,7 @@ def _tiering(options: Namespace) -> Tiering:
         budget=Budget(device_bytes=options.device_mib << 20, num_slots=options.slots),
         kernel=options.kernel,
         num_threads=options.threads,
+        link_bytes_per_s=options.link and options.link * 1e9,
     )
 
 
@@ -279,6 +286,7 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
     sequences = max(1, tokens // options.sequence)
     batch = torch.randint(options.vocabulary, (sequences, options.sequence), device=device)
     phases: tuple[float, float] | None = None
+    waits: dict[str, float] = {}
     variants = _variants(found, options)
     repeats, warmup = options.repeats, 2
     if tokens != options.tokens[0]:  # long iterations: those that the gates look at, fewer of each
@@ -300,6 +308,8 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
             yield _result(label, name, "s", *values)
         yield _result(label, "memory", "GB", (peak - sum(e.resting_bytes for e in found if e is not engine)) / 1e9)
         yield _result(label, "loss", "", loss)
+        if variant.mode is not None and "host waits" in samples:
+            waits[variant.name] = median(samples["host waits"])
         if engine.name == "resident":
             phases = median(samples["forward"]), median(samples["backward"])
         if variant.mode is not None and phases is not None and engine.optimizer.machine.rates is not None:
@@ -309,6 +319,11 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
                 counts, machine.plan.paths, machine.rates, forward_s=phases[0], backward_s=phases[1], mode=variant.mode
             )
             yield _result(label, "predicted", "s", told.step_s)
+    for name, wait_s in waits.items():
+        if waits.get("tiered sync"):
+            hidden = 1 - wait_s / waits["tiered sync"]
+            link = f" (emulated link of {options.link} GB/s)" if options.link else ""
+            yield _result(f"{name} {tokens}{link}", "hidden", "of what sync waits", hidden)
 
 
 def _block(

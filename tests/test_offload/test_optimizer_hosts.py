@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from offload.bench.cases.checks import differences
 from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget, Mode
 from tests.ranks import run_ranks
@@ -114,3 +116,9 @@ def test_deepspeed_zero_on_two_ranks_equals_one_process() -> None:
             torch.testing.assert_close(
                 first[name], value, rtol=0, atol=2e-7, msg=lambda text, s=stage: f"ZeRO {s}: {text}"
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_mode_and_placement_gives_the_bits_of_the_cpus_kernel() -> None:
+    assert not [(name, count) for name, count in differences(torch.device("cuda", 0), "native") if count]
