@@ -223,3 +223,22 @@ def test_settings_that_cannot_take_effect_are_refused(changes: dict[str, Any], m
         check(config)
     for message in messages:
         assert f"config: {message}" in str(caught.value)
+
+
+def _improve(rank: int, world_size: int) -> list[float]:
+    config = _config(
+        rl__tasks='["largest:length=2"]', rl__questions=16, rl__group_size=8, batch__global_sequences=128,
+        batch__micro_sequences=128, rl__evaluation_questions=40,
+    )  # fmt: skip
+    with _learner(config) as learner:
+        for step in range(12):
+            learner.supervise(step)
+        before = learner.evaluate().sampled
+        for index in range(50):
+            learner.round(learner.rollouts(index), lr_factor=0.2)
+        return [before["largest,length=2"], learner.evaluate().sampled["largest,length=2"]]
+
+
+def test_rounds_raise_the_reward_of_questions_that_are_never_asked() -> None:
+    ((before, after),) = run_ranks(_improve, 1)
+    assert after > before + 0.2
