@@ -158,10 +158,13 @@ def fault_of(case: Case, span_s: float) -> tuple[Fault | None, str]:
 
 
 def _next(case: Case, rank: int) -> int:
-    """A rank to which this one sends in every step: its neighbour in the ring, or the other stage."""
+    """A rank to which this one sends in every step: the other stage, or its neighbour in the ring.
+
+    Gloo's all-reduce goes down the ranks, its all-gather up; against its way there are only notes of readiness.
+    """
     if case.job == "pipeline":
         return (rank + case.num_ranks // 2) % case.num_ranks
-    return (rank + 1) % case.num_ranks
+    return (rank + (1 if case.job == "fsdp" else -1)) % case.num_ranks
 
 
 def _bytes_per_step(case: Case) -> float:

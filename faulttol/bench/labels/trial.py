@@ -24,7 +24,7 @@ from faulttol.inject import Fault, strikes
 from faulttol.localize import DelayMatrix, explain, from_backlogs, refine
 from faulttol.view import JobView
 
-DETECTOR = DetectorConfig(hang_after_s=1.0, window_steps=16)
+DETECTOR = DetectorConfig(hang_after_s=1.0, hang_factor=3.0)
 HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=2.0)
 LOOK_S = 0.05
 """Between two looks at the job."""
