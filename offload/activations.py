@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from offload.copier import Copier, Mark, copier_for
+from offload.copier import Copier, Mark, copier_for, indexed
 from offload.errors import StreamError
 from offload.pages import allocate_pages
 from offload.pinned import Pinned
@@ -130,6 +130,7 @@ class Activations:
         min_bytes: int = _MIN_BYTES,
         trace: Trace | None = None,
     ) -> None:
+        device = indexed(device)
         self._layers, self._choices, self._device = list(layers), list(choices), device
         if len(self._layers) != len(self._choices):
             raise StreamError(f"activations: {len(self._choices)} choices for {len(self._layers)} layers; one each")

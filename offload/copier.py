@@ -119,6 +119,11 @@ class HostCopier:
             into.copy_(source)
 
 
+def indexed(device: torch.device) -> torch.device:
+    """Return a device with its index, as tensors on it tell theirs."""
+    return torch.empty(0, device=device).device
+
+
 def copier_for(device: torch.device, trace: Trace | None) -> Copier:
     """Return what copies to and from a device."""
     return CudaCopier(device, trace) if device.type == "cuda" else HostCopier(trace)

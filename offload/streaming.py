@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from offload.copier import copier_for
+from offload.copier import copier_for, indexed
 from offload.errors import BudgetError, StreamError
 from offload.layers import LayerWeights, Slot, lay_out, settle, settle_in
 from offload.pages import allocate_pages
@@ -84,7 +84,7 @@ class LayerStream:
         saved: SavedTensors | None = None,
         trace: Trace | None = None,
     ) -> None:
-        self.device = device
+        self.device = device = indexed(device)
         self.window = (
             window if isinstance(window, Window) else Window(num_layers=len(layers), resident=min(window, len(layers)))
         )
@@ -250,7 +250,7 @@ class LayerStream:
                     tensor.register_hook(partial(self._backward_came, layer))  # type: ignore[no-untyped-call]
 
     def _pack(self, layer: LayerWeights, tensor: torch.Tensor) -> Any:
-        slot = self._by_storage.get(tensor.untyped_storage().data_ptr()) if tensor.device == self.device else None
+        slot = self._by_storage.get(tensor.untyped_storage().data_ptr())
         if slot is not None:
             assert slot.layer is not None
             return _Weight(slot.layer, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))

@@ -1,0 +1,144 @@
+"""Streamed layers and swapped activations on a GPU give what the whole model gives there, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload import CpuTier, GpuTier, NvmeTier
+from offload.activations import Activations, Automatic
+from offload.bench.models import Decoder, batch, build
+from offload.cap import capped
+from offload.errors import BudgetError
+from offload.streaming import LayerStream, fit
+from offload.swap_plan import Choice
+from offload.tracing import COMPUTE, Trace
+from tests.contracts.tier import TierContract, spec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda")
+STEPS = 3
+
+
+class TestGpuTier(TierContract):
+    def make(self, folder: Path) -> GpuTier:
+        return GpuTier(spec(), CUDA)
+
+
+class TestPinnedCpuTier(TierContract):
+    def make(self, folder: Path) -> CpuTier:
+        return CpuTier(spec(), pinned=True)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(*, recompute: bool = False) -> Decoder:
+    return build(num_layers=6, dim=512, vocab=256, head_dim=64, device=CUDA, recompute=recompute)
+
+
+def train(model: Decoder) -> list[float]:
+    """Plain gradient descent at a power of two, which CPU and GPU round alike; two micro-batches a step."""
+    told = []
+    for step in range(STEPS):
+        for micro in range(2):
+            loss = model(*batch(rows=2, length=256, vocab=256, device=CUDA, seed=2 * step + micro))
+            loss.backward()
+            told.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.add_(parameter.grad, alpha=-(2.0**-5))
+                parameter.grad = None
+    return told
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_streamed_training_equals_training_whole(window: int, recompute: bool) -> None:
+    plain = make(recompute=recompute).to(CUDA)
+    expected = train(plain)
+    model, trace = make(recompute=recompute), Trace()
+    with LayerStream(model, list(model.blocks), device=CUDA, window=window, trace=trace):
+        with trace.device_span("step", COMPUTE):
+            assert train(model) == expected
+        record = trace.step()
+    assert record.moved_bytes["cpu to gpu"] > record.moved_bytes["gpu to cpu"] > 0
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+
+
+def test_a_model_runs_from_a_disk(tmp_path: Path) -> None:
+    plain = make().requires_grad_(False).to(CUDA)
+    tokens, _ = batch(rows=2, length=256, vocab=256, device=CUDA, seed=1)
+    model = make().requires_grad_(False)
+    with NvmeTier(spec(1 << 30), tmp_path) as home:
+        with LayerStream(model, list(model.blocks), device=CUDA, window=2, home=home), torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(model(tokens), plain(tokens))
+        assert home.used_bytes == 0
+
+
+CHOICES: list[tuple[Choice, ...]] = [("swap",) * 6, ("keep", "swap", "recompute") * 2]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids="-".join)
+def test_swapped_activations_train_to_the_same_bits(choices: tuple[Choice, ...]) -> None:
+    expected = train(make().to(CUDA))
+    model = make().to(CUDA)
+    with Activations(list(model.blocks), choices, device=CUDA) as activations:
+        activations.attach()
+        assert train(model) == expected
+        assert activations.swapped_bytes > 0
+    model = make().to(CUDA)
+    with Automatic(model, list(model.blocks), device=CUDA, budget_bytes=64 << 20) as automatic:
+        assert train(model) == expected
+        assert automatic.plan is not None
+
+
+def test_streamed_layers_swap_to_the_same_bits() -> None:
+    expected = train(make().to(CUDA))
+    model = make()
+    blocks = list(model.blocks)
+    with (
+        Activations(blocks, CHOICES[1], device=CUDA) as activations,
+        LayerStream(model, blocks, device=CUDA, window=2, saved=activations),
+    ):
+        assert train(model) == expected
+
+
+def test_swapping_lowers_the_peak() -> None:
+    def peak(choice: Choice) -> int:
+        model = make().to(CUDA)
+        with Activations(list(model.blocks), [choice] * 6, device=CUDA) as activations:
+            activations.attach()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            given = batch(rows=16, length=256, vocab=256, device=CUDA, seed=1)
+            model(*given).backward()
+            return torch.cuda.max_memory_allocated() - before
+
+    assert peak("swap") < peak("keep")
+
+
+def test_a_cap_holds() -> None:
+    model = make(recompute=True)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    cap = torch.cuda.memory_allocated() + (256 << 20)
+    with (
+        capped(CUDA, cap) as usage,
+        fit(model, list(model.blocks), device=CUDA, budget_bytes=weights * 3 // 4) as stream,
+    ):
+        train(model)
+        assert stream.device_bytes <= weights * 3 // 4
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(1 << 30, dtype=torch.uint8, device=CUDA)
+    assert 0 < usage.peak_bytes <= cap
+    with pytest.raises(BudgetError, match="cap: cpu has no memory of its own"), capped(torch.device("cpu"), 1):
+        pass
