@@ -77,7 +77,7 @@ def main(words: list[str]) -> int:
                 file.write(json.dumps(verdict.line()) + "\n")
         mark = "ok  " if verdict.is_right else "MISS"
         print(
-            f"{len(made)}/{len(wanted)} {mark} {verdict.name} by {verdict.culprit or 'nobody'}: {verdict.said_kind} "
+            f"{sum(case.name in made for case in wanted)}/{len(wanted)} {mark} {verdict.name} by {verdict.culprit or 'nobody'}: {verdict.said_kind} "
             f"{verdict.named} after {verdict.after_s:.2f} s, steps x {verdict.grown:.2f}",
             flush=True,
         )
