@@ -6,7 +6,7 @@ every error is a `CheckpointError`.
 
 from checkpoint.access import VerifyReport, read, verify
 from checkpoint.catalog import CheckpointInfo
-from checkpoint.checkpointer import Checkpointer, Loaded
+from checkpoint.checkpointer import Checkpointer
 from checkpoint.config import CheckpointConfig, MemoryConfig, RemoteConfig
 from checkpoint.errors import (
     CheckpointError,
@@ -26,6 +26,7 @@ from checkpoint.exporting import HuggingFace, export
 from checkpoint.handle import SaveHandle, SaveStats
 from checkpoint.importing import import_from
 from checkpoint.lazy import open_checkpoint
+from checkpoint.loading import Loaded
 from checkpoint.state import BoxSlice, FlatSlice, LayoutSlice, RankLocal, Replica
 
 __all__ = [

@@ -7,14 +7,14 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
 from checkpoint import catalog, hooks
 from checkpoint import objects as plain
 from checkpoint.access import open_reader
-from checkpoint.arena import SLOT_BYTES, slot_bytes
+from checkpoint.arena import slot_bytes
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.commit import AttemptName
 from checkpoint.comparison import Delta
@@ -23,7 +23,6 @@ from checkpoint.copies import moments
 from checkpoint.errors import (
     CheckpointError,
     CommitTimeout,
-    CorruptCheckpoint,
     InvalidState,
     SaveAborted,
     SaveSkipped,
@@ -32,15 +31,17 @@ from checkpoint.errors import (
 from checkpoint.format import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from checkpoint.handle import SaveHandle
 from checkpoint.hooks import Hook
+from checkpoint.loading import Loaded, load
+from checkpoint.opening import check_arguments
 from checkpoint.planning import Planner, UpdateOrder
 from checkpoint.preemption import Preemption
 from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader
-from checkpoint.saving import Request, Saver
-from checkpoint.state import TensorLike, pieces_of
+from checkpoint.request import Request
+from checkpoint.saving import Saver
+from checkpoint.state import TensorLike
 from checkpoint.storage import Storage, open_storage
 from checkpoint.tiers import Found, Gather, Tier, TierName, Tiers, alone, due, recover
-from checkpoint.tiers import problems as tier_problems
 
 _LEAST_SLOTS = 8
 """Staging memory that has no more large slots than this is better used in small ones."""
@@ -52,34 +53,6 @@ OnError = Literal["raise", "warn"] | Callable[[BaseException], None]
 """What becomes of the error of a save."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What a load brought beside the tensors it filled."""
-
-    step: int
-    """Step the checkpoint was saved after."""
-    objects: dict[str, Any]
-    """This rank's objects; empty if the saving world had no such rank."""
-    shared: Any
-    """What rank 0 handed to save as `shared`."""
-    missing: tuple[str, ...]
-    """strict=False: asked for, not in the checkpoint; left untouched."""
-    unexpected: tuple[str, ...]
-    """strict=False: in the checkpoint, not asked for."""
-    missing_local: tuple[str, ...]
-    """RankLocal entries that this rank has no saved counterpart for; left untouched."""
-    read_bytes: int
-    """Bytes of tensors that were read from the storage and verified."""
-    reread_bytes: int
-    """Bytes of them that were read again when they were copied: what could not be held in memory."""
-    needed_bytes: int
-    """Bytes of tensors that went into the destinations."""
-    info: CheckpointInfo
-    """The checkpoint; `info.tier` is where it was read from."""
-    skipped: tuple[str, ...] = ()
-    """recover: what was newer or nearer and could not be used, with the reasons."""
 
 
 class Checkpointer:
@@ -113,7 +86,7 @@ class Checkpointer:
         one, and may be a function that is called with each error of a save, by `poll`.
         """
         self._config = config or CheckpointConfig()
-        _check_arguments(self._config, rank, world_size, run_id)
+        check_arguments(self._config, rank, world_size, run_id)
         if self._config.memory.every and memory is None:
             raise ValueError("config.memory.every: needs the storage of the memory tier: memory=hosts.join(…)")
         self._rank = rank
@@ -338,10 +311,11 @@ class Checkpointer:
             StateMismatch: on any rank, as `load`. CorruptCheckpoint, StorageError: as `latest`.
         """
 
-        def load(found: Found) -> Loaded:
-            return self._load(found.reader, tensors, strict, found.tier.name, fresh=strict)
+        def load_found(found: Found) -> Loaded:
+            tier = found.tier.name
+            return load(found.reader, tensors, self._rank, self._config, strict=strict, tier=tier, fresh=strict)
 
-        taken = recover(self._tiers, load, verify=verify, gather=gather)
+        taken = recover(self._tiers, load_found, verify=verify, gather=gather)
         return replace(taken.value, skipped=taken.skipped) if taken else None
 
     def load(
@@ -364,30 +338,7 @@ class Checkpointer:
             CorruptCheckpoint: bytes are not what was committed; no destination was touched, unless the files changed
                 or went away between their verification and the copy that follows it.
         """
-        return self._load(self._reader(info), tensors, strict, info.tier, fresh)
-
-    def _load(self, reader: Reader, tensors: Mapping[str, TensorLike], strict: bool, tier: str, fresh: bool) -> Loaded:
-        pieces = pieces_of(tensors)
-        try:
-            own = reader.objects(self._rank)
-            shared = reader.shared
-            size = self._config.load_buffer_bytes
-            report = reader.load(pieces, self._rank, strict=strict, buffer_bytes=size, fresh=fresh)
-        except CorruptCheckpoint as error:
-            reader.condemn(self._rank, error)
-            raise
-        return Loaded(
-            step=reader.record.step,
-            objects=own,
-            shared=shared,
-            missing=report.missing,
-            unexpected=report.unexpected,
-            missing_local=report.missing_local,
-            read_bytes=report.read_bytes,
-            reread_bytes=report.reread_bytes,
-            needed_bytes=report.needed_bytes,
-            info=catalog.info_of(reader, tier),
-        )
+        return load(self._reader(info), tensors, self._rank, self._config, strict=strict, tier=info.tier, fresh=fresh)
 
     def admit_with(self, admit: Callable[[], object]) -> None:
         """Call `admit` on rank 0 before each commit, and before what it supersedes is removed.
@@ -502,27 +453,3 @@ def _device_parcel_bytes(config: CheckpointConfig) -> int:
     """Return how much of a state on a GPU is copied at once: little where all of the staging memory is."""
     has_room = config.staging_bytes == "auto" or config.staging_bytes >= _LEAST_SLOTS * slot_bytes(DEVICE_CHUNK_BYTES)
     return DEVICE_CHUNK_BYTES if has_room else CHUNK_BYTES
-
-
-def _check_arguments(config: CheckpointConfig, rank: int, world_size: int, run_id: str) -> None:
-    """Raise ValueError with everything that is wrong."""
-    problems = tier_problems(config)
-    if world_size < 1 or not 0 <= rank < world_size:
-        problems.append(f"rank: {rank} is not a rank of a world of {world_size}")
-    if world_size > 1 and not run_id:
-        problems.append("run_id: needed with several ranks: a text equal on all and new for every launch")
-    least_of = {"every": 0, "keep_last": 1, "keep_every": 0, "load_buffer_bytes": 0, "writer_threads": 1}
-    for name, least in least_of.items():
-        if getattr(config, name) < least:
-            problems.append(f"config.{name}: {getattr(config, name)}; allowed are integers from {least}")
-    times = {name: getattr(config, name) for name in ("commit_timeout_s", "urgent_deadline_s")}
-    problems += [f"config.{name}: {s}; allowed are seconds above 0" for name, s in times.items() if s <= 0]
-    if config.staging_bytes != "auto" and config.staging_bytes < SLOT_BYTES:
-        problems.append(f"config.staging_bytes: {config.staging_bytes}; allowed are 'auto' and bytes from {SLOT_BYTES}")
-    for name, choices in (("on_pressure", ("block", "skip")), ("writer", ("auto", "thread", "process"))):
-        if getattr(config, name) not in choices:
-            problems.append(f"config.{name}: {getattr(config, name)!r}; allowed are {' and '.join(map(repr, choices))}")
-    if config.on_error not in ("raise", "warn"):
-        problems.append(f"config.on_error: {config.on_error!r}; allowed are 'raise' and 'warn'")
-    if problems:
-        raise ValueError("; ".join(sorted(problems)))

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from checkpoint.errors import CheckpointError, SaveFailed
 from checkpoint.handle import SaveHandle
-from checkpoint.saving import Request
+from checkpoint.request import Request
 
 _log = logging.getLogger(__name__)
 

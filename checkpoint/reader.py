@@ -7,32 +7,30 @@ import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy
 import torch
 
 from checkpoint import objects
 from checkpoint.arena import free_memory_bytes
 from checkpoint.commit import COMMIT, TABLE, brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
-from checkpoint.format import CHUNK_BYTES, CODES, SAME_SIZE, fingerprint
+from checkpoint.filling import LEAST_BUFFER_BYTES, difference, fill, fill_fresh, raise_first, scatter
+from checkpoint.format import CHUNK_BYTES, CODES, fingerprint
 from checkpoint.manifest import MAX_RECORD_BYTES, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
 from checkpoint.region import Region, Shape
-from checkpoint.reshard import Read, plan, view
+from checkpoint.reshard import Read, plan
 from checkpoint.shard import rank_name
 from checkpoint.state import Piece
 from checkpoint.storage import MirroredSource, Source, Storage, sizes
-from checkpoint.transfer import Bytes, Transfer, Window, allocate, windows
+from checkpoint.transfer import Bytes, Transfer, windows
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
 MARK = "BAD.json"
 """Written beside a commit record by a rank that found the checkpoint damaged."""
 _MAX_MARK_BYTES = 1 << 20
-_LEAST_BUFFER_BYTES = 32 << 20
-"""A load holds this much even where less is allowed: less would keep its threads waiting for each other."""
 _LOCAL_THREADS = 4
 _REMOTE_THREADS = 16
 """Reads under way at once, of CHUNK_BYTES each: those of an object store take longer to begin."""
@@ -191,7 +189,7 @@ class Reader:
     ) -> LoadReport:
         """Fill the destinations in place, after every chunk they need has been verified.
 
-        Up to `buffer_bytes` of chunks are held in memory in between, at least _LEAST_BUFFER_BYTES, and of a local file
+        Up to `buffer_bytes` of chunks are held in memory in between, at least LEAST_BUFFER_BYTES, and of a local file
         no more than half of the free memory; what exceeds that is read twice.
 
         With `fresh`, memory is filled with each chunk as soon as that one is verified: once, in one reading.
@@ -202,14 +200,14 @@ class Reader:
 
         def copy(read: Read, data: Bytes) -> None:
             piece = wanted[read.target]
-            _scatter(read, data, piece.tensor, piece.region)
+            scatter(read, data, piece.tensor, piece.region)
 
         with self.transfer(once=once) as transfer:
             if fresh:
-                read_bytes = _fill_fresh(transfer, [(read, wanted[read.target]) for read in reads], copy)
+                read_bytes = fill_fresh(transfer, [(read, wanted[read.target]) for read in reads], copy)
             else:
                 on_host = {i for i, p in enumerate(wanted) if p.tensor.device.type == "cpu"}
-                read_bytes = _fill(transfer, list(windows(reads, room)), copy, on_host)
+                read_bytes = fill(transfer, list(windows(reads, room)), copy, on_host)
         needed_bytes = sum(read.needed_bytes for read in reads)
         again = transfer.read_bytes - read_bytes
         return replace(report, read_bytes=read_bytes, needed_bytes=needed_bytes, reread_bytes=again)
@@ -228,10 +226,10 @@ class Reader:
             found.append((torch.empty(region.shape, dtype=dtype), region))
 
         def consume(read: Read, data: Bytes) -> None:
-            _scatter(read, data, *found[read.target])
+            scatter(read, data, *found[read.target])
 
         with contextlib.nullcontext(transfer) if transfer else self.transfer() as used:
-            _raise_first(used.stream(windows(reads, CHUNK_BYTES), consume))
+            raise_first(used.stream(windows(reads, CHUNK_BYTES), consume))
         return [tensor for tensor, _ in found]
 
     def assemble(self, name: str, owner: int = SHARED) -> torch.Tensor:
@@ -269,7 +267,7 @@ class Reader:
         """Return how many bytes may be held until they are verified."""
         if self._storage.rereads_cheaply:  # what does not fit into memory comes out of the kernel's cache
             buffer_bytes = min(buffer_bytes, free_memory_bytes() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        return max(buffer_bytes, _LEAST_BUFFER_BYTES)
+        return max(buffer_bytes, LEAST_BUFFER_BYTES)
 
     def _plan(self, wanted: Sequence[Piece], rank: int, strict: bool) -> tuple[LoadReport, list[Read]]:
         """Join what is wanted with what is saved. Raises StateMismatch with every difference."""
@@ -282,7 +280,7 @@ class Reader:
         for target, piece in enumerate(wanted):
             owner = rank if piece.kind == "local" else SHARED
             if (piece.name, owner) in saved:
-                problem = _difference(piece, *self.spec(piece.name, owner))
+                problem = difference(piece, *self.spec(piece.name, owner))
                 if problem:
                     problems.append(f"{piece.name!r} {problem}")
                 else:
@@ -371,103 +369,3 @@ class Reader:
     def _path(self, path: str) -> str:
         """Return a file's path from the root; a name with a folder is that already."""
         return path if "/" in path else f"{self.folder}/{path}"
-
-
-def _difference(piece: Piece, dtype: torch.dtype, shape: Shape) -> str | None:
-    if piece.tensor.dtype != dtype:
-        found, saved = (str(d).removeprefix("torch.") for d in (piece.tensor.dtype, dtype))
-        return f"was saved as {saved}, the destination is {found}"
-    if piece.global_shape != shape:
-        return f"was saved with shape {list(shape)}, the destination has {list(piece.global_shape)}"
-    tensor = piece.tensor
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return (
-            "cannot be filled: elements of the destination are one place in memory; pass an expanded tensor's clone()"
-        )
-    return None
-
-
-def _raise_first(faults: Iterator[CorruptCheckpoint], *, overwriting: bool = False) -> None:
-    for fault in faults:
-        if overwriting:
-            fault.add_note("destinations hold a part of it: load another checkpoint into them")
-        raise fault
-
-
-def _fill(
-    transfer: Transfer, held: Sequence[Window], copy: Callable[[Read, Bytes], None], on_host: Collection[int]
-) -> int:
-    """Verify all, then copy all; return the bytes that were read until all was verified.
-
-    The last window stays in memory meanwhile. `on_host` are the targets that any thread may fill.
-    """
-
-    def copy_all(window: Window) -> None:
-        def copy_here(read: Read, data: Bytes) -> None:
-            if read.target in on_host:
-                copy(read, data)
-
-        def copy_there(read: Read, data: Bytes) -> None:
-            if read.target not in on_host:  # from this thread, and so in its stream
-                copy(read, data)
-
-        transfer.hand_out(window, memory, copy_here)
-        window.each(memory, copy_there)
-
-    *earlier, last = held or [Window()]
-    _raise_first(transfer.stream((w for e in earlier for w in windows(e.reads, CHUNK_BYTES)), None))
-    memory = allocate(max(window.nbytes for window in (last, *earlier)))
-    _raise_first(transfer.fetch(last, memory))
-    read_bytes = transfer.read_bytes
-    copy_all(last)
-    for window in earlier:
-        _raise_first(transfer.fetch(window, memory), overwriting=True)
-        copy_all(window)
-    return read_bytes
-
-
-def _fill_fresh(transfer: Transfer, found: Sequence[tuple[Read, Piece]], copy: Callable[[Read, Bytes], None]) -> int:
-    """Copy each chunk as soon as it is verified; return the bytes that were read until all was verified.
-
-    What is one rank's own another checkpoint may not have for it: that must not keep a part of this one, and is copied
-    after everything else.
-    """
-    own = {read.target for read, piece in found if piece.kind == "local"}
-    here = [read for read, piece in found if piece.tensor.device.type == "cpu" or read.target in own]
-    there = [read for read, piece in found if piece.tensor.device.type != "cpu" and read.target not in own]
-
-    def copy_shared(read: Read, data: Bytes) -> None:
-        if read.target not in own:
-            copy(read, data)
-
-    _raise_first(transfer.stream(windows(here, CHUNK_BYTES), copy_shared), overwriting=True)
-    is_pinned = any(piece.tensor.device.type == "cuda" for _, piece in found)
-    _copy_in_turn(transfer, there, copy, is_pinned=is_pinned)
-    read_bytes = transfer.read_bytes
-    _copy_in_turn(transfer, [read for read in here if read.target in own], copy, is_pinned=is_pinned)
-    return read_bytes
-
-
-def _copy_in_turn(
-    transfer: Transfer, reads: Sequence[Read], copy: Callable[[Read, Bytes], None], *, is_pinned: bool
-) -> None:
-    """Read, verify and copy window by window: to devices from this thread, and so in its stream."""
-    if not reads:
-        return
-    memory = torch.empty(2 * _LEAST_BUFFER_BYTES, dtype=torch.uint8, pin_memory=is_pinned).numpy()
-    for window in windows(reads, _LEAST_BUFFER_BYTES):
-        _raise_first(transfer.fetch(window, memory), overwriting=True)
-        window.each(memory, copy)
-
-
-@torch.no_grad()
-def _scatter(read: Read, data: Bytes, tensor: torch.Tensor, region: Region) -> None:
-    """Copy what `region` wants of some chunks into the tensor that holds it."""
-    source = torch.from_numpy(data).view(CODES[read.row.dtype])
-    for offset, shape in read.boxes:
-        found, target = view(source, read.region, offset, shape), view(tensor, region, offset, shape)
-        if target.device.type == "cpu":  # torch would have every reading thread start threads of its own
-            bits = SAME_SIZE[target.element_size()]
-            numpy.copyto(target.view(bits).numpy(), found.view(bits).numpy())
-        else:
-            target.copy_(found)

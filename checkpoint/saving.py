@@ -10,22 +10,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
 from checkpoint import catalog, process
 from checkpoint.arena import Arena, Slot, free_memory_bytes, slot_bytes
 from checkpoint.commit import Agreement, Attempt, AttemptName
-from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
-from checkpoint.delta import Narrowed
-from checkpoint.errors import CheckpointError, SaveFailed, SaveSkipped, StorageError
+from checkpoint.errors import SaveFailed, SaveSkipped, StorageError
 from checkpoint.format import fingerprint
 from checkpoint.handle import Outcome, SaveHandle, SaveStats
 from checkpoint.manifest import FileRecord, TableForm
 from checkpoint.planning import Draft
 from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader
+from checkpoint.request import Request, Save, new_handle
+from checkpoint.retention import Retention
 from checkpoint.shard import ShardPlan, Written, plan_shard, rank_name
 from checkpoint.spans import Trace
 from checkpoint.staging import Copier, Snapshot
@@ -43,49 +41,6 @@ _LOOK_S = 0.2
 """Between two looks at whether a save that waits for the one before has been given up."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """What is to be saved, and where."""
-
-    step: int
-    draft: Draft
-    moments: Sequence[Any]
-    """Events of the state's devices, after all that the state is the result of."""
-    objects: bytes
-    shared: Any
-    """As JSON."""
-    tiers: Sequence[tuple[str, Storage]]
-    deadline_s: float | None = None
-    """Seconds within which an urgent save must be committed."""
-    promoted: bool = False
-    """Whether the local checkpoint is to be copied to the remote tier."""
-    delta: Delta | None = None
-    """Finds what the local checkpoint before has already; other tiers get all of a save that goes to them as well."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Save:
-    """One save under way."""
-
-    request: Request
-    handle: SaveHandle
-    ordinal: int
-    """Its place among the saves of this launch, from 1."""
-    snapshot: Snapshot
-    trace: Trace
-    called_s: float
-    attempts: dict[str, Attempt]
-    after: dict[str, threading.Event]
-    """For each tier, set when the save before this one has ended there."""
-    ended: dict[str, threading.Event]
-    plan: Future[tuple[ShardPlan, Narrowed | None]] = field(default_factory=Future)
-
-    def plan_fails(self, error: BaseException) -> None:
-        """Let nobody wait for a plan that will never be made. No effect once there is one."""
-        if not self.plan.done():
-            self.plan.set_exception(error)
 
 
 class Saver:
@@ -110,15 +65,13 @@ class Saver:
         self._run_id = run_id
         self._num_saves = 0
         self._ordinals: Counter[int] = Counter()
-        self._failed: set[tuple[str, AttemptName]] = set()
-        self._first_write_s: dict[str, float] = {}
-        self._known: dict[str, catalog.Known] = {tier.name: catalog.Known() for tier in tiers.tiers}
+        self._retention: dict[str, Retention] = {tier.name: Retention.of(config, tier.name) for tier in tiers.tiers}
         self._agreements: dict[str, Agreement] = {tier.name: Agreement() for tier in tiers.tiers}
         self._form: tuple[ShardPlan, TableForm] | None = None
         self._arena: Arena | None = None
         self._copier: Copier | None = None
         self._drain: Drain | None = None
-        self._under_way: list[tuple[_Save, threading.Thread]] = []
+        self._under_way: list[tuple[Save, threading.Thread]] = []
         self._telling: list[threading.Thread] = []
         self._lock = threading.Lock()
 
@@ -150,12 +103,12 @@ class Saver:
         is_digested = isinstance(self._drain, ThreadDrain)
         snapshot = Snapshot(request.draft, request.moments, arena, trace, is_digested=is_digested)
         tiers = [tier for tier, _ in request.tiers]
-        handle = _new_handle(request, snapshot, trace)
+        handle = new_handle(request, snapshot, trace)
         attempts = {t: self._attempt(t, name, storage, request.deadline_s) for t, storage in request.tiers}
         after = {t: e for save, _ in self._running() for t, e in save.ended.items()}
         ended = {tier: threading.Event() for tier in tiers}
         self._num_saves += 1
-        save = _Save(request, handle, self._num_saves, snapshot, trace, called_s, attempts, after, ended)
+        save = Save(request, handle, self._num_saves, snapshot, trace, called_s, attempts, after, ended)
         self._run(save, self._conduct)
         # Last: the copier begins at once, and would keep the interpreter from the caller for milliseconds.
         copier.submit(snapshot, request.draft, functools.partial(self._plan, save), save.plan_fails)
@@ -163,7 +116,7 @@ class Saver:
 
     def skip(self, name: AttemptName, request: Request) -> SaveHandle:
         """Return a save that is skipped here, and so by every rank."""
-        handle = _new_handle(request, None, Trace())
+        handle = new_handle(request, None, Trace())
         error = SaveSkipped(
             f"step {request.step} is not saved: rank {self._rank} still writes {len(self._running())} saves before it"
         )
@@ -264,13 +217,13 @@ class Saver:
         timeout_s = min(self._config.commit_timeout_s, deadline_s or self._config.commit_timeout_s)
         return Attempt(storage, name, self._rank, self._world_size, timeout_s, self._agreements[tier], self.admit)
 
-    def _run(self, save: _Save, work: Callable[[_Save], None]) -> None:
+    def _run(self, save: Save, work: Callable[[Save], None]) -> None:
         thread = threading.Thread(target=work, args=(save,), name=f"checkpoint-step-{save.request.step}", daemon=True)
         thread.start()
         with self._lock:
             self._under_way.append((save, thread))
 
-    def _running(self) -> list[tuple[_Save, threading.Thread]]:
+    def _running(self) -> list[tuple[Save, threading.Thread]]:
         """Return the saves under way, oldest first, and their threads."""
         with self._lock:
             self._under_way = [(save, thread) for save, thread in self._under_way if thread.is_alive()]
@@ -278,7 +231,7 @@ class Saver:
 
     # What follows runs in the background
 
-    def _plan(self, save: _Save) -> ShardPlan:
+    def _plan(self, save: Save) -> ShardPlan:
         """Return what the copier has to copy, for the writers to know as well."""
         request = save.request
         blueprint = request.draft.blueprint
@@ -295,7 +248,7 @@ class Saver:
         save.plan.set_result((plan, known))
         return plan
 
-    def _conduct(self, save: _Save) -> None:
+    def _conduct(self, save: Save) -> None:
         """Be the thread of one save; whatever happens ends in its handle."""
         timer = self._watch(save)
         try:
@@ -319,7 +272,7 @@ class Saver:
             for event in save.ended.values():
                 event.set()
 
-    def _watch(self, save: _Save) -> threading.Timer | None:
+    def _watch(self, save: Save) -> threading.Timer | None:
         """Let an urgent save fail when its time is over, wherever it then hangs."""
         deadline_s = save.request.deadline_s
         if deadline_s is None:
@@ -333,14 +286,14 @@ class Saver:
         timer.start()
         return timer
 
-    def _fail_all(self, save: _Save, error: BaseException) -> None:
+    def _fail_all(self, save: Save, error: BaseException) -> None:
         """End a save wherever it has not ended."""
         save.snapshot.fail(error)
         save.handle.fail(error)
         for attempt in save.attempts.values():
             attempt.cancel(error)
 
-    def _open(self, save: _Save) -> tuple[Flow | None, list[str]]:
+    def _open(self, save: Save) -> tuple[Flow | None, list[str]]:
         """Begin the attempts and let the copies flow to the tiers where that went well; return these.
 
         Also of a save that was given up meanwhile: whoever has begun an attempt sees it through, or the other ranks
@@ -380,7 +333,7 @@ class Saver:
         save.snapshot.attach(flow)
         return flow, begun
 
-    def _finish(self, save: _Save, tier: str, flow: Flow) -> None:
+    def _finish(self, save: Save, tier: str, flow: Flow) -> None:
         """See a save through in one tier."""
         try:
             info, stats = self._write_and_commit(save, tier, flow)
@@ -392,11 +345,13 @@ class Saver:
             if is_promoted:
                 self._promote(save, info.folder)
             if self._rank == 0:
-                self._collect(tier, save.attempts[tier].name, dict(save.request.tiers)[tier])
+                if self.admit is not None:
+                    self.admit()
+                self._retention[tier].collect(dict(save.request.tiers)[tier], save.attempts[tier].name)
         finally:
             save.ended[tier].set()
 
-    def _write_and_commit(self, save: _Save, tier: str, flow: Flow) -> tuple[catalog.CheckpointInfo, SaveStats]:
+    def _write_and_commit(self, save: Save, tier: str, flow: Flow) -> tuple[catalog.CheckpointInfo, SaveStats]:
         attempt, request, snapshot = save.attempts[tier], save.request, save.snapshot
         storage = dict(request.tiers)[tier]
         digests = flow.wait(tier)
@@ -438,9 +393,9 @@ class Saver:
         )
         return catalog.info_of(reader, tier), stats
 
-    def _commit(self, save: _Save, tier: str, storage: Storage) -> Reader:
+    def _commit(self, save: Save, tier: str, storage: Storage) -> Reader:
         """Rank 0: commit what all have voted for."""
-        attempt, known = save.attempts[tier], self._known[tier]
+        attempt, known = save.attempts[tier], self._retention[tier].known
 
         def sequence() -> int:
             return self._tiers.sequence(save.ordinal, storage, known)
@@ -457,7 +412,7 @@ class Saver:
             form = self._form = plan, TableForm(plan.slices)
         return form[1]
 
-    def _is_promoted(self, save: _Save, folder: str) -> bool:
+    def _is_promoted(self, save: Save, folder: str) -> bool:
         """Whether a local checkpoint is copied to the remote tier.
 
         Rank 0 has the say, which it marked before it committed: ranks may start one save for different reasons, a wish
@@ -474,7 +429,7 @@ class Saver:
             save.handle.add(Outcome(save.request.step, "remote"))
         return is_marked
 
-    def _promote(self, save: _Save, folder: str) -> None:
+    def _promote(self, save: Save, folder: str) -> None:
         """Let the committed local checkpoint be copied to the remote tier, and the handle know how that ends."""
         assert self._promoter is not None
         outcome = save.handle.at("remote")
@@ -484,7 +439,7 @@ class Saver:
 
         self._promoter.submit(folder).add_done_callback(tell)
 
-    def _end_badly(self, save: _Save, tier: str, error: BaseException) -> None:
+    def _end_badly(self, save: Save, tier: str, error: BaseException) -> None:
         """End a save in one tier; where that was the last one, nothing more is copied."""
         self._abandon(tier, save.attempts[tier], error)
         save.handle.fail(error, tier)
@@ -494,47 +449,8 @@ class Saver:
             save.snapshot.fail(error)
 
     def _abandon(self, tier: str, attempt: Attempt, error: BaseException) -> None:
-        self._failed.add((tier, attempt.name))
+        self._retention[tier].failed.add(attempt.name)
         try:
             attempt.abandon(error)
         except Exception as second:  # noqa: BLE001  carried by the first error, which must get through
             error.add_note(f"the other ranks could not be told and will time out: {second!r}")
-
-    def _collect(self, tier: str, committed: AttemptName, storage: Storage) -> None:
-        """Remove what the newest checkpoint supersedes, and attempts that can no longer become one.
-
-        Of this launch these are the attempts that failed here: every rank voted since, so none still writes
-        to them. Of other launches, what was last written before anything of this launch's first checkpoint.
-        """
-        if self.admit is not None:
-            self.admit()
-        config = self._config.memory if tier == "memory" else self._config
-        keep_every = 0 if tier == "memory" else self._config.keep_every
-        try:
-            if tier not in self._first_write_s:
-                times = catalog.write_times(storage, committed.folder)
-                self._first_write_s[tier] = min((t for t in times if t is not None), default=0.0)
-            first_write_s = self._first_write_s[tier]
-
-            def abandoned(name: AttemptName) -> bool:
-                if name.launch == committed.launch:
-                    return (tier, name) in self._failed
-                return catalog.is_idle_since(storage, name, first_write_s)
-
-            # A save under way may refer to what the checkpoint before the newest one has.
-            keep_last = max(3, config.keep_last) if self._config.delta else config.keep_last
-            known = self._known[tier]
-            removals = catalog.removable(
-                storage, keep_last=keep_last, keep_every=keep_every, abandoned=abandoned, known=known
-            )
-            for removal in removals:
-                catalog.remove(storage, removal)
-        except CheckpointError as error:
-            _log.warning("superseded checkpoints stay, the next save tries again: %s", error)
-
-
-def _new_handle(request: Request, snapshot: Snapshot | None, trace: Trace) -> SaveHandle:
-    handle = SaveHandle(request.step, [tier for tier, _ in request.tiers], snapshot, trace)
-    if request.promoted:
-        handle.add(Outcome(request.step, "remote"))
-    return handle

@@ -139,7 +139,7 @@ def test_the_next_attempt_of_a_faster_rank_is_not_collected(tmp_path: Path, two:
     second = two[1].save(2, {"w": torch.ones(1)})
     wait_until(lambda: bool(list(tmp_path.glob("step-00000002.*/parts/r00001.arrow"))))
     # What rank 0's thread may still be doing for step 1.
-    two[0]._saver._collect("local", AttemptName.of(1, 0, "run"), two[0]._storage)
+    two[0]._saver._retention["local"].collect(two[0]._storage, AttemptName.of(1, 0, "run"))
     two[0].save(2, {"w": torch.ones(1)})
     assert second.result(20).step == 2
 
