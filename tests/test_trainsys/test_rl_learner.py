@@ -211,6 +211,7 @@ def test_the_loss_over_padded_micro_batches_is_the_formula_row_by_row(kind: str)
         ({"data.sequence_length": 6}, ["data.sequence_length: 6 has no room for a prompt"]),
         ({"rl.resamples": 1, "rl.drop_uniform": "false"}, ["rl.resamples: 1 with groups without signal kept"]),
         ({"rl.loss.overlong": "penalise", "rl.loss.overlong_tokens": 7}, ["rl.loss.overlong_tokens: 7 is over"]),
+        ({"engine.compile": "true"}, ["engine.compile: true: blocks that sample"]),
         ({"profile.start_step": 1}, ["profile.start_step: 1: not with rl.tasks"]),
         ({"rl.generation.temperature": 0.0}, ["rl.generation.temperature: 0.0 is out of range; allowed: above 0"]),
     ],

@@ -149,6 +149,8 @@ def _others(config: RunConfig) -> Iterator[Problem]:
         yield "engine.zero_stage", f"{config.engine.zero_stage}: backend = torch shards weights too; allowed: 0"
     if config.model.moe.num_experts and config.rl.generation.cuda_graphs and config.engine.device != "cpu":
         yield "rl.generation.cuda_graphs", "true: routing to experts is no fixed graph; allowed: false"
+    if config.engine.compile:
+        yield "engine.compile", "true: blocks that sample through a cache are not compiled; allowed: false"
     if config.checkpoint.memory.every:
         yield "checkpoint.memory.every", f"{config.checkpoint.memory.every}: not with rl.tasks; allowed: 0"
     if config.profile.start_step:

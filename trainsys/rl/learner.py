@@ -124,8 +124,6 @@ class Learner:
             plan = _prefixed(plan_of(model, config.optim))
             part = hybrid.apply(wrapped, world.groups, models.Anatomy(config.data.sequence_length), place=self._place)
             stack.callback(part.close)
-            if config.engine.compile:
-                models.compile_parts(part.module)
             self.engine = open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
             stack.callback(self.engine.close)
             self._model = wrapped
