@@ -364,16 +364,25 @@ class Recorder:
                 self._pending.pop(key, None)
                 self._lose()
         for tokens in list(self._stamped.values()):
-            while tokens:
+            num_over = self._num_over(tokens)
+            for _ in range(num_over):
                 token = tokens[0]
                 try:
-                    if not token.passed.query():
-                        break  # what comes after it on its stream is not over either
                     self._end_of_stream(token)
                 except Exception:  # noqa: BLE001 - as in begin; after an error of the device every query raises
                     self._end(token, late=True, failed=True)
                     self._lose()
                 tokens.popleft()
+
+    def _num_over(self, tokens: deque[Token]) -> int:
+        """Return how many of a stream's operations are over: those before the first that is not."""
+        num = len(tokens)
+        try:
+            if num and tokens[num - 1].passed.query():
+                return num
+            return next((place for place in range(num) if not tokens[place].passed.query()), num)
+        except RuntimeError:  # the device has an error: all of them are over
+            return num
 
     def _end_of_stream(self, token: Token) -> None:
         clock = self._clocks[token.device]

@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 import faulttol
 from faulttol.bench import Gate, Report, arguments
-from faulttol.bench.callers import CALLERS, count
-from faulttol.bench.ranks import Device, Rank, RankError, join, leave, store_folder, together
+from faulttol.bench.parts.callers import CALLERS, count
+from faulttol.bench.parts.ranks import Device, Rank, RankError, join, leave, store_folder, together
 from faulttol.events import CollectiveEvent
 from faulttol.ring import RingReader
 

@@ -28,7 +28,7 @@ from torch import nn
 
 import faulttol
 from faulttol.bench import Bound, Gate, Report, arguments
-from faulttol.bench.ranks import Device, Rank, join, store_folder, together
+from faulttol.bench.parts.ranks import Device, Rank, join, store_folder, together
 
 COLLECTIVE_LIMIT_US = 20.0
 STEP_LIMIT = 0.01

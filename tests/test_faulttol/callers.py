@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from faulttol.bench.callers import CALLERS, Caller, compiled, small_model
+from faulttol.bench.parts.callers import CALLERS, Caller, compiled, small_model
 
 
 def deepspeed_zero(stage: int) -> Caller:

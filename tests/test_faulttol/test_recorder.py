@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import faulttol
 from faulttol import RecorderError
-from faulttol.bench.callers import count
+from faulttol.bench.parts.callers import count
 from parallel.pipeline.wires import Wires
 from tests.ranks import run_ranks
 from tests.test_faulttol import callers
