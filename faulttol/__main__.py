@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--file", type=Path, help="write there every --every seconds")
     metrics.add_argument("--every", type=float, default=10.0, metavar="S")
     metrics.add_argument("--once", action="store_true", help="write the file once")
+    preflight = commands.add_parser("preflight", help="Check this machine: products, memory, disk; exit code 1 if bad.")
+    preflight.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="where a job writes")
+    preflight.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
+    preflight.set_defaults(run_command=_preflight)
     return parser
 
 
@@ -145,6 +149,14 @@ def _inject(options: argparse.Namespace) -> int:
         print(f"{fault.kind} rank {fault.rank} (process {target.pid})", flush=True)
         drill.strike(target, fault, run / "faults.jsonl")
     return 0
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    from faulttol.preflight import check_machine, summary
+
+    checks = check_machine(options.folder, device=options.device)
+    print(summary(checks))
+    return int(not all(check.ok for check in checks))
 
 
 def _ship(options: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from launch.entry import Raised, Returned
 from launch.errors import RankFailed, RankNote, Reason
 from launch.fleet import Fleet, MemberReport, Recovery, member_log
 from launch.job import Job, JobResult
+from launch.slowness import Straggler
 from launch.supervisor import LONGEST_TICK_S, STACKS_S, StopWish, tail
 from launch.verdict import Limits, RankStatus
 
@@ -139,6 +140,8 @@ def supervise(
                     return watch.finish("stopped")
             elif watch.find():
                 watch.recover(lambda: stop.requested)
+            elif (change := watch.planned()) is not None:
+                watch.recover(lambda: stop.requested, change)
             time.sleep(_POLL_S)
 
 
@@ -154,6 +157,8 @@ class _Watch:
         self._on_output = on_output
         self._members: list[_Member] = []
         self._size = job.world_size
+        self._saved_when_whole: int | None = None
+        self._straggler = self._new_straggler()
         self._num_kept = 0
         self._incidents: list[Incident] = []
         self._read_bytes: dict[int, int] = {}
@@ -210,10 +215,30 @@ class _Watch:
         """Whether the current generation cannot go on."""
         return any(self._trouble_of(member) for member in self.ranks) or self._finding(*_STANDSTILLS) is not None
 
-    def recover(self, is_stopping: Callable[[], bool]) -> None:
+    def planned(self) -> dict[int, Loss] | None:
+        """What to change although the generation could go on, by member; None mostly.
+
+        A slow rank that has cost more than its replacement; or nobody, where a run that shrank can be whole again and
+        has just saved.
+        """
+        ready, step = self._ready(), max((m.status.pulse.step for m in self.ranks if m.status.pulse), default=-1)
+        if self._size < self._job.world_size:
+            if self._size + len(ready) < self._job.world_size:
+                self._saved_when_whole = None
+                return None
+            saved = self._recovery.saved_step()
+            if self._saved_when_whole is None:
+                self._saved_when_whole = saved
+            return {} if saved > self._saved_when_whole else None
+        loss = self._straggler.look(self.now_s, step, self._finding(FindingKind.STRAGGLER))
+        if loss is None or not ready or not self._recovery.total_steps:
+            return None
+        return {self.ranks[loss.rank].index: loss}
+
+    def recover(self, is_stopping: Callable[[], bool], planned: Mapping[int, Loss] | None = None) -> None:
         """End the current generation, and form the next one; or wait until one can be formed.
 
-        Raises: RankFailed where recovery is given up.
+        What is `planned` counts against no budget. Raises: RankFailed where recovery is given up.
         """
         found = [self._trouble_of(member) for member in self.ranks]
         is_stall = all(one in (None, "stalled") for one in found)
@@ -225,12 +250,16 @@ class _Watch:
         step = max((m.status.pulse.step for m in self.ranks if m.status.pulse is not None), default=-1)
         fence.publish(self._recovery.fence, self.generation + 1)
         self._mark(trouble, "fenced")
+        for index, loss in (planned or {}).items():
+            trouble.losses[index] = loss
+            self._end(self._members[index])
         self._end_generation(trouble)
         incident = Incident(trouble.began_s, step, tuple(trouble.losses.values()))
         self._say(self._story(incident))
         before = dict(enumerate(self.ranks))
-        decision = self._decide(incident, before, is_stopping)
-        self._incidents.append(incident)
+        decision = self._decide(incident, before, is_stopping, self._incidents if planned is None else [])
+        if planned is None:
+            self._incidents.append(incident)
         if isinstance(decision, Stop):
             self._fail(trouble.losses or {self.ranks[0].index: Loss(0, "hung", "all lost one another")}, decision)
         if decision is None:
@@ -282,6 +311,10 @@ class _Watch:
             for member in self.ranks
             if member.vitals is not None and member.rank is not None and not self._is_done(member)
         ]
+
+    def _new_straggler(self) -> Straggler:
+        recovery = self._recovery
+        return Straggler(recovery.policy, recovery.total_steps, recovery.saved_step)
 
     def _finding(self, *kinds: FindingKind) -> Finding | None:
         """What holds now of these kinds, the gravest; None where nobody looks."""
@@ -380,7 +413,11 @@ class _Watch:
         self._mark(trouble, "quiesced")
 
     def _decide(
-        self, incident: Incident, before: dict[int, _Member], is_stopping: Callable[[], bool]
+        self,
+        incident: Incident,
+        before: dict[int, _Member],
+        is_stopping: Callable[[], bool],
+        incidents: Sequence[Incident],
     ) -> Resume | Shrink | Stop | None:
         """What to do, once something can be done; None if a stop was asked for meanwhile."""
         told = ""
@@ -396,7 +433,7 @@ class _Watch:
                 spares_starting=len(alive) - len(ready) - len(in_place),
                 smaller_sizes=self._recovery.smaller_sizes,
             )
-            decision = policy.decide(incident, self._incidents, situation, self._recovery.policy)
+            decision = policy.decide(incident, incidents, situation, self._recovery.policy)
             if not isinstance(decision, Wait):
                 return decision
             if not told:
@@ -425,6 +462,8 @@ class _Watch:
     def _place(self, seats: list[_Member]) -> None:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
+        self._saved_when_whole = None
+        self._straggler = self._new_straggler()
         if self._diagnosis is not None:
             self._diagnosis.begin(self.generation, self._size)
         places = self.fleet.places([member.index for member in seats])
@@ -463,6 +502,8 @@ class _Watch:
         self._on_output(f"[{self._job.name}] {text}\n".encode())
 
     def _story(self, incident: Incident) -> str:
+        if not incident.losses and self._size < self._job.world_size:
+            return f"generation {self.generation} ends at step {incident.step}: the run can be whole again"
         if not incident.losses:
             return f"generation {self.generation} ended at step {incident.step}: the ranks lost one another"
         told = "; ".join(f"rank {loss.rank} {loss.kind}: {loss.detail}" for loss in incident.losses)

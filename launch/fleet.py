@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,10 @@ class Recovery:
     """File that gets a JSON line for each recovery."""
     smaller_sizes: tuple[int, ...] = ()
     """World sizes below the job's in which its entry can go on."""
+    total_steps: int = 0
+    """Steps of the whole job: a slow rank near the end is not worth replacing. 0 never replaces one."""
+    saved_step: Callable[[], int] = lambda: -1
+    """The newest step that the job could go on from; -1 before the first."""
     health: HealthConfig
     policy: PolicyConfig
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import faulttol
 import launch
+from checkpoint.commit import COMMIT, AttemptName
 from faulttol.fence import Fence
 from trainsys.check import backend_of, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
@@ -24,9 +25,17 @@ def recovery_of(config: RunConfig, folder: RunFolder) -> launch.Recovery | None:
         fence=fence_path(folder),
         record=folder.path / "events" / "recoveries.jsonl",
         smaller_sizes=tuple(smaller_sizes(config)) if config.faulttol.policy.shrink else (),
+        total_steps=config.steps,
+        saved_step=lambda: saved_step(folder),
         health=config.faulttol.health,
         policy=config.faulttol.policy,
     )
+
+
+def saved_step(folder: RunFolder) -> int:
+    """Return the newest step with a committed checkpoint on the local tier; -1 before the first."""
+    names = (AttemptName.parse(path.parent.name) for path in folder.checkpoints.glob(f"*/{COMMIT}"))
+    return max((name.step for name in names if name is not None), default=-1)
 
 
 def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation | None:
