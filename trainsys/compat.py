@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainsys.errors import TrainsysError
@@ -15,7 +15,7 @@ _SHM_OP = "deepspeed_shm_comm"
 
 
 def quiet_deepspeed(deepspeed: Any) -> None:
-    """Keep DeepSpeed from compiling, and importing compilers, at start, and from warning about its own calls.
+    """Keep DeepSpeed from compiling at start, and from warning about its own calls.
 
     When a process group starts on CPU it compiles a shared-memory collective: only inference uses it, it needs a C++
     compiler and about a minute, and a build that is killed leaves a lock on which every later run hangs. Call after
@@ -30,31 +30,26 @@ def quiet_deepspeed(deepspeed: Any) -> None:
             "pip install 'trainsys[train]'"
         )
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
-    _import_muon()
     # It calls collectives under names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon such that its functions are compiled when they are first called.
+@contextlib.contextmanager
+def compiled_when_called(compiler: Any) -> Iterator[None]:
+    """Let what DeepSpeed's `runtime.compiler` decorates inside the block be compiled when it is first called.
 
-    DeepSpeed imports it to look at any optimizer, and as it decorates them, torch imports all of its compiler: a second
-    at the start of every rank, for functions that only its own Muon calls.
+    DeepSpeed imports its Muon to look at any optimizer, and as that is decorated, torch imports all of its compiler: a
+    second at the start of every rank, for functions that only DeepSpeed's own Muon calls.
     """
-    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     compile_now = compiler.compile
-
-    def compile_late() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return lambda function: _compiled_when_called(compile_now(), function)
-
-    compiler.compile = compile_late
+    compiler.compile = lambda: lambda function: _compiled_late(compile_now(), function)
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        yield
     finally:
         compiler.compile = compile_now
 
 
-def _compiled_when_called(
+def _compiled_late(
     compile_now: Callable[[Callable[..., Any]], Callable[..., Any]], function: Callable[..., Any]
 ) -> Callable[..., Any]:
     compiled = functools.cache(lambda: compile_now(function))

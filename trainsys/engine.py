@@ -33,7 +33,7 @@ from parallel.norm import Held, clip_factor, global_norm
 from parallel.shards import Shard
 from trainsys import muon
 from trainsys.check import accumulation_steps
-from trainsys.compat import quiet_deepspeed
+from trainsys.compat import compiled_when_called, quiet_deepspeed
 from trainsys.config import RunConfig
 from trainsys.data import MicroBatch, StepBatch
 from trainsys.engines import BuildOptimizer, Fencing, Shares, Update
@@ -477,6 +477,10 @@ def import_deepspeed(device_type: str) -> Any:
     if get_accelerator().device_name() != device_type:
         set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device_type]())
     quiet_deepspeed(deepspeed)
+    from deepspeed.runtime import compiler
+
+    with compiled_when_called(compiler):
+        import deepspeed.runtime.zero.muon.original_muon  # else imported by its first engine
     return deepspeed
 
 
