@@ -148,6 +148,10 @@ class Machine:
         """Let a worker update a subgroup, whose gradients have all been taken."""
         assert self.round is not None
         if not task.present:
+            if self.round.speculates and task.path in ("cpu", "stream"):
+                # Nothing updates it, and yet it has to be on the side that will count.
+                self._device_worker.returned(task.index)
+                self.store.next(task.index).copy_(self.store.current(task.index))
             task.updated.set_result(finished())
             return
         self._worker(task).backlog.put(self.round, task, order)

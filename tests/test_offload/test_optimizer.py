@@ -138,7 +138,9 @@ def test_frozen_parts_of_a_model_do_not_hold_streams_up(tmp_path: Path) -> None:
         results = []
         for make in (lambda m: torch.optim.AdamW(m.parameters(), fused=True), None):
             model = small_model(torch.float32)
-            settings = Tiering(subgroup_numel=NUMEL, num_threads=1, accumulation_steps=1)
+            # Two resident, half of the others streamed.
+            budget = Budget(device_bytes=12 * NUMEL * 4, num_slots=2)
+            settings = Tiering(subgroup_numel=NUMEL, num_threads=1, accumulation_steps=1, interleave=2, budget=budget)
             optimizer: Any = make(model) if make else TieredAdamW(model.parameters(), mode=mode, tiering=settings)  # type: ignore[arg-type]
             for number in range(4):
                 hidden = model[0](torch.arange(8))
