@@ -54,7 +54,7 @@ class DetectorConfig:
     hang_after_s: float = 10.0
     """Seconds that a collective is open before it can count as hanging."""
     hang_factor: float = 10.0
-    """A collective also has to be open for this many times the longest usual one of its kind."""
+    """A collective also has to be open for this many times what 19 of 20 of its kind and size take."""
     confirmations: int = 2
     """Views in a row that must agree before a finding about a hang or about speed is reported."""
     window_steps: int = 16

@@ -228,3 +228,9 @@ def test_an_operation_that_is_over_for_others_holds_nobody_up(records: dict[int,
         if rank != 0
     }
     assert not found(JobView({**view.records, **done}))
+
+
+def test_a_job_that_stood_before_is_not_allowed_to_stand_for_longer() -> None:
+    stood = Scene(transfer_ms=lambda step: 60_000.0 if step in (7, 19) else 2.0).run(60)
+    waiting = [all_reduce(rank, FOUR, seq=121, step=60) for rank in (0, 1, 3)]
+    assert only(after(stood, waiting, 11.0)).culprits == (2,)
