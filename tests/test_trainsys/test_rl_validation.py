@@ -63,6 +63,16 @@ def test_a_question_that_is_not_made_here_is_refused(change: dict[str, Any], rea
     assert _reasons(Validator("me", Rules()), _of_question(row(1), **change)) == [reason]
 
 
+def test_only_tasks_that_are_asked_here_are_made() -> None:
+    validator = Validator("me", Rules(asked=frozenset({("reverse", '{"length":5}'), ("sort", "{}")})))
+    five = tasks.ask("reverse", 1, {"length": 5})
+    wanted = replace(row(1), question=five, claimed_rewards=(0.0,) * 4)
+    assert _reasons(validator, wanted, row(2)) == ["task"]
+    # What a peer's parameters make of a task that is not ours may take for ever: it is not tried unless we ask it.
+    foreign = _of_question(row(3), task="reasoning_gym.chain_sum", parameters='{"max_terms":1000000000}')
+    assert _reasons(Validator("me", Rules()), foreign) == ["task"]
+
+
 def test_bytes_that_are_not_those_named_are_refused_without_a_strike() -> None:
     # The reference implementation asserts on the peer's hash, and the node dies.
     validator = Validator("me", Rules(strikes=1))
@@ -157,7 +167,8 @@ def test_a_task_with_a_defect_rejects_a_row_and_raises_nothing(
 
     sent = _of_question(row(1), task="broken")
     monkeypatch.setattr(tasks, "find", lambda name: Broken())
-    assert _reasons(Validator("me", Rules()), sent) == ["internal"]
+    rules = Rules(asked=frozenset({("broken", "{}")}))
+    assert _reasons(Validator("me", rules), sent) == ["internal"]
     assert "could not be judged" in caplog.text
 
 

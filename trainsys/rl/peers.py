@@ -46,7 +46,13 @@ def joining(config: RunConfig) -> JoinPeers:
         signer = signing.open_signer(folder.path / "node.key") if sharing.sign else None
         node = signer.node if signer else sharing.node
         tokens = _tokens(load_tokenizer(config.data.tokenizer))
-        rules = Rules(strikes=sharing.strikes, require_signatures=sharing.sign, peers=frozenset(sharing.peers))
+        specs = map(questions.parse_spec, config.rl.tasks)
+        rules = Rules(
+            strikes=sharing.strikes,
+            require_signatures=sharing.sign,
+            peers=frozenset(sharing.peers),
+            asked=frozenset((spec.name, spec.parameters) for spec in specs),
+        )
         identity = Identity(
             node=node,
             model=config.name[:64],

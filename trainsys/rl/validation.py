@@ -8,7 +8,7 @@ The order, cheap checks first:
     format      one uncompressed Arrow batch of our schema, within bounds, row ids right (`schema.decode`)
     sender      the row is by the node the name says; where signatures are required, its key signed it
     duplicate   neither this row nor its question and texts were seen before, whoever sent them
-    task        we have the task in that version, and it takes the parameters
+    task        it is one that we ask, in our version, with our parameters
     prompt      the question made here is the one the sender asked           } a lie is a strike:
     reward      the rewards scored here are the ones the sender claims       } at `strikes` the peer is banned
     tokens      token ids, where they are in our tokenizer, spell the text   }
@@ -29,7 +29,7 @@ from typing import Any
 
 from trainsys.errors import TrainsysError
 from trainsys.rl import schema, signing, tasks
-from trainsys.rl.rollout import Completion, Group
+from trainsys.rl.rollout import Completion, Group, Question
 from trainsys.rl.schema import Bounds, FormatError, Row
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ class Rules:
     """Only rows signed by the key that names their node."""
     peers: frozenset[str] = frozenset()
     """Only these nodes; empty allows all."""
+    asked: frozenset[tuple[str, str]] = frozenset()
+    """(task, parameters) of the questions that are wanted; empty takes any of the built-in tasks, whose parameters are
+    bounded. Others' are not: with those of a peer's choice a question may take for ever to make."""
     remembered: int = 16_384
     """Rows kept in mind to tell a duplicate; the oldest are forgotten, by when they are too old to be offered."""
 
@@ -182,6 +185,8 @@ class Validator:
             raise _Refused("duplicate", "this group was here before")
         self._remember(rollout_id)
         question = row.question
+        if not self._is_asked(question):
+            raise _Refused("task", f"{question.task}, {question.parameters[:80]}: not asked here")
         try:
             made = tasks.regenerate(question)
             scores = {text: tasks.score(made, text) for text in {completion.text for completion in row.completions}}
@@ -196,6 +201,10 @@ class Validator:
         group = Group(made, self._completions(row), rewards, row.node, row.policy_version)
         self._remember(content)  # only now: else a liar could keep others' true rows out
         return Accepted(group, rollout_id, row.created_ms)
+
+    def _is_asked(self, question: Question) -> bool:
+        asked = self._rules.asked
+        return (question.task, question.parameters) in asked if asked else question.task in tasks.BUILT_IN
 
     def _completions(self, row: Row) -> tuple[Completion, ...]:
         """Return the completions with their tokens where those are ours, else as text alone."""
