@@ -1,7 +1,7 @@
 """Does sharing rollouts help, when, and what does a liar, a slow peer or a dead one cost?
 
     python -m trainsys.bench.sapo [--repeats SEEDS] [--json FILE] [--smoke] [--device cuda] [--jobs N]
-                                  [--lines FILE] [--budget-s S] [--only TEXT] [--svg FILE]
+                                  [--lines FILE] [--budget-s S] [--only TEXT,…] [--svg FILE]
 
 Swarms of five small policies (character decoders, d = 64, two layers) train on five built-in tasks with verifiable
 answers. In a `skill-gap` swarm each node was shown two of the five tasks before; in a `homogeneous` one all five. A
@@ -53,7 +53,7 @@ def main(given: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: %(default)s)")
     parser.add_argument("--lines", type=Path, default=Path("sapo.jsonl"), help="where results are kept as they come")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin nothing that would end later")
-    parser.add_argument("--only", default="", help="only scenarios with this in their name")
+    parser.add_argument("--only", default="", help="only scenarios with one of these, comma-separated, in their name")
     parser.add_argument("--svg", type=Path, help="draw the curves there")
     parser.add_argument("--markdown", type=Path, help="write the table of the README there")
     for name in ("nodes", "rounds", "dim", "num_layers", "warm_steps", "groups"):
@@ -61,7 +61,11 @@ def main(given: list[str]) -> int:
     options = parser.parse_args(given)
     shape = {name: getattr(options, name) for name in ("nodes", "rounds", "dim", "num_layers", "warm_steps", "groups")}
     settings = Settings(seeds=options.repeats, **shape)
-    scenarios = [grid.scaled(scenario, settings) for scenario in SCENARIOS if options.only in scenario.name]
+    scenarios = [
+        grid.scaled(scenario, settings)
+        for scenario in SCENARIOS
+        if any(part in scenario.name for part in options.only.split(","))
+    ]
     if options.smoke:
         settings = Settings(
             seeds=2, rounds=4, groups=4, group_size=4, dim=32, num_layers=1, warm_steps=30, questions_per_skill=2
