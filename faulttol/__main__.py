@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 import threading
@@ -160,19 +159,12 @@ def _preflight(options: argparse.Namespace) -> int:
 
 
 def _ship(options: argparse.Namespace) -> int:
-    from faulttol.ship import Shipper
+    from faulttol.ship import Convoy
 
-    with contextlib.ExitStack() as stack:
-        shippers: dict[Path, Shipper] = {}
-        while True:
-            for path in sorted(Path(options.run).rglob("*.ring")):
-                if path not in shippers:
-                    shippers[path] = stack.enter_context(contextlib.closing(Shipper(path, options.target)))
-            for shipper in shippers.values():
-                shipper.ship()
-            if options.once:
-                return 0
-            time.sleep(options.every)
+    with Convoy(Path(options.run), options.target, every_s=options.every):
+        if not options.once:
+            threading.Event().wait()
+    return 0
 
 
 def _metrics(options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from faulttol import table
-from faulttol.errors import ShipError
+from faulttol.errors import RingError, ShipError
 from faulttol.events import CollectiveEvent, RankRecord, StepMark
 from faulttol.ring import RingReader
 
@@ -90,7 +91,11 @@ class Shipper:
         try:
             self.ship()
         finally:
-            self._reader.close()
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the ring without shipping. Idempotent."""
+        self._reader.close()
 
     def _about(self, record: RankRecord, events: list[CollectiveEvent]) -> dict[str, Any]:
         info = self._reader.info
@@ -127,6 +132,56 @@ class Shipper:
         number, path = parts[-1]
         about, _ = _read(self._system, path)
         return number + 1, about["done"] if about else 0
+
+
+class Convoy:
+    """Ships every ring of a folder, those that come later too, from a thread of its own until `close()`."""
+
+    def __init__(self, folder: Path, target: str, *, every_s: float = 10.0, max_rows: int = 65536) -> None:
+        """Raises: ShipError for a target that cannot be; ValueError for an interval that is not above 0."""
+        if not every_s > 0:
+            raise ValueError(f"every_s: {every_s} is not above 0")
+        file_system(target)
+        self._folder, self._target, self._max_rows = folder, target, max_rows
+        self._shippers: dict[Path, Shipper] = {}
+        self._error: OSError | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._go, args=(every_s,), name="faulttol-convoy", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ship what is left. Idempotent. Raises: OSError when the target cannot be written at the last try either."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join()
+        self._ship()
+        for shipper in self._shippers.values():
+            shipper.release()
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Convoy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _go(self, every_s: float) -> None:
+        while not self._closed.wait(every_s):
+            self._ship()
+
+    def _ship(self) -> None:
+        self._error = None
+        for path in sorted(self._folder.rglob("*.ring")):
+            try:
+                if path not in self._shippers:
+                    self._shippers[path] = Shipper(path, self._target, max_rows=self._max_rows)
+                self._shippers[path].ship()
+            except RingError:  # none of ours
+                continue
+            except OSError as error:  # what was to be written is kept, and tried again
+                self._error = error
 
 
 def shipped(target: str) -> list[RankRecord]:

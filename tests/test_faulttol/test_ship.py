@@ -13,7 +13,7 @@ from faulttol import RankRecord, read_ring, ring_path
 from faulttol.errors import RunError, ShipError
 from faulttol.ring import KIND_NUMBERS, Ring
 from faulttol.run import records
-from faulttol.ship import Shipper, shipped
+from faulttol.ship import Convoy, Shipper, shipped
 from faulttol.table import EVENTS, MARKS, events_of, events_table, group_ranks, marks_of, marks_table
 
 
@@ -164,3 +164,27 @@ def test_a_target_that_no_file_system_knows_is_refused(ring: Ring) -> None:
 
 def test_the_schemas_use_no_type_that_costs_more_than_it_must() -> None:
     assert all(pa.types.is_dictionary(EVENTS.field(name).type) for name in ("kind", "group", "dtype", "phase"))
+
+
+def test_a_convoy_ships_rings_that_come_later_too_and_all_that_is_left(ring: Ring, tmp_path: Path) -> None:
+    target = str(tmp_path / "kept")
+    with Convoy(tmp_path / "rings", target, every_s=0.01):
+        collective(ring, 1)
+        other = Ring(ring_path(tmp_path / "rings", 0, 2), rank=0, world_size=2, generation=2, capacity=64)
+        collective(other, 1)
+        deadline_s = time.monotonic() + 20
+        while len(list((tmp_path / "kept").rglob("events-*.arrows"))) < 2:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        collective(other, 2)
+    assert [len(record.events) for record in shipped(target)] == [2, 1]
+    other.close()
+
+
+def test_a_convoy_that_cannot_write_says_so_in_the_end(ring: Ring, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("in the way")
+    convoy = Convoy(tmp_path / "rings", str(tmp_path / "kept"), every_s=60.0)
+    collective(ring, 1)
+    with pytest.raises(OSError):
+        convoy.close()
+    convoy.close()
