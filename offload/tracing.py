@@ -130,6 +130,10 @@ class Trace:
             with self._lock:
                 self._on_device.append(_DeviceSpan(name, lane, num_bytes, start, end))
 
+    def phase(self, name: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Record a phase of compute, by the clock of the device that computes."""
+        return self.device_span(name, COMPUTE) if device.type == "cuda" else self.span(name, COMPUTE)
+
     def add(self, name: str, lane: str, start_s: float, end_s: float, num_bytes: int = 0) -> None:
         """Record something that has been timed by `now_s`."""
         span = Span(name, lane, start_s, end_s, num_bytes)

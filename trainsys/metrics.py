@@ -22,6 +22,7 @@ from trainsys.meter import Peak
 from trainsys.step import StepStats
 
 if TYPE_CHECKING:
+    from offload.tracing import StepRecord
     from trainsys.rl.learner import Accuracy, RoundStats
     from trainsys.rl.sharing import SharingStats
 
@@ -90,6 +91,19 @@ def checkpoint_record(step: int, stats: SaveStats) -> Record:
         "checkpoint/durable_s": stats.durable_s,
         "checkpoint/pressure_s": stats.pressure_s,
         "checkpoint/rank_bytes": stats.nbytes,
+    }
+
+
+def offload_record(step: StepRecord, waited_s: float) -> Record:
+    """Return what offload did since the last record: bytes moved and held, and what compute waited for.
+
+    `waited_s` is what it has waited for the tiered optimizer.
+    """
+    return {
+        "offload/stall_s": sum(step.stalls_s.values()) + waited_s,
+        "offload/moved_bytes": sum(step.moved_bytes.values()),
+        "offload/held_bytes": sum(step.held_bytes.values()),
+        "memory/peak_host_bytes": step.peaks["rss_bytes"],
     }
 
 

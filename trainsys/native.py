@@ -7,7 +7,9 @@ sees one flat tensor a parameter, this rank's part of the master weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from checkpoint.state import TensorLike
+from offload import Trace
 from parallel.data import DataParallel, Master, Replicated
 from parallel.hybrid import Hybrid
 from parallel.norm import Held, clip_factor, global_norm
@@ -56,7 +59,11 @@ class TorchEngine:
         self._feed = Feed(hybrid, self._device)
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self._optimizer = build_optimizer(module)
-        self._data = _data_parallel(hybrid, config, self._device)
+        self.trace: Trace | None = None
+        """What offload moves and waits for, where the run asks for it."""
+        if config.offload.parameters == "streamed" or config.offload.optimizer == "tiered":
+            self.trace = Trace()
+        self._data = _data_parallel(hybrid, config, self._device, self.trace)
         _adopt(self._optimizer, names, {master.name: master.tensor for master in self._data.masters})
         self._tied: list[Tied] = []
         if hybrid.pipeline is not None:
@@ -71,11 +78,12 @@ class TorchEngine:
         self._tiered: Tiered | None = None
         if config.offload.optimizer == "tiered":
             self._tiered = Tiered(self._optimizer, module, self._data, config)
+            self._tiered.watch(self.trace)
             self._optimizer = self._tiered.optimizer
             separate = config.engine.precision != "fp32"
             self._masters = TieredMasters(hybrid, self._data, self._tiered, placed.place, separate=separate)
         self._elsewhere = elsewhere(self._masters.slices(), hybrid.groups.get("pipeline"))
-        self._steps_taken = 0.0
+        self._steps_taken = self._waited_s = 0.0
         if isinstance(self._optimizer, Muon):
             self._describe_shards(self._optimizer)
 
@@ -92,6 +100,7 @@ class TorchEngine:
     def train(self, batch: StepBatch, shares: Shares, phases: Phases) -> Tensor:
         """Run forward and backward of this rank's micro-batches; see trainsys.engines.Engine."""
         pipeline = self._hybrid.pipeline
+        phase = self._phase(phases)
         self._data.begin()
         if pipeline is not None:
             with phases("pipeline"):
@@ -102,13 +111,13 @@ class TorchEngine:
         summed = torch.zeros(2, dtype=torch.float64, device=self.device)  # read once: reading makes the host wait
         for index, micro in enumerate(batch.micro_batches):
             self._data.micro_batch(index + 1 == len(batch.micro_batches))
-            with phases("forward"):
+            with phase("forward"):
                 loss, auxiliary = self.module(**self._feed(micro))
                 share = shares.of(loss, auxiliary)
-            with phases("backward"):
+            with phase("backward"):
                 share.backward()  # type: ignore[no-untyped-call]
             summed += torch.stack((loss.detach().double(), auxiliary.detach().double()))
-        with phases("backward"):
+        with phase("backward"):
             self._finish()
         return self._feed.told(summed)
 
@@ -136,7 +145,8 @@ class TorchEngine:
         if (factor := clip_factor(norm, self._clip)) < 1:
             gradients = [gradient.tensor for gradient in self._masters.gradients() if gradient.tensor.numel()]
             torch._foreach_mul_(gradients, factor)
-        self._optimizer.step()
+        with self.trace.phase("update", self._device) if self.trace else contextlib.nullcontext():
+            self._optimizer.step()
         self._data.refresh()
         self._steps_taken += 1
         self._hybrid.after_step()
@@ -165,6 +175,25 @@ class TorchEngine:
         if self._tiered is not None:
             self._tiered.close()
         self._data.close()
+
+    def waited_s(self) -> float:
+        """Return how long the host has waited for the tiered optimizer since the last call."""
+        before = self._waited_s
+        self._waited_s = self._tiered.optimizer.stall_s if self._tiered is not None else 0.0
+        return self._waited_s - before
+
+    def _phase(self, phases: Phases) -> Callable[[str], AbstractContextManager[None]]:
+        """Return what times a phase for the trainer, and for the trace of offload where there is one."""
+        trace = self.trace
+        if trace is None:
+            return phases
+
+        @contextlib.contextmanager
+        def both(name: str) -> Iterator[None]:
+            with phases(name), trace.phase(name, self._device):
+                yield
+
+        return both
 
     def _finish(self) -> None:
         """Sum gradients over data ranks, then over the stages that have a copy of one parameter."""
@@ -287,13 +316,13 @@ class _Hooks:
         self._data.stage_finished(self._index[stage])
 
 
-def _data_parallel(hybrid: Hybrid, config: RunConfig, device: torch.device) -> DataParallel:
+def _data_parallel(hybrid: Hybrid, config: RunConfig, device: torch.device, trace: Trace | None) -> DataParallel:
     """Hand the model over to the data parallelism of the recipe."""
     module, settings = hybrid.module, config.engine
     compute_dtype = next(module.parameters()).dtype
     wide = torch.promote_types(compute_dtype, torch.float32)
     if config.offload.parameters == "streamed":
-        return Streamed(module, config, device, wide)
+        return Streamed(module, config, (device, wide), trace)
     if config.offload.optimizer == "tiered":
         wide = compute_dtype  # the fp32 masters are the optimizer's
     overlap = config.parallel.overlap

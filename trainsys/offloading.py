@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from trainsys.config import RunConfig
 
 Recompute = Literal["none", "selective", "full"]
 """As trainsys.models.recompute says."""
+
+if TYPE_CHECKING:
+    from trainsys.metrics import Record
 
 _DEEPSPEED = ("deepspeed_cpu", "deepspeed_nvme")
 
@@ -178,6 +182,21 @@ def swapping(config: RunConfig, module: nn.Module, device: torch.device) -> Abst
     if kind == "auto":
         return Automatic(module, layers, device=device)
     return Activations(layers, ["swap"] * len(layers), device=device).attach()
+
+
+def seen(engine: object) -> Record:
+    """Return what an engine's offload did since the last call; nothing where it has none."""
+    from trainsys.metrics import offload_record
+
+    trace, waited_s = getattr(engine, "trace", None), getattr(engine, "waited_s", None)
+    return {} if trace is None else offload_record(trace.step(), waited_s() if waited_s else 0.0)
+
+
+def write_trace(engine: object, path: Path) -> None:
+    """Write what an engine's offload has moved, under what, as a Chrome trace; nothing where it has none."""
+    trace = getattr(engine, "trace", None)
+    if trace is not None:
+        trace.write(path)
 
 
 def home_of(config: RunConfig, device: torch.device) -> torch.device:

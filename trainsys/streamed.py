@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from offload import Trace
 from offload.activations import Activations
 from offload.streaming import LayerStream, fit
 from parallel.data import Master
@@ -18,14 +20,20 @@ from trainsys.models import blocks
 class Streamed:
     """Weights, gradients and masters of blocks in CPU memory; what is no block on the device. One rank."""
 
-    def __init__(self, module: nn.Module, config: RunConfig, device: torch.device, master_dtype: torch.dtype) -> None:
-        """Take over the model, which is on the CPU. Where the dtypes are one, masters share the weights' memory."""
+    def __init__(
+        self, module: nn.Module, config: RunConfig, target: tuple[torch.device, torch.dtype], trace: Trace | None
+    ) -> None:
+        """Take over the model, which is on the CPU, to compute on a device with masters in a dtype (`target`).
+
+        Where the dtypes are one, masters share the weights' memory.
+        """
+        device, master_dtype = target
         self._parameters = dict(module.named_parameters())
         layers = blocks(module)
         self._activations = (
             Activations(layers, ["swap"] * len(layers), device=device) if config.offload.activations == "swap" else None
         )
-        self.stream = _stream(module, config, device, self._activations)
+        self.stream = _stream(module, config, device, saved=self._activations, trace=trace)
         self._is_apart = next(iter(self._parameters.values())).dtype != master_dtype
         self.masters: Sequence[Master] = [
             self._master(name, parameter, master_dtype) for name, parameter in self._parameters.items()
@@ -80,8 +88,8 @@ class Streamed:
         )
 
 
-def _stream(module: nn.Module, config: RunConfig, device: torch.device, saved: Activations | None) -> LayerStream:
+def _stream(module: nn.Module, config: RunConfig, device: torch.device, **kept: Any) -> LayerStream:
     layers, settings = blocks(module), config.offload
     if settings.device_bytes:
-        return fit(module, layers, device=device, budget_bytes=settings.device_bytes, saved=saved)
-    return LayerStream(module, layers, device=device, window=settings.window_layers, saved=saved)
+        return fit(module, layers, device=device, budget_bytes=settings.device_bytes, **kept)
+    return LayerStream(module, layers, device=device, window=settings.window_layers, **kept)

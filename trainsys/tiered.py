@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.state import TensorLike
-from offload import NvmeTier, Tier, TierSpec, gates
+from offload import NvmeTier, Tier, TierSpec, Trace, gates
 from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget
 from parallel.data import DataParallel, Master
@@ -46,6 +46,11 @@ class Tiered:
         numbers = {master.name: number for number, master in enumerate(self.masters)}
         ids = {id(p): numbers[name] for name, p in module.named_parameters() if name in numbers}
         self._hooks = gates.attach(module, ids, self.optimizer)
+
+    def watch(self, trace: Trace | None) -> None:
+        """Let a trace tell what the disk holds."""
+        if trace is not None and self._tier is not None:
+            trace.watch(self._tier)
 
     def close(self) -> None:
         """Finish all updates and give everything back."""

@@ -244,7 +244,8 @@ class Trainer:
         faulttol.mark_step_end(loss=stats.loss)
         self._throughput.mark(targets)
         if _due(step, config.metrics.every) or step == config.steps:
-            self._metrics.write(step, metrics.train_record(stats, self._pace()))
+            seen = offloading.seen(self._engine)
+            self._metrics.write(step, {**metrics.train_record(stats, self._pace()), **seen})
         return stats
 
     def _evaluate(self) -> None:
@@ -403,6 +404,7 @@ class Trainer:
             on_trace_ready=lambda profile: profile.export_chrome_trace(str(target)),
         ) as profile:
             yield profile.step
+        offloading.write_trace(self._engine, target.with_suffix(".offload.json"))
 
 
 def _due(step: int, every: int) -> bool:

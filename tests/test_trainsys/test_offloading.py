@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -17,7 +18,7 @@ from parallel import Mesh, MeshGroups, hybrid
 from tests.ranks import run_ranks
 from tests.test_trainsys import runs
 from tests.test_trainsys.test_engine import STEPS, Fences, build, configure, plain_loop, relative, take_steps
-from trainsys import models
+from trainsys import metrics, models
 from trainsys.check import backend_of, check
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.errors import ConfigError
@@ -98,7 +99,7 @@ def bf16_losses(rank: int, world_size: int) -> list[list[float]]:
     return [trained(rank, world_size, (*bf16, *offload))[0] for offload in settings]
 
 
-def test_bf16_streams_to_the_bit_and_tiered_masters_stay_within_its_rounding() -> None:
+def test_bf16_stays_within_its_rounding_of_the_resident_run() -> None:
     """Streamed gradients are added up in bf16, where torch's engine adds micro-batches in fp32: 8 bits of mantissa."""
     ((resident, tiered, streamed),) = run_ranks(bf16_losses, 1, timeout_s=120)
     assert relative(tiered, resident) < 1e-2
@@ -168,6 +169,20 @@ def test_every_rule_is_tried() -> None:
     assert len(parameters) == len(RULES)
     for rule in RULES:
         assert any(message in rule.message for _, message in parameters), rule.message
+
+
+def test_a_streamed_run_tells_what_it_moved_and_waited_for(tmp_path: Path) -> None:
+    text = runs.write_text(tmp_path / "text")
+    settings = ["--steps=4", "--parallel.replicate=1", "--engine.zero_stage=0", "--offload.parameters=streamed"]
+    settings += ["--offload.window_layers=1", "--profile.start_step=2", "--profile.num_steps=1", "--name=seen"]
+    runs.succeed("launch", *runs.arguments(f"--data.path={text}", *settings), cwd=tmp_path)
+    records = [r for r in metrics.read(tmp_path / "runs" / "seen" / "metrics.jsonl") if "offload/moved_bytes" in r]
+    assert len(records) == 4
+    assert all(record["offload/moved_bytes"] > 0 for record in records)
+    assert all(record["memory/peak_host_bytes"] > 0 for record in records)
+    (trace,) = (tmp_path / "runs" / "seen" / "profile").glob("*.offload.json")
+    names = {event["args"].get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"compute", "cpu to gpu", "gpu to cpu"} <= names
 
 
 def test_tiered_state_moves_to_any_other_placement_through_a_checkpoint(tmp_path: Path) -> None:
