@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from checkpoint.commit import COMMIT, AttemptName
 from faulttol.fence import Fence
 from trainsys.check import backend_of, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
-from trainsys.errors import ConfigError
+from trainsys.errors import ConfigError, RunError
 from trainsys.folder import RunFolder
 
 
@@ -116,14 +117,24 @@ def with_ranks(config: RunConfig, world_size: int) -> RunConfig:
     return dataclasses.replace(config, parallel=changed)
 
 
-def warm_up(config: RunConfig) -> None:
-    """Do once in this process what its first start of training would do, so that a generation begins at once."""
+def warm_up(config: RunConfig, folder: RunFolder) -> None:
+    """Check this machine, and do what a first start of training would do, so that a generation begins at once.
+
+    Raises:
+        RunError: the machine does not compute, remember or store as it should; with what each check found.
+    """
     import torch
+
+    from faulttol import preflight
+
+    torch.set_num_threads(1)
+    checks = preflight.check_machine(folder.path)
+    if not all(check.ok for check in checks):
+        raise RunError(f"{socket.gethostname()}: preflight failed:\n{preflight.summary(checks)}")
 
     if config.engine.device == "cpu" or not torch.cuda.is_available():
         from trainsys.rehearsal import rehearse
 
-        torch.set_num_threads(1)
         rehearse(config)
     elif backend_of(config) == "deepspeed":
         # On a GPU it ends here: a spare does not know yet which one will be its own.

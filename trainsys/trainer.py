@@ -61,9 +61,9 @@ def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]
     recipe_config = recipe.from_tree(payload["config"])
     if os.path.isdir(payload["cwd"]):  # relative paths of a recipe mean the same here as where it was launched
         os.chdir(payload["cwd"])
-    if recipe_config.faulttol.mode == "act":
-        elastic.warm_up(recipe_config)
     folder = RunFolder(Path(payload["folder"]))
+    if recipe_config.faulttol.mode == "act":
+        elastic.warm_up(recipe_config, folder)
 
     def work() -> dict[str, Any]:
         config = elastic.with_ranks(recipe_config, context.env.world_size) if context.generation else recipe_config
