@@ -38,11 +38,18 @@ def streamed(model: Model, window: Window | int, **settings: object) -> Iterator
         yield stream
 
 
-@pytest.mark.parametrize("recompute", ["none", "inside", "outside"])
 @pytest.mark.parametrize(
-    "window",
-    [1, 2, Window(num_layers=5, resident=3, moved=2), Window(num_layers=5, resident=4, moved=3), 5],
-    ids=["1", "2", "3 by 2", "4 by 3", "all"],
+    ("window", "recompute"),
+    [
+        (1, "none"),
+        (2, "none"),
+        (2, "inside"),
+        (2, "outside"),
+        (Window(num_layers=5, resident=3, moved=2), "none"),
+        (Window(num_layers=5, resident=4, moved=3), "inside"),
+        (5, "none"),
+    ],
+    ids=["1", "2", "2 inside", "2 outside", "3 by 2", "4 by 3 inside", "all"],
 )
 def test_training_in_a_window_equals_training_whole(window: Window | int, recompute: str) -> None:
     plain, model = pair(recompute=recompute)

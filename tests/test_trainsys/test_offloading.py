@@ -61,7 +61,6 @@ def plain() -> tuple[list[float], list[float]]:
     ("world_size", "overrides"),
     [
         (1, ("--engine.zero_stage=0", "--offload.optimizer=tiered")),
-        (2, ("--engine.zero_stage=0", "--offload.optimizer=tiered")),
         (2, ("--engine.zero_stage=1", "--offload.optimizer=tiered")),
         (2, ("--engine.zero_stage=2", "--offload.optimizer=tiered")),
         (2, ("--engine.zero_stage=3", "--offload.optimizer=tiered")),
