@@ -1,0 +1,124 @@
+"""An agent tells dead, frozen, stuck and stalled processes apart, each by a sign of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from faulttol.agent import NodeAgent, Watched, answering, process_state, start_ticks
+from faulttol.config import HealthConfig
+from faulttol.health import Condition, Health, assess
+from faulttol.heartbeat import Heartbeat
+from tests.ranks import server_context
+
+_TIMEOUT_S = 60.0
+_HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=2.0, stalled_after_s=4.0)
+
+
+def _live(folder: str, how: str, ready: mp.synchronize.Event) -> None:
+    """Be a rank: advance, stand still, or keep the GIL."""
+    with Heartbeat(Path(folder, "heartbeat"), 0.05) as heartbeat, answering(Path(folder, "answers")):
+        heartbeat.beat(step=7, phase="train")
+        ready.set()
+        if how == "stuck":
+            ctypes.PyDLL(None).sleep(600)  # keeps the GIL
+        while True:
+            if how == "advances":
+                heartbeat.beat(step=7, phase="train")
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], ForkServerProcess]]:
+    """Starts a rank; it is gone at the end."""
+    started: list[ForkServerProcess] = []
+
+    def begin(how: str) -> ForkServerProcess:
+        ready = server_context().Event()
+        process = server_context().Process(target=_live, args=(str(tmp_path), how, ready), daemon=True)
+        process.start()
+        started.append(process)
+        assert ready.wait(_TIMEOUT_S)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+        process.close()
+
+
+def _watch(process: ForkServerProcess, folder: Path) -> NodeAgent:
+    assert process.pid is not None
+    agent = NodeAgent()
+    agent.watch(Watched(3, process.pid, start_ticks(process.pid), folder / "heartbeat", folder / "answers"))
+    return agent
+
+
+def _becomes(agent: NodeAgent, *conditions: Condition) -> Health:
+    """Look until the rank's condition is one of these; anything graver than running on the way there fails."""
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        (vitals,) = agent.look()
+        health = assess(vitals, _HEALTH)
+        if health.condition in conditions:
+            assert vitals.step in (-1, 7)
+            return health
+        assert health.condition is Condition.RUNNING, health
+        time.sleep(0.02)
+    raise AssertionError(f"not {conditions} in {_TIMEOUT_S} s")
+
+
+def test_a_stopped_process_is_frozen_and_then_ended_all_the_same(
+    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+) -> None:
+    process = start("advances")
+    agent = _watch(process, tmp_path)
+    for _ in range(20):
+        assert assess(agent.look()[0], _HEALTH).condition is Condition.RUNNING
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    health = _becomes(agent, Condition.FROZEN)
+    assert "stopped" in health.reason
+    assert agent.end(3)
+    assert _becomes(agent, Condition.DEAD).reason == "its process is gone"
+
+
+def test_a_held_gil_is_told_from_a_freeze_because_native_code_answers(
+    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+) -> None:
+    agent = _watch(start("stuck"), tmp_path)
+    health = _becomes(agent, Condition.STUCK)
+    (vitals,) = agent.look()
+    assert vitals.native_age_s is not None
+    assert vitals.native_age_s < _HEALTH.frozen_after_s < health.age_s
+    assert agent.end(3)
+
+
+def test_a_loop_that_stands_still_is_stalled_while_all_else_lives(
+    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+) -> None:
+    agent = _watch(start("stands"), tmp_path)
+    health = _becomes(agent, Condition.STALLED)
+    assert "step 7, train" in health.reason
+
+
+def test_a_process_that_got_the_number_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    ticks = start_ticks(os.getpid())
+    assert process_state(os.getpid(), ticks) in ("R", "S")
+    assert process_state(os.getpid(), ticks + 1) is None
+    agent = NodeAgent()
+    agent.watch(Watched(0, os.getpid(), ticks + 1, tmp_path / "heartbeat", tmp_path / "answers"))
+    assert not agent.look()[0].process_alive
+    assert agent.end(0), "which kills nobody"
+    assert threading.main_thread().is_alive()
