@@ -101,17 +101,16 @@ def choose_window(cost: LayerCost, *, num_layers: int, other_bytes: int, budget_
 def predicted_s(window: Window, cost: LayerCost, *, training: bool) -> float:
     """Return how long a pass over all layers takes: forward, and in training backward at twice its time.
 
-    Compute and transfers each take their sum; where the window cannot hide transfers, they are what it waits for.
-    The window that is there when a pass begins, and at the turn into backward, need not come again.
+    Compute and transfers take turns in a window of one layer, and run side by side in a larger one. In training every
+    layer comes again after the update, the first with nothing to hide under; those of the window at the turn into
+    backward are there. In inference a pass ends with the first layers on their way, unless all stay.
     """
     away = window.num_layers - window.resident
-    if away == 0:
-        return window.num_layers * cost.compute_s * (3 if training else 1)
-    hidden_s = 0.0 if window.resident == 1 else cost.transfer_s * away
-    forward_s = window.num_layers * cost.compute_s
-    shown_s = cost.transfer_s * (window.num_layers if not training else away)
+    compute_s, all_s = window.num_layers * cost.compute_s, window.num_layers * cost.transfer_s
     if window.resident == 1:
-        total = forward_s + window.num_layers * cost.transfer_s
-        return total + (2 * forward_s + away * cost.transfer_s if training else 0.0)
-    total = max(forward_s, shown_s, hidden_s)
-    return total + (max(2 * forward_s, cost.transfer_s * away) if training else 0.0)
+        backward_s = 2 * compute_s + away * cost.transfer_s
+        return compute_s + all_s + (backward_s if training else 0.0)
+    if not training:
+        return max(compute_s, all_s if away else 0.0)
+    forward_s = cost.transfer_s + max(compute_s, all_s - cost.transfer_s)
+    return forward_s + max(2 * compute_s, away * cost.transfer_s)

@@ -16,7 +16,7 @@ from offload import CpuTier, CxlTier, NvmeTier, Tier
 from offload.errors import BudgetError, StreamError
 from offload.streaming import LayerStream, fit
 from offload.tracing import Trace
-from offload.window import LayerCost, Window, choose_window, largest_window
+from offload.window import LayerCost, Window, choose_window, largest_window, predicted_s
 from tests.contracts.tier import spec
 from tests.test_offload.streamed_models import Block, Model, differing, pair, train
 
@@ -237,3 +237,21 @@ def test_the_window_is_the_smallest_that_hides_its_transfers() -> None:
     for resident, moved in ((0, 1), (9, 1), (3, 3), (3, 0)):
         with pytest.raises(BudgetError, match="window: "):
             Window(num_layers=8, resident=resident, moved=moved)
+
+
+@pytest.mark.parametrize(
+    ("resident", "transfer_s", "inference_s", "training_s"),
+    [
+        (1, 0.5, 6.0, 6.0 + 9.5),  # in turns: four layers come in forward, three in backward
+        (2, 0.5, 4.0, 0.5 + 4.0 + 8.0),  # hidden, but for the first
+        (2, 3.0, 12.0, 12.0 + 8.0),  # the link decides forward, and backward is as long as compute
+        (4, 0.5, 4.0, 0.5 + 4.0 + 8.0),  # all stay, until an update makes them old
+    ],
+)
+def test_a_pass_is_predicted_from_compute_and_transfers(
+    resident: int, transfer_s: float, inference_s: float, training_s: float
+) -> None:
+    window = Window(num_layers=4, resident=resident)
+    cost = LayerCost(num_bytes=1, compute_s=1.0, transfer_s=transfer_s)
+    assert predicted_s(window, cost, training=False) == inference_s
+    assert predicted_s(window, cost, training=True) == training_s
