@@ -73,7 +73,7 @@ class Scenario:
     absent: tuple[int, ...] = ()
     """Nodes that share nothing."""
     period: tuple[int, ...] = ()
-    """Ticks that a round of each node takes; empty: one each. A run has as many rounds in all."""
+    """Ticks that a round of each node takes, over and over; empty: one each. A run has as many rounds in all."""
     killed: tuple[int, ...] = ()
     """Nodes that do nothing any more after half of the rounds."""
 
@@ -172,13 +172,13 @@ class Swarms:
     def run(self) -> list[NodeResult]:
         """Run all rounds and return what came of each node."""
         settings, scenario = self._settings, self._scenario
-        period = scenario.period or (1,) * settings.nodes
+        period = scenario.period or (1,)
         optimizer = Adam(self._stack, settings.lr)
         start = self._evaluate()
         rest = sum(self._limit(node) for node in self._nodes)
         tick = 0
         while rest:
-            active = [index for index, node in enumerate(self._nodes) if tick % period[node.number] == 0]
+            active = [index for index, node in enumerate(self._nodes) if tick % period[node.number % len(period)] == 0]
             active = [index for index in active if self._limit(self._nodes[index]) > self._nodes[index].rounds]
             self._round(active[:rest] if scenario.period else active, optimizer)
             rest -= len(active[:rest])
