@@ -32,6 +32,10 @@ from faulttol.operations import ENDS_AT_WAIT, Operation
 from faulttol.ring import KIND_NUMBERS, Ring
 
 _LOG = logging.getLogger(__name__)
+_IDLE_S = 0.1
+"""Between two signs of life while nothing goes on."""
+_HELD_S = 1.0
+"""How long a work is held that cannot be asked whether it is over; by then whoever waits for it has it."""
 _MAX_OUTPUTS = 256
 """Results of functional reduce-scatters that are followed until somebody waits for them."""
 
@@ -58,6 +62,9 @@ class Recorder:
         self._pid = os.getpid()
         self._poll_s = poll_s
         self._closed = threading.Event()
+        self._wake = threading.Event()
+        self._is_idle = False
+        """Whether the watcher sleeps until something goes on; who begins something then wakes it."""
         self._interception = Interception(self)
         os.register_at_fork(after_in_child=_switch_off(weakref.ref(self)))
         self._watcher = threading.Thread(target=self._watch, name="faulttol-recorder", daemon=True)
@@ -155,6 +162,9 @@ class Recorder:
                 self._stamped.setdefault(stream, deque()).append(token)
             else:
                 self._end(token, late=False)
+            if self._is_idle:
+                self._is_idle = False
+                self._wake.set()
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
 
@@ -240,6 +250,7 @@ class Recorder:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._wake.set()
         self._is_on = False
         self._interception.close()
         if os.getpid() == self._pid:  # a forked child has no such thread
@@ -346,7 +357,13 @@ class Recorder:
 
     def _watch(self) -> None:
         is_ready = False
-        while not self._closed.wait(self._poll_s):
+        while not self._closed.is_set():
+            self._is_idle = True
+            if self.num_pending:
+                self._is_idle = False
+                self._closed.wait(self._poll_s)
+            elif self._wake.wait(_IDLE_S):
+                self._wake.clear()
             if not self._is_on:
                 return
             if self._clocks and not is_ready:  # not before: to ask for devices would make their context
@@ -397,6 +414,9 @@ class Recorder:
 
     def _look(self, key: int, token: Token) -> None:
         work = token.work
+        if token.is_over:  # a functional wait was its end
+            self._pending.pop(key, None)
+            return
         if work is None:
             return  # only its caller holds it now: its wait or its end tells
         if work.is_completed():
@@ -404,7 +424,7 @@ class Recorder:
                 self._end_of_work(token, work)
             return
         token.age += 1
-        if token.device is None and token.kind in ENDS_AT_WAIT and token.age > 1:
+        if token.device is None and token.kind in ENDS_AT_WAIT and token.age * self._poll_s > _HELD_S:
             # Held here, it would hold its tensors for as long as nobody waits for it.
             token.ref = weakref.ref(work, lambda _: self._dropped(key, token))
             token.work = None

@@ -6,7 +6,8 @@ Baseline and candidate alternate in one process: a block with the recorder insta
 collective: `all_reduce` of 64 bytes in a group of one rank, where nothing is waited for, so that the calling is all
 there is; the cost is the difference of two neighbouring blocks. Of a device nothing is waited for inside a block. Per
 step: a model of linear layers under DDP, the slowest rank's time of a block; the cost is the ratio of neighbouring
-blocks less 1. `expected` is the arithmetic: collectives a step x cost a collective / step, which says what a noisy
+blocks less 1. CPU time is that of all threads, the recorder's too: it sees less of what else the machine does.
+`expected` is the arithmetic: collectives a step x cost a collective / step, which says what a noisy
 machine cannot show.
 
 On the CPU the step is small for a step of training, and what it costs is taken from all that it has: two ranks on
@@ -58,8 +59,10 @@ FULL = {
 }
 SMOKE = Sizes(calls=50, blocks=2, steps=2, width=64, rows=16, bucket_mb=0.03)
 _NUM_LAYERS = 8
-Pairs = list[tuple[float, float]]
-"""Seconds of neighbouring blocks: without the recorder, and with it."""
+Time = tuple[float, float]
+"""Of a block: seconds by the clock, and seconds of CPU time of all the process's threads."""
+Pairs = list[tuple[Time, Time]]
+"""Neighbouring blocks: without the recorder, and with it."""
 
 
 def main() -> int:
@@ -92,14 +95,18 @@ def _report(
     sizes: Sizes,
 ) -> None:
     for without, with_it in single:
-        report.add("one collective, without", "call", "us", without * 1e6)
-        report.add("one collective, recorded", "call", "us", with_it * 1e6)
-        report.add("one collective", "cost", "us", (with_it - without) * 1e6)
-    for pair in zip(*(blocks for blocks, _ in steps), strict=True):
-        without, with_it = (max(times) / sizes.steps for times in zip(*pair, strict=True))
-        report.add("step, without", "step", "ms", without * 1e3)
-        report.add("step, recorded", "step", "ms", with_it * 1e3)
-        report.add("step", "cost", "%", (with_it / without - 1) * 100)
+        one, other = (block[0] / sizes.calls * 1e6 for block in (without, with_it))
+        report.add("one collective, without", "call", "us", one)
+        report.add("one collective, recorded", "call", "us", other)
+        report.add("one collective", "cost", "us", other - one)
+        report.add("one collective", "cost in CPU time", "us", (with_it[1] - without[1]) / sizes.calls * 1e6)
+    for pairs in zip(*(blocks for blocks, _ in steps), strict=True):
+        one, other = (max(pair[place][0] for pair in pairs) / sizes.steps * 1e3 for place in range(2))
+        report.add("step, without", "step", "ms", one)
+        report.add("step, recorded", "step", "ms", other)
+        report.add("step", "cost", "%", (other / one - 1) * 100)
+        one, other = (sum(pair[place][1] for pair in pairs) for place in range(2))
+        report.add("step", "cost in CPU time", "%", (other / one - 1) * 100)
     cost_us = report.median("one collective", "cost")
     a_step = steps[0][1]
     expected = a_step * cost_us / 1e3 / report.median("step, without", "step")
@@ -121,12 +128,12 @@ def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes:
     join(rank, world_size, folder, device)
     x = torch.ones(16, device=device)
 
-    def block() -> float:
+    def block() -> Time:
         _settle(device)
-        begin = time.perf_counter()
+        begin = _now()
         for _ in range(sizes.calls):
             dist.all_reduce(x)
-        return (time.perf_counter() - begin) / sizes.calls
+        return _since(begin)
 
     pairs = _alternate(block, folder, sizes, poll_s)
     dist.destroy_process_group()
@@ -141,15 +148,15 @@ def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=sizes.bucket_mb)
     x = torch.ones(sizes.rows, sizes.width, device=device, dtype=dtype)
 
-    def block() -> float:
+    def block() -> Time:
         dist.barrier()
         _settle(device)
-        begin = time.perf_counter()
+        begin = _now()
         for step in range(sizes.steps):
             faulttol.mark_step(step)
             model(x).sum().backward()
         _settle(device)
-        return time.perf_counter() - begin
+        return _since(begin)
 
     pairs = _alternate(block, folder, sizes, poll_s)
     faulttol.install(folder, generation=1)
@@ -160,7 +167,7 @@ def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes
     return pairs, sum(event.step >= 0 for event in record.events) / sizes.steps
 
 
-def _alternate(block: Callable[[], float], folder: str, sizes: Sizes, poll_s: float) -> Pairs:
+def _alternate(block: Callable[[], Time], folder: str, sizes: Sizes, poll_s: float) -> Pairs:
     """Return what blocks took, in pairs: without the recorder, and with it; each order as often as the other."""
     block()
     pairs = []
@@ -173,6 +180,14 @@ def _alternate(block: Callable[[], float], folder: str, sizes: Sizes, poll_s: fl
             faulttol.uninstall()
         pairs.append((taken[False], taken[True]))
     return pairs
+
+
+def _now() -> Time:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(begin: Time) -> Time:
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
 
 def _settle(device: Device) -> None:
