@@ -76,9 +76,9 @@ def main(words: list[str]) -> int:
         if options.runs:
             with options.runs.open("a") as file:
                 file.write(json.dumps(verdict.line()) + "\n")
-        mark = "ok  " if verdict.is_right else "MISS"
+        mark, num_made = "ok  " if verdict.is_right else "MISS", sum(case.name in made for case in wanted)
         print(
-            f"{sum(case.name in made for case in wanted)}/{len(wanted)} {mark} {verdict.name} by {verdict.culprit or 'nobody'}: {verdict.said_kind} "
+            f"{num_made}/{len(wanted)} {mark} {verdict.name} by {verdict.culprit or 'nobody'}: {verdict.said_kind} "
             f"{verdict.named} after {verdict.after_s:.2f} s, steps x {verdict.grown:.2f}",
             flush=True,
         )

@@ -259,8 +259,9 @@ class _Voice:
 
         path = self._directory / f"torch_rank_{self._rank}"
         if not path.exists():
-            path.with_name(f".{path.name}").write_bytes(_dump_fr_trace(True, False, False))
-            path.with_name(f".{path.name}").rename(path)
+            unfinished = self._directory / f"unfinished{self._rank}"  # the analyser reads whatever has the prefix
+            unfinished.write_bytes(_dump_fr_trace(True, False, False))
+            unfinished.rename(path)
 
 
 def _train(job: Job, spec: JobSpec, injector: Injector, recorder: Recorder, heart: Heartbeat, voice: _Voice) -> None:

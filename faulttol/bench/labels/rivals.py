@@ -80,7 +80,7 @@ def flight_recorder(folder: Path, prefix: str) -> Said:
             options = JobConfig().parse_args([str(folder), "-p", prefix])
             details, version = read_dir(options)
             found = build_db(details, options, version)
-    except (AssertionError, KeyError, ValueError, IndexError, TypeError, NotImplementedError):
+    except (AssertionError, EOFError, KeyError, ValueError, IndexError, TypeError, NotImplementedError):
         return NOTHING
     finally:
         logging.disable(logging.NOTSET)
