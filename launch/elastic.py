@@ -157,6 +157,8 @@ class _Watch:
         self._on_output = on_output
         self._members: list[_Member] = []
         self._size = job.world_size
+        self._is_recovering = False
+        self._placed_s = 0.0
         self._saved_when_whole: int | None = None
         self._straggler = self._new_straggler()
         self._num_kept = 0
@@ -186,7 +188,9 @@ class _Watch:
                 self._members.append(_Member(index, RankStatus(rank=index)))
             self._learn(self._members[index], report)
         self._pass_on()
-        for finding in self._diagnosis.look(self._vitals()) if self._diagnosis is not None else ():
+        if self._diagnosis is None or self._is_recovering:
+            return
+        for finding in self._diagnosis.look(self._vitals()):
             if finding.kind.is_fault:
                 self._say(told(finding))
 
@@ -240,6 +244,7 @@ class _Watch:
 
         What is `planned` counts against no budget. Raises: RankFailed where recovery is given up.
         """
+        self._is_recovering = True
         found = [self._trouble_of(member) for member in self.ranks]
         is_stall = all(one in (None, "stalled") for one in found)
         trouble = _Trouble(self.generation, self.now_s, is_stall)
@@ -306,10 +311,11 @@ class _Watch:
 
     def _vitals(self) -> list[Vitals]:
         """Of the ranks that have not finished, under their numbers in this generation."""
+        since_s = self.now_s - self._placed_s
         return [
-            replace(member.vitals, rank=member.rank)
+            replace(vitals, rank=member.rank, progress_age_s=min(vitals.progress_age_s or 0.0, since_s))
             for member in self.ranks
-            if member.vitals is not None and member.rank is not None and not self._is_done(member)
+            if (vitals := member.vitals) is not None and member.rank is not None and not self._is_done(member)
         ]
 
     def _new_straggler(self) -> Straggler:
@@ -349,7 +355,9 @@ class _Watch:
             if verdict.tells_of_lost_peer(standing.messages):
                 return "complaint"
             return _raised(member.number, standing.messages)
-        if health is not None and health.condition is Condition.STALLED:
+        # What it did not do while it waited for this generation to be formed says nothing.
+        has_had_time = self.now_s - self._placed_s > self._recovery.health.stalled_after_s
+        if health is not None and health.condition is Condition.STALLED and has_had_time:
             return "stalled"
         return None
 
@@ -462,6 +470,7 @@ class _Watch:
     def _place(self, seats: list[_Member]) -> None:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
+        self._is_recovering, self._placed_s = False, self.now_s
         self._saved_when_whole = None
         self._straggler = self._new_straggler()
         if self._diagnosis is not None:
