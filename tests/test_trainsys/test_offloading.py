@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -20,6 +21,8 @@ from tests.test_trainsys import runs
 from tests.test_trainsys.test_engine import STEPS, Fences, build, configure, plain_loop, relative, take_steps
 from trainsys import metrics, models
 from trainsys.check import backend_of, check
+from trainsys.config import RunConfig
+from trainsys.engine import DeepSpeedEngine, deepspeed_settings
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.errors import ConfigError
 from trainsys.offloading import RULES, swapping
@@ -203,3 +206,29 @@ def test_tiered_state_moves_to_any_other_placement_through_a_checkpoint(tmp_path
     expected, found = (runs.losses(tmp_path / "runs" / name) for name in ("plain", "moved"))
     assert found.keys() == expected.keys()
     assert relative(list(found.values()), list(expected.values())) < 1e-5
+
+
+def test_deepspeed_on_a_disk_is_handed_over_or_says_what_to_install() -> None:
+    config = configure(
+        "--parallel.replicate=1",
+        "--engine.zero_stage=3",
+        "--offload.optimizer=deepspeed_nvme",
+        "--offload.parameters=deepspeed_nvme",
+        "--offload.nvme_dir=/tmp",
+        "--checkpoint.every=0",
+    )
+    check(config)
+    zero = deepspeed_settings(config)["zero_optimization"]
+    for kind in ("optimizer", "param"):
+        assert zero[f"offload_{kind}"] == {"device": "nvme", "pin_memory": False, "nvme_path": "/tmp"}
+    op_builder = pytest.importorskip("deepspeed.ops.op_builder")
+    if op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is here: building async_io takes minutes")
+    with pytest.raises(ConfigError, match=r"offload\.optimizer: deepspeed_nvme builds .* libaio's headers"):
+        run_alone(config)
+
+
+def run_alone(config: RunConfig) -> None:
+    """Open the engine as far as it gets without a group."""
+    part = SimpleNamespace(module=build(config))
+    DeepSpeedEngine(part, config, lambda module: build_optimizer(module, config.optim))  # type: ignore[arg-type]
