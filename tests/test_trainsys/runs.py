@@ -35,6 +35,7 @@ SMALL = (
     "--evaluation.every=6",
     "--evaluation.sequences=6",
     "--evaluation.sample_tokens=8",
+    "--metrics.peak_flops_per_s=1e11",  # measuring it takes a third of a second
     # A slow machine, or a debugger, must not look like a fault.
     "--launch.start_timeout_s=300",
     "--launch.frozen_timeout_s=60",
