@@ -194,7 +194,7 @@ def test_a_killed_node_delays_nobody_and_comes_back_and_another_joins_late(
     assert "node1" in report.summarise(run.path)
 
     # From another terminal, after the others have gone: what they left in the store is still offered.
-    late = [*_TINY, "--steps=100", "--rl.sharing.max_age_rounds=100", "--rl.sharing.poll_interval_s=0.02"]
+    late = [*_TINY, "--rl.sharing.max_age_rounds=100", "--rl.sharing.poll_interval_s=0.02"]
     joined = [*late, f"--rl.sharing.store={killer.url}", "--rl.sharing.node=eve", "--run_dir=eve"]
     done = subprocess.run(
         [sys.executable, "-m", "trainsys", "train", "rl_swarm", *joined],
