@@ -152,8 +152,8 @@ class Checkpointer:
 
         The tensors are copied in the background: call `fence` before they are mutated, or let `fence_on` do it.
         A save whose tensors are mutated all the same fails with TornSnapshot. Writing, voting and committing go on
-        in the background too. Errors of saves before are reported as `poll` does. A save that `preempt` started for this
-        step is joined, also if it has failed: a second call tries again. With two saves still under way it
+        in the background too. Errors of saves before are reported as `poll` does. A save that `preempt` started for
+        this step is joined, also if it has failed: a second call tries again. With two saves still under way it
         waits for the older one, or skips this one, as `on_pressure` says.
 
         Args:
