@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from offload.bench import Bound, Gate, Report, arguments
-from offload.bench.models import Decoder, batch, build
+from offload.bench.cases.models import Decoder, batch, build
 from offload.cap import capped
 from offload.streaming import LayerStream, fit
 from offload.tracing import Trace

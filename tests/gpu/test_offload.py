@@ -10,7 +10,7 @@ import torch
 
 from offload import CpuTier, GpuTier, NvmeTier
 from offload.activations import Activations, Automatic
-from offload.bench.models import Decoder, batch, build
+from offload.bench.cases.models import Decoder, batch, build
 from offload.cap import capped
 from offload.errors import BudgetError
 from offload.streaming import LayerStream, fit

@@ -185,6 +185,7 @@ def reference_micro_batch(windows: list[tuple[list[int], list[int]]], mask: bool
         "document_ids": [numbers[:-1] for _, numbers in windows] if split else None,
         "positions": positions if split else None,
         "num_targets": sum(target != IGNORE for row in targets for target in row),
+        "extras": {},
     }
 
 

@@ -59,7 +59,7 @@ def scaled(scenario: Scenario, settings: Settings) -> Scenario:
 def run(
     scenarios: Sequence[Scenario], settings: Settings, *, device: str, jobs: int, path: Path, budget_s: float
 ) -> bool:
-    """Run what `path` does not hold yet, `jobs` at a time, and return whether all is done; begins nothing late.
+    """Run what `path` does not hold yet, `jobs` at a time, and return whether all is done; begins no second unit late.
 
     A seed of a scenario is a unit of work on a CPU; on CUDA, where a larger stack costs little more, all seeds are.
     """
@@ -77,7 +77,10 @@ def run(
     with ProcessPoolExecutor(jobs, initializer=_one_thread) as pool:
         waiting, running = list(todo), dict[Future[Any], tuple[Scenario, int]]()
         while waiting or running:
-            while waiting and len(running) < jobs and time.monotonic() - began + longest_s < budget_s:
+            while waiting and len(running) < jobs:
+                is_late = time.monotonic() - began + longest_s >= budget_s
+                if is_late and len(waiting) < len(todo):
+                    break
                 scenario, first = waiting.pop(0)
                 running[pool.submit(_one, scenario, part, first, device, path.parent)] = (scenario, first)
             if not running:
