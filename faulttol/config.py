@@ -35,8 +35,9 @@ class HealthConfig:
     """Seconds without an answer of native code until a process that exists counts as frozen."""
     stuck_after_s: float = 5.0
     """Seconds without a sign of life of a Python thread until the rank counts as stuck in native code."""
-    stalled_after_s: float = 10.0
-    """Seconds without progress of the loop until the rank counts as stalled."""
+    stalled_after_s: float = 600.0
+    """Seconds without progress of the loop until the rank counts as stalled; longer than any healthy step takes, since
+    the loop may show progress only once a step."""
     patience: float = 12.0
     """Factor on `stuck_after_s` and `stalled_after_s` in `patient_phases`."""
     patient_phases: list[str] = field(default_factory=lambda: list(_PATIENT_PHASES))
@@ -51,8 +52,9 @@ class DetectorConfig:
 
     warmup_steps: int = 5
     """Steps after the start of a generation that no rule about speed looks at."""
-    hang_after_s: float = 10.0
-    """Seconds that a collective is open before it can count as hanging."""
+    hang_after_s: float = 60.0
+    """Seconds that a collective is open before it can count as hanging: a peer may compile its first step meanwhile,
+    or have more to do than the others."""
     hang_factor: float = 10.0
     """A collective also has to be open for this many times what 19 of 20 of its kind and size take."""
     confirmations: int = 2

@@ -15,7 +15,7 @@ from faulttol.rules.waiting import chains
 from faulttol.view import JobView
 from tests.test_faulttol.scenes import MS, Scene, after, all_reduce, message, with_vitals
 
-CONFIG, HEALTH = DetectorConfig(), HealthConfig()
+CONFIG, HEALTH = DetectorConfig(hang_after_s=10.0), HealthConfig(stalled_after_s=10.0)
 STEPS = 10
 NEXT = 2 * STEPS + 1
 FOUR = range(4)
