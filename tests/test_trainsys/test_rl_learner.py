@@ -100,7 +100,7 @@ def test_two_ranks_learn_what_one_does() -> None:
 def _exchange(rank: int, world_size: int) -> dict[str, Any]:
     question = tasks.ask("largest", 3, {"length": 2})
     answer = tasks.answer_of(question)
-    texts = (answer, answer, "12", "longer than six tokens")
+    texts = (answer, answer, "12", "13")
     completions = tuple(Completion(text, 3, finished=True) for text in texts)
     foreign = Group(question, completions, (1.0, 1.0, 0.0, 0.0), "peer", 7)
     found: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def _exchange(rank: int, world_size: int) -> dict[str, Any]:
         own = learner.rollouts(1)
         found["node"], found["own"] = own[0].node, len(own)
         row = learner.policy.rows(foreign)[3]
-        found["cut"] = len(row.completion), row.behaviour
+        found["text"] = len(row.completion), row.behaviour
         before = _log_prob(learner, foreign)
         learner.round([], [foreign])
         found["right"] = _log_prob(learner, foreign) - before
@@ -118,6 +118,9 @@ def _exchange(rank: int, world_size: int) -> dict[str, Any]:
             "many": foreign,
             "ids": dataclasses.replace(
                 foreign, completions=(dataclasses.replace(completions[0], num_tokens=1, token_ids=(999,)),) * 4
+            ),
+            "long": dataclasses.replace(
+                foreign, completions=(*completions[:3], Completion(f"     {answer}", 3, finished=True))
             ),
             "prompt": dataclasses.replace(foreign, question=dataclasses.replace(question, prompt="x" * 40)),
         }.items():
@@ -140,7 +143,9 @@ def _log_prob(learner: Learner, group: Group) -> float:
 def test_groups_of_others_come_as_text_and_teach_what_they_reward() -> None:
     (found,) = run_ranks(_exchange, 1)
     assert (found["node"], found["own"]) == ("me", 4)
-    assert found["cut"] == (6, None), "what is longer than our limit is cut, and says no log-probabilities"
+    assert found["text"] == (3, None), "two characters and the end, without log-probabilities"
+    assert found["long"][0] is PolicyError, "a reward is for the whole of a completion, so none is cut"
+    assert "allowed: up to 6" in found["long"][1]
     assert found["right"] > 0.05, "the rewarded answer has become likelier"
     assert found["quiet"] == (0, 1), "a group without signal moves nothing"
     assert found["many"][0] is RLError

@@ -194,13 +194,41 @@ def test_a_node_that_comes_back_has_its_place(mailbox: Mailbox) -> None:
     back = Exchange(mailbox, Validator("anna", Rules()), Identity(node="anna", model=""), _QUICK, clock=lambda: 0.0)
     back.load_state(state)
     back.poll()
-    assert _taken(back) == []  # it was seen before
+    assert [found.question.seed for found in _taken(back)] == [1]  # it was still waiting
+    again = Exchange(mailbox, Validator("anna", Rules()), Identity(node="anna", model=""), _QUICK)
+    again.load_state(back.state())
+    again.poll()
+    assert _taken(again) == []  # it was taken before
     back.share([group(3)])
     back.publish_waiting()
     own = sorted(name for name in mailbox.names() if name.startswith("anna."))
     assert len(own) == 2  # its count goes on, though its clock went back
     bert.poll()
     assert sorted(found.question.seed for found in _taken(bert)) == [2, 3]
+
+
+class _OneUnreadable(Mailbox):
+    """Lists a message that sorts first and cannot be fetched."""
+
+    def names(self) -> list[str]:
+        return ["z.9223372036854775807." + "0" * 64, *super().names()]
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        if name.startswith("z."):
+            raise PermissionError(name)
+        return super().fetch(name, limit)
+
+
+def test_a_message_that_cannot_be_read_hides_none_behind_it() -> None:
+    store = _OneUnreadable(keep_s=60, budget_bytes=2**20)
+    anna, bert = _exchange(store, "anna"), _exchange(store, "bert")
+    bert.share([group(1, node="bert")])
+    bert.publish_waiting()
+    for _ in range(3):
+        with pytest.raises(PermissionError):
+            anna.poll()
+    anna.poll()  # it is left alone by now
+    assert [found.question.seed for found in _taken(anna)] == [1]
 
 
 def test_signed_nodes_hear_only_signed_nodes(mailbox: Mailbox) -> None:

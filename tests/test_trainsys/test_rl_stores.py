@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -195,3 +196,19 @@ def test_a_mailbox_forgets_what_is_old() -> None:
     assert box.names() == []
     box.publish(*message(row(2)))
     assert len(box._messages) == 1
+
+
+def test_a_mailbox_takes_nothing_empty() -> None:
+    with pytest.raises(SharingError, match="nothing in it"):
+        Mailbox(keep_s=60, budget_bytes=100).publish("name", b"")
+
+
+def test_a_pipe_in_a_folder_stalls_nobody(tmp_path: Path) -> None:
+    store = FolderStore(str(tmp_path), keep_s=60)
+    name, data = message(row(1))
+    store.publish(name, data)
+    (path,) = tmp_path.rglob(f"{name}*")
+    path.unlink()
+    os.mkfifo(path)
+    assert store.names() == [name]
+    assert store.fetch(name, 100) is None

@@ -87,7 +87,7 @@ def test_a_round_trains_on_own_groups_and_on_others_and_says_so(box: Mailbox) ->
 
 def test_a_prompt_that_does_not_fit_the_policy_is_left_out(box: Mailbox) -> None:
     anna, bert = _peers(box, "anna", refused="sort"), _peers(box, "bert")
-    bert.trade(1, [group(1, node="bert", task="sort"), group(2, node="bert")])
+    bert.trade(1, [group(2, node="bert", task="sort"), group(2, node="bert")])
     bert._exchange.publish_waiting()
     anna._exchange.poll()
     _, external = anna.trade(1, [])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.test_trainsys.rollouts import group, message, row
-from trainsys.rl import schema, signing, tasks, validation
+from trainsys.rl import questions, schema, signing, tasks, validation
 from trainsys.rl.errors import SharingError, TaskError
 from trainsys.rl.rollout import Completion
 from trainsys.rl.schema import Row
@@ -61,6 +61,11 @@ def test_rewards_are_not_taken_from_the_peer() -> None:
 )
 def test_a_question_that_is_not_made_here_is_refused(change: dict[str, Any], reason: str) -> None:
     assert _reasons(Validator("me", Rules()), _of_question(row(1), **change)) == [reason]
+
+
+def test_questions_that_are_held_out_are_not_trained_on() -> None:
+    held = next(seed for seed in range(99) if questions.is_held_out(tasks.ask("reverse", seed)))
+    assert _reasons(Validator("me", Rules()), row(held)) == ["task"]
 
 
 def test_only_tasks_that_are_asked_here_are_made() -> None:

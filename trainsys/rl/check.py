@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trainsys.errors import MissingExtraError
 from trainsys.rl.errors import TaskError
 from trainsys.rl.questions import draw, parse_spec
-from trainsys.rl.schema import is_node_name
+from trainsys.rl.schema import Bounds, is_node_name
 
 if TYPE_CHECKING:
     from trainsys.config import RunConfig
@@ -174,6 +174,14 @@ def _sharing(config: RunConfig) -> Iterator[Problem]:
         )
     if sharing.external and config.parallel.replicate * config.parallel.shard > 1:
         yield "rl.sharing.external", f"{sharing.external}: a node that shares is one rank; allowed: 0"
+    bounds = Bounds()
+    if sharing.external and rl.group_size > bounds.completions:
+        yield "rl.group_size", f"{rl.group_size} completions of a question are shared; allowed: {bounds.completions}"
+    if sharing.external and rl.generation.max_new_tokens > bounds.completion_bytes:
+        yield (
+            "rl.generation.max_new_tokens",
+            f"{rl.generation.max_new_tokens}: completions are shared; allowed: up to {bounds.completion_bytes}",
+        )
     if sharing.node and not is_node_name(sharing.node):
         yield "rl.sharing.node", f"{sharing.node!r} is no name; allowed: 1 to 64 small letters, digits, hyphens"
     if swarm.nodes and config.launch.kind != "ray":

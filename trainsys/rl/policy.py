@@ -94,8 +94,9 @@ class Policy:
         if not tokens:
             tokens = self.encode(completion.text)
             tokens += (self._tokenizer.end_of_document,) if completion.finished else ()
-        behaviour = completion.log_probs[:limit] if completion.log_probs else None
-        return Row(prompt, tokens[:limit], behaviour)
+        if len(tokens) > limit:  # its reward is for the whole of it
+            raise PolicyError(f"a completion of {len(tokens)} tokens; allowed: up to {limit} (max_new_tokens)")
+        return Row(prompt, tokens, completion.log_probs or None)
 
     def _check(self, prompt: Sequence[int]) -> None:
         limit = self.max_positions

@@ -59,6 +59,12 @@ class Pace:
     """Messages that wait to be published; the oldest make room."""
 
 
+_MOST_TRIES = 3
+"""Polls in which a message may fail to be read before it is left alone."""
+_MOST_FAILURES = 3
+"""In one poll; then the store itself is taken to be ill until the next."""
+
+
 @dataclass(frozen=True, slots=True)
 class SharingStats:
     """What the exchange did since it was opened."""
@@ -90,13 +96,15 @@ class Exchange:
         self._round = 0
         self._outbox: deque[tuple[str, bytes]] = deque()
         self._pool: OrderedDict[bytes, Candidate] = OrderedDict()
+        self._contents: dict[bytes, bytes] = {}
         self._known: OrderedDict[str, None] = OrderedDict()
+        self._failed: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._validating = threading.Lock()
         self._wake = threading.Event()
         self._closed = threading.Event()
-        self._calls = _Calls(pace.deadline_s)
+        self._publishing, self._polling = _Calls(pace.deadline_s), _Calls(pace.deadline_s)
         self._threads: list[threading.Thread] = []
         self.on_rejection: Callable[[Rejection], None] = lambda rejection: None
         """Called for each rejection, on the polling thread."""
@@ -163,7 +171,7 @@ class Exchange:
         with self._lock:
             for candidate in candidates:
                 if candidate.rollout_id not in keep:
-                    self._pool.pop(candidate.rollout_id, None)
+                    self._forget(candidate.rollout_id)
         return chosen
 
     def stats(self) -> SharingStats:
@@ -180,13 +188,19 @@ class Exchange:
             )
 
     def state(self) -> dict[str, Any]:
-        """Return this node's place in the store as JSON values: its count, what it saw, whom it banned."""
+        """Return this node's place in the store as JSON values: its count, what it saw, whom it banned.
+
+        What is still waiting counts as not seen: whoever takes the place up fetches it again.
+        """
         with self._validating:
-            return {"sequence": self._sequence, "validator": self._validator.state()}
+            with self._lock:
+                waiting = {*self._contents, *self._contents.values()}
+            validator = self._validator.state(without=waiting)
+            return {"sequence": self._sequence, "round": self._round, "validator": validator}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up the place that `state` returned; before `start`."""
-        self._sequence = state["sequence"]
+        self._sequence, self._round = state["sequence"], state["round"]
         self._validator.load_state(state["validator"])
 
     def publish_waiting(self) -> None:
@@ -196,7 +210,7 @@ class Exchange:
                 if not self._outbox:
                     return
                 name, message = self._outbox[0]
-            self._calls.within_deadline(lambda: self._store.publish(name, message))  # noqa: B023  runs before it changes
+            self._publishing.within_deadline(lambda: self._store.publish(name, message))  # noqa: B023  runs before it changes
             with self._lock:
                 if self._outbox and self._outbox[0][0] == name:
                     self._outbox.popleft()
@@ -204,16 +218,27 @@ class Exchange:
 
     def poll(self) -> None:
         """Fetch and validate what peers published; the background's step, here for who runs nodes in turn."""
-        listed = self._calls.within_deadline(self._store.names)
+        listed = self._polling.within_deadline(self._store.names)
         self._remember_names(listed)
         limit = self._pace.messages_per_poll
-        for name in _in_turn(name for name in listed if name not in self._known and self._validator.wants(name))[
-            :limit
-        ]:
-            message = self._calls.within_deadline(lambda: self._store.fetch(name, schema.Bounds().message_bytes))  # noqa: B023
+        wanted = _in_turn(name for name in listed if name not in self._known and self._validator.wants(name))[:limit]
+        failures: list[Exception] = []
+        for name in wanted:
+            try:
+                message = self._polling.within_deadline(lambda: self._store.fetch(name, schema.Bounds().message_bytes))  # noqa: B023
+            except Exception as error:  # noqa: BLE001  one that cannot be read must not hide those behind it
+                failures.append(error)
+                self._failed[name] += 1
+                if self._failed[name] >= _MOST_TRIES:
+                    self._known[name] = None
+                if len(failures) >= _MOST_FAILURES:
+                    break
+                continue
             self._known[name] = None
             if message is not None:
                 self._admit(name, message)
+        if failures:
+            raise failures[-1]
 
     def _admit(self, name: str, message: bytes) -> None:
         with self._validating:
@@ -225,15 +250,22 @@ class Exchange:
             self._counts["accepted"] += len(accepted)
             for found in accepted:
                 self._pool[found.rollout_id] = Candidate(found.group, found.rollout_id, self._round)
+                self._contents[found.rollout_id] = found.content
             for node in {found.group.node for found in accepted}:
                 of_peer = [key for key, waiting in self._pool.items() if waiting.group.node == node]
                 for key in of_peer[: max(0, len(of_peer) - self._pace.pool_per_peer)]:
-                    del self._pool[key]
+                    self._forget(key)
+
+    def _forget(self, rollout_id: bytes) -> None:
+        """Take a group out of the pool, with the lock held."""
+        self._pool.pop(rollout_id, None)
+        self._contents.pop(rollout_id, None)
 
     def _remember_names(self, listed: Sequence[str]) -> None:
         """Forget names that the store does not list any more."""
         current = set(listed)
         self._known = OrderedDict((name, None) for name in self._known if name in current)
+        self._failed = Counter({name: count for name, count in self._failed.items() if name in current})
 
     def _publish_always(self) -> None:
         while not self._closed.is_set():

@@ -2,7 +2,7 @@
 
 A store keeps named bytes for a while. It promises little, so that many things can be one: it may lose messages, list
 them late, or be out of reach; whoever reads from it believes nothing (`trainsys.rl.validation`) and waits for nobody
-(`trainsys.rl.exchange`).
+(`trainsys.rl.sharing`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
@@ -114,6 +115,8 @@ class FolderStore:
             path = self._places.get(name)
         if path is None:
             return None
+        if isinstance(self._fs, LocalFileSystem) and not Path(path).is_file():  # a pipe would never be read to its end
+            return None
         try:
             with self._fs.open(path, "rb", block_size=2**20, cache_type="none") as file:
                 message: bytes = file.read(limit + 1)
@@ -150,6 +153,8 @@ class Mailbox:
         self._lock = threading.Lock()
 
     def publish(self, name: str, message: bytes) -> None:
+        if not message:
+            raise SharingError(f"{name[:80]}: nothing in it; allowed: a message")
         with self._lock:
             self._drop([old for old, (since, _) in self._messages.items() if since < self._clock() - self._keep_s])
             self._drop([name] if name in self._messages else [])

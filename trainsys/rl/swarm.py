@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 
 from launch import Job, LaunchConfig, ray_actors, ray_cluster, signals
 from launch.entry import Raised, Returned
+from launch.errors import LaunchError
 from launch.supervisor import Ranks, StopWish
 from launch.verdict import RankReport
 from trainsys import folder, recipe
@@ -219,7 +220,11 @@ class _Node:
         self._end(report)
         if self._state == "died" and may_restart and self._restarts < self._part.config.rl.swarm.restarts:
             self._restarts += 1
-            self.start()
+            try:
+                self.start()
+            except LaunchError as error:  # no room for it any more: the others go on without it
+                self._state, self._detail = "died", f"not started again: {error}"
+                self._release()
 
     def request_stop(self) -> None:
         """Ask the node to save and leave."""

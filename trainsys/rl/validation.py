@@ -23,12 +23,12 @@ import hashlib
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainsys.errors import TrainsysError
-from trainsys.rl import schema, signing, tasks
+from trainsys.rl import questions, schema, signing, tasks
 from trainsys.rl.rollout import Completion, Group, Question
 from trainsys.rl.schema import Bounds, FormatError, Row
 
@@ -73,6 +73,8 @@ class Accepted:
 
     group: Group
     rollout_id: bytes
+    content: bytes
+    """Digest of the group without who sent it."""
     created_ms: int
     """By the sender's clock: for reports."""
 
@@ -148,9 +150,10 @@ class Validator:
         self.rejections.update(rejection.reason for rejection in rejected)
         return accepted, rejected
 
-    def state(self) -> dict[str, Any]:
-        """Return strikes and the rows in mind as JSON values."""
-        return {"strikes": dict(self._strikes), "seen": b"".join(self._seen).hex()}
+    def state(self, *, without: Collection[bytes] = ()) -> dict[str, Any]:
+        """Return strikes and the rows in mind, but some of their digests, as JSON values."""
+        seen = b"".join(digest for digest in self._seen if digest not in without)
+        return {"strikes": dict(self._strikes), "seen": seen.hex()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` returned."""
@@ -192,6 +195,8 @@ class Validator:
             scores = {text: tasks.score(made, text) for text in {completion.text for completion in row.completions}}
         except TrainsysError as error:
             raise _Refused("task", str(error)[:200]) from error
+        if questions.is_held_out(made):
+            raise _Refused("task", f"{question.task}, seed {question.seed}: held out, which nobody trains on")
         if made.prompt != question.prompt:
             raise _Refused("prompt", f"{question.task}, seed {question.seed}: not the question that is made here")
         rewards = tuple(scores[completion.text] for completion in row.completions)
@@ -200,7 +205,7 @@ class Validator:
                 raise _Refused("reward", f"{claimed:g} claimed, {reward:g} scored here")
         group = Group(made, self._completions(row), rewards, row.node, row.policy_version)
         self._remember(content)  # only now: else a liar could keep others' true rows out
-        return Accepted(group, rollout_id, row.created_ms)
+        return Accepted(group, rollout_id, content, row.created_ms)
 
     def _is_asked(self, question: Question) -> bool:
         asked = self._rules.asked

@@ -28,15 +28,18 @@ class Tail:
     rewards: list[float] = field(default_factory=list)
     """Of every round, in order."""
     _offset: int = 0
+    _file: int = 0
+    """Its number on the disk: a node that resumes writes another."""
 
     def read(self) -> None:
         """Take in what was written since; a file that was cut (a resumed node) is read again."""
         try:
-            size = self.path.stat().st_size
+            found = self.path.stat()
         except FileNotFoundError:
             return
-        if size < self._offset:
-            self._offset = 0
+        size = found.st_size
+        if size < self._offset or found.st_ino != self._file:
+            self._offset, self._file = 0, found.st_ino
             self.rewards.clear()
         with self.path.open("rb") as file:
             file.seek(self._offset)
@@ -44,7 +47,11 @@ class Tail:
         whole = grown[: grown.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # it was replaced while it was read; the next look begins anew
+                self._file = 0
+                return
             self.latest.update(record)
             if "rl/reward" in record:
                 self.rewards.append(record["rl/reward"])

@@ -35,4 +35,4 @@ class Believer(Validator):
 
     def _believed(self, row: Row) -> Accepted:
         group = Group(row.question, row.completions, row.claimed_rewards, row.node, row.policy_version)
-        return Accepted(group, row.digest, row.created_ms)
+        return Accepted(group, row.digest, row.content_digest, row.created_ms)
