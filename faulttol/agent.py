@@ -8,7 +8,6 @@ answered stays asked.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from faulttol.health import Vitals
 
 _QUESTION = b"POST /handler/ping HTTP/1.1\r\nHost: rank\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _ASK_S = 0.2  # between two questions
+_BLIND_S = 0.5  # that a time without a look counts at most: the observer was away, which proves nothing
 _GONE_POLL_S = 0.002
 
 
@@ -87,8 +87,10 @@ class _Patient:
         self.process = process
         self._asked: socket.socket | None = None
         self._asked_at_s = -_ASK_S
-        self._native_at_s: float | None = None
-        self._python_at_s = self._progress_at_s = now_s
+        self._answered = False
+        self._waits_since_s: float | None = None
+        """When the first question was asked that no answer has followed."""
+        self._python_at_s = self._progress_at_s = self._looked_at_s = now_s
         self._counts = (-1, -1)
         self._step, self._phase = -1, ""
 
@@ -97,6 +99,7 @@ class _Patient:
         if state is None:
             self.close()
             return Vitals(rank=self.process.rank, process_alive=False, step=self._step, phase=self._phase)
+        self._forgive(now_s)
         with contextlib.suppress(FileNotFoundError, HeartbeatError):  # not there yet
             self._read(heartbeat.read(self.process.heartbeat), now_s)
         self._ask(now_s)
@@ -104,7 +107,7 @@ class _Patient:
         return Vitals(
             rank=self.process.rank,
             process_state=state,
-            native_age_s=None if self._native_at_s is None else now_s - self._native_at_s,
+            native_age_s=self._native_age_s(now_s),
             python_age_s=now_s - self._python_at_s if joined else None,
             progress_age_s=now_s - self._progress_at_s if joined else None,
             step=self._step,
@@ -115,6 +118,21 @@ class _Patient:
         if self._asked is not None:
             self._asked.close()
             self._asked = None
+
+    def _forgive(self, now_s: float) -> None:
+        """Hold no silence against the process that the observer did not watch, as when it was stopped itself."""
+        blind_s = max(0.0, now_s - self._looked_at_s - _BLIND_S)
+        self._looked_at_s = now_s
+        self._python_at_s += blind_s
+        self._progress_at_s += blind_s
+        if self._waits_since_s is not None:
+            self._waits_since_s += blind_s
+
+    def _native_age_s(self, now_s: float) -> float | None:
+        """For how long a question has had no answer; 0 if there is none, None before the first."""
+        if self._waits_since_s is not None:
+            return now_s - self._waits_since_s
+        return 0.0 if self._answered else None
 
     def _read(self, view: heartbeat.HeartbeatView, now_s: float) -> None:
         alive, progress = view.alive_count, view.progress_count
@@ -128,14 +146,13 @@ class _Patient:
         """Take the answer to the last question if it is there; ask again when it is time."""
         if self._asked is not None:
             try:
-                answered = bool(self._asked.recv(4096))
+                self._answered |= bool(self._asked.recv(4096))
             except BlockingIOError:
                 return
-            except OSError:
-                answered = False
+            except OSError:  # broken off, which takes a process that runs
+                pass
             self.close()
-            if answered:
-                self._native_at_s = now_s
+            self._waits_since_s = None
         if now_s - self._asked_at_s < _ASK_S or not self.process.answers.exists():
             return
         self._asked_at_s = now_s
@@ -143,14 +160,16 @@ class _Patient:
         try:
             asked.connect(str(self.process.answers))
             asked.send(_QUESTION)
-        except OSError as error:  # a full queue of questions is an answer that does not come; the age tells
+        except BlockingIOError:  # a full queue of questions is an answer that does not come; the age tells
             asked.close()
-            if error.errno not in (errno.EAGAIN, errno.ECONNREFUSED, errno.ENOENT):
-                raise
+        except OSError:  # nobody is there to answer, or no more: the process table tells which
+            asked.close()
+            self._waits_since_s = None
             return
-        self._asked = asked
-        if self._native_at_s is None:
-            self._native_at_s = now_s  # from here on it can be missed
+        else:
+            self._asked = asked
+        if self._waits_since_s is None:
+            self._waits_since_s = now_s  # from here on it can be missed
 
 
 @contextlib.contextmanager

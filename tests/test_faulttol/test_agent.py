@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing as mp
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,3 +124,56 @@ def test_a_process_that_got_the_number_of_another_is_not_taken_for_it(tmp_path: 
     assert not agent.look()[0].process_alive
     assert agent.end(0), "which kills nobody"
     assert threading.main_thread().is_alive()
+
+
+@contextlib.contextmanager
+def _watched_here(folder: Path, clock: list[float]) -> Iterator[tuple[NodeAgent, socket.socket]]:
+    """An agent with a clock of the test's that watches this process, which answers when the test does."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "answers"))
+        listener.listen()
+        listener.settimeout(_TIMEOUT_S)
+        agent = NodeAgent(lambda: clock[0])
+        ticks = start_ticks(os.getpid())
+        agent.watch(Watched(0, os.getpid(), ticks, folder / "heartbeat", folder / "answers"))
+        with contextlib.closing(agent):
+            yield agent, listener
+
+
+def _answer(listener: socket.socket) -> None:
+    asked, _ = listener.accept()
+    with asked:
+        assert asked.recv(4096)
+        asked.sendall(b"yes")
+
+
+def test_an_observer_that_was_away_takes_nobody_for_frozen(tmp_path: Path) -> None:
+    clock = [100.0]
+    with _watched_here(tmp_path, clock) as (agent, listener):
+        assert agent.look()[0].native_age_s == 0.0
+        _answer(listener)
+        clock[0] += 0.1
+        assert agent.look()[0].native_age_s == 0.0, "no question is open"
+        clock[0] += 60.0
+        assert assess(agent.look()[0], _HEALTH).condition is Condition.RUNNING
+        clock[0] += 60.0
+        assert assess(agent.look()[0], _HEALTH).condition is Condition.RUNNING, "a question is open, but nobody looked"
+        for _ in range(10):
+            clock[0] += 0.2
+            health = assess(agent.look()[0], _HEALTH)
+        assert health.condition is Condition.FROZEN
+
+
+def test_a_process_that_breaks_off_while_it_is_asked_ends_no_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(socket.socket):
+        def send(self, *_: object) -> int:
+            raise BrokenPipeError
+
+    clock = [100.0]
+    with _watched_here(tmp_path, clock) as (agent, _):
+        monkeypatch.setattr(socket, "socket", Broken)
+        assert agent.look()[0].native_age_s is None
+        clock[0] += 0.3
+        assert agent.look()[0].process_alive
