@@ -127,7 +127,8 @@ def supervise(
     stop = StopWish()
     stop_at_s: float | None = None
     with signals.caught(stop.note):
-        watch.start(lambda: stop.requested)
+        if not watch.start(lambda: stop.requested):
+            return watch.finish("stopped")
         while True:
             watch.look()
             if watch.has_finished:
@@ -175,7 +176,7 @@ class _Watch:
     @property
     def has_finished(self) -> bool:
         """Whether every rank did its work to the end."""
-        return all(self._is_done(member) for member in self.ranks)
+        return bool(self.ranks) and all(self._is_done(member) for member in self.ranks)
 
     def look(self) -> None:
         """Bring what is known up to date and pass on what rank 0 printed since."""
@@ -194,8 +195,8 @@ class _Watch:
             if finding.kind.is_fault:
                 self._say(told(finding))
 
-    def start(self, is_stopping: Callable[[], bool]) -> None:
-        """Form the first generation as soon as there are ranks enough.
+    def start(self, is_stopping: Callable[[], bool]) -> bool:
+        """Form the first generation as soon as there are ranks enough; whether that was before a stop.
 
         Raises: RankFailed.
         """
@@ -204,8 +205,10 @@ class _Watch:
             self.look()
             ready = self._ready()
             self._num_kept = len(self._members)
-            if len(ready) >= self._job.world_size or is_stopping():
+            if len(ready) >= self._job.world_size:
                 break
+            if is_stopping():
+                return False
             for member in self._members:
                 if member.is_gone:
                     self._fail({member.index: self._own_loss(member)}, None)
@@ -214,6 +217,7 @@ class _Watch:
                 self._fail({late.index: Loss(late.index, "hung", "never joined")}, None)
             time.sleep(_POLL_S)
         self._place(ready[: self._job.world_size])
+        return True
 
     def find(self) -> bool:
         """Whether the current generation cannot go on."""
