@@ -147,6 +147,7 @@ class Machine:
     def submit(self, task: Task, *, order: int | None = None) -> None:
         """Let a worker update a subgroup, whose gradients have all been taken."""
         assert self.round is not None
+        task.submitted = True
         if not task.present:
             if self.round.speculates and task.path in ("cpu", "stream"):
                 # Nothing updates it, and yet it has to be on the side that will count.

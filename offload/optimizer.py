@@ -366,15 +366,13 @@ class TieredAdamW(torch.optim.Optimizer):
                 self._take(number, parameter)
 
     def _submit_rest(self) -> None:
-        """Submit what was not yet: everything, or the subgroups of which some parameter had no gradient."""
+        """Submit what was not yet: everything, or the subgroups that no last gradient completed."""
         machine = self.machine
         assert machine.round is not None
         round_ = machine.round
         if self.mode in ("stream", "spec"):
-            late = ("resident", "tier") if self.mode == "spec" else ()
             for task in round_.tasks:
-                complete = all(piece.parameter in self._taken for piece in task.subgroup.pieces)
-                if task.path in late or not complete:
+                if not task.submitted:
                     machine.submit(task)
             return
         machine.submit_all(to_and_fro=self.mode == "sync")

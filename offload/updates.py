@@ -65,6 +65,8 @@ class Task:
     """Has the ticket after which the parameters may be read."""
     speculated: Ticket | None = None
     """The ticket of an update that waits for the verdict."""
+    submitted: bool = False
+    """Whether a worker has got it."""
     wrote: bool = False
     """Whether a speculative update has changed the parameters."""
 
