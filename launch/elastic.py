@@ -22,7 +22,7 @@ from typing import Literal, NoReturn
 from faulttol import fence, policy
 from faulttol.finding import Finding, FindingKind
 from faulttol.health import Condition, Health, Vitals, assess
-from faulttol.policy import Incident, Loss, LossKind, Resume, Shrink, Situation, Stop, Wait
+from faulttol.policy import Incident, Loss, LossKind, Resume, Shrink, Situation, Stop
 from faulttol.recovery import Standing
 from launch import orders, signals, verdict
 from launch.diagnosis import Diagnosis, told
@@ -273,7 +273,6 @@ class _Watch:
             self._fail(trouble.losses or {self.ranks[0].index: Loss(0, "hung", "all lost one another")}, decision)
         if decision is None:
             return
-        self._pause(decision.after_s)
         self._mark(trouble, "decided")
         seats = self._seats(before, decision.world_size)
         for member in before.values():
@@ -431,8 +430,8 @@ class _Watch:
         is_stopping: Callable[[], bool],
         incidents: Sequence[Incident],
     ) -> Resume | Shrink | Stop | None:
-        """What to do, once something can be done; None if a stop was asked for meanwhile."""
-        told = ""
+        """What to do, once something can be done and its pause is over; None if a stop was asked for meanwhile."""
+        told, due_s = "", None
         while not is_stopping():
             ready = self._ready()
             in_place = [member for member in before.values() if not member.is_gone]
@@ -446,9 +445,13 @@ class _Watch:
                 smaller_sizes=self._recovery.smaller_sizes,
             )
             decision = policy.decide(incident, incidents, situation, self._recovery.policy)
-            if not isinstance(decision, Wait):
+            if isinstance(decision, Stop):
                 return decision
-            if not told:
+            if isinstance(decision, Resume | Shrink):
+                due_s = self.now_s + decision.after_s if due_s is None else due_s
+                if self.now_s >= due_s:
+                    return decision
+            elif not told:
                 told = decision.summary
                 self._say(f"waits: {told}")
                 self._refill()

@@ -39,6 +39,21 @@ class _Fleet:
         member_log(self._job, len(self.standings)).touch()
         self.standings.append(None)
 
+    @property
+    def generation(self) -> int:
+        """The last that anybody was told to work in."""
+        return max((order["generation"] for _, order in self.orders if order["order"] == "assign"), default=-1)
+
+    def be_ready(self, *members: int) -> None:
+        for member in members:
+            self.standings[member] = self.standings[member] or Standing(-1, "standby")
+
+    def finish(self) -> None:
+        """Let all that work end their work."""
+        for member, standing in enumerate(self.standings):
+            if member not in self.ended and standing is not None and standing.state == "working":
+                self.standings[member] = Standing(standing.generation, "finished")
+
     def look(self) -> list[MemberReport]:
         self.num_looks += 1
         self._script(self)
@@ -52,6 +67,14 @@ class _Fleet:
 
     def order(self, member: int, order: Order) -> None:
         self.orders.append((member, order))
+        generation = order.get("generation", 0)
+        match order["order"]:
+            case "assign":
+                self.standings[member] = Standing(generation, "working")
+            case "abort":
+                self.standings[member] = Standing(generation, "quiesced")
+            case "dismiss":
+                self.ended.setdefault(member, Exit(code=0))
 
     def end(self, member: int) -> None:
         self.ended.setdefault(member, Exit(detail="ended"))
@@ -93,3 +116,24 @@ def test_a_stop_before_all_are_ready_is_no_completion(job: Job, tmp_path: Path) 
     fleet = _Fleet(job, 2, script)
     assert _supervise(fleet, job, _care(tmp_path)) == "stopped"
     assert not fleet.orders, "nobody got a place"
+
+
+def test_a_spare_that_dies_during_the_pause_takes_no_place(job: Job, tmp_path: Path) -> None:
+    at: dict[str, int] = {}
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)  # the spare takes its place at once
+        elif fleet.generation == 1:
+            fleet.end(0)  # got no further: there is a pause now
+            at.setdefault("paused", fleet.num_looks)
+            if fleet.num_looks == at["paused"] + 10:
+                fleet.end(3)  # the spare that would step in
+        elif fleet.generation == 2:
+            fleet.finish()
+
+    fleet = _Fleet(job, 3, script)
+    assert _supervise(fleet, job, _care(tmp_path, backoff_s=0.5, shrink=False)) == "completed"
+    placed = [member for member, order in fleet.orders if order["order"] == "assign" and order["generation"] == 2]
+    assert placed == [4, 2]
