@@ -42,7 +42,7 @@ class Incident:
     at_s: float
     """On the observer's clock."""
     step: int
-    """The furthest step that was begun in the generation; -1 before the first."""
+    """The furthest step that was begun in the generation, or that it resumed from; -1 before the first."""
     losses: tuple[Loss, ...]
 
 

@@ -160,6 +160,7 @@ class _Watch:
         self._size = job.world_size
         self._is_recovering = False
         self._placed_s = 0.0
+        self._resumed_step = -1
         self._saved_when_whole: int | None = None
         self._straggler = self._new_straggler()
         self._num_kept = 0
@@ -256,7 +257,10 @@ class _Watch:
         if desync is not None:
             for rank in desync.culprits or (0,):
                 trouble.losses[self.ranks[rank].index] = Loss(rank, "desync", desync.summary)
-        step = max((m.status.pulse.step for m in self.ranks if m.status.pulse is not None), default=-1)
+        # Who was lost while it loaded lost no step: the run has got as far as where it resumed.
+        pulses = (member.status.pulse for member in self.ranks)
+        step = max((pulse.step for pulse in pulses if pulse is not None), default=-1)
+        step = max(step, self._resumed_step)
         fence.publish(self._recovery.fence, self.generation + 1)
         self._mark(trouble, "fenced")
         for index, loss in (planned or {}).items():
@@ -478,6 +482,7 @@ class _Watch:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
         self._is_recovering, self._placed_s = False, self.now_s
+        self._resumed_step = self._recovery.saved_step() if self.generation else -1
         self._saved_when_whole = None
         self._straggler = self._new_straggler()
         if self._diagnosis is not None:

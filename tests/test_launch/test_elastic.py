@@ -16,7 +16,7 @@ from launch import elastic
 from launch.fleet import MemberReport, Recovery, member_log
 from launch.job import Job
 from launch.orders import Order
-from launch.verdict import Exit, Limits, RankReport
+from launch.verdict import Exit, Limits, Pulse, RankReport
 
 _LIMITS = Limits(
     start_timeout_s=30.0, frozen_timeout_s=30.0, hang_timeout_s=600.0, exit_timeout_s=5.0, heartbeat_interval_s=0.5
@@ -31,6 +31,7 @@ class _Fleet:
         self.ended: dict[int, Exit] = {}
         self.orders: list[tuple[int, Order]] = []
         self.num_looks = 0
+        self.pulse: Pulse | None = None
         self._job, self._script = job, script
         for _ in range(size):
             self.add()
@@ -58,7 +59,7 @@ class _Fleet:
         self.num_looks += 1
         self._script(self)
         return [
-            MemberReport(RankReport(exit=self.ended.get(index)), standing, None)
+            MemberReport(RankReport(exit=self.ended.get(index), pulse=self.pulse), standing, None)
             for index, standing in enumerate(self.standings)
         ]
 
@@ -94,10 +95,11 @@ def job(tmp_path: Path) -> Job:
     return Job(entry="nothing:runs", world_size=2, log_dir=tmp_path, name="job")
 
 
-def _care(folder: Path, **policy: Any) -> elastic.Care:
+def _care(folder: Path, saved_step: Callable[[], int] = lambda: -1, **policy: Any) -> elastic.Care:
     recovery = Recovery(
         fence=folder / "fence",
         record=folder / "recoveries.jsonl",
+        saved_step=saved_step,
         health=HealthConfig(),
         policy=PolicyConfig(**policy),
     )
@@ -137,3 +139,23 @@ def test_a_spare_that_dies_during_the_pause_takes_no_place(job: Job, tmp_path: P
     assert _supervise(fleet, job, _care(tmp_path, backoff_s=0.5, shrink=False)) == "completed"
     placed = [member for member, order in fleet.orders if order["order"] == "assign" and order["generation"] == 2]
     assert placed == [4, 2]
+
+
+def test_a_loss_while_a_generation_loads_makes_no_earlier_recovery_fruitless(job: Job, tmp_path: Path) -> None:
+    saved = [-1]
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        working = [i for i, s in enumerate(fleet.standings) if s is not None and s.state == "working"]
+        if fleet.generation == 6:
+            fleet.finish()
+        elif working and len(fleet.ended) == fleet.generation:
+            # Every other generation gets far and saves; those between are lost while they load.
+            step = 0 if fleet.generation % 2 else 10 * (fleet.generation + 1)
+            fleet.pulse = Pulse(fleet.num_looks, fleet.num_looks, step, "train" if step else "load")
+            saved[0] = max(saved[0], step)
+            fleet.end(max(i for i in working if i not in fleet.ended))
+
+    fleet = _Fleet(job, 4, script)
+    care = _care(tmp_path, lambda: saved[0], backoff_s=0.01, no_progress_limit=2, restarts_per_hour=100)
+    assert _supervise(fleet, job, care) == "completed"
