@@ -190,7 +190,11 @@ class Machine:
             for task in round_.tasks:
                 if task.speculated is not None:
                     ticket, task.speculated = task.speculated, None
-                    settled.append((task, ticket)) if agrees else again.append(task)
+                    if agrees:
+                        settled.append((task, ticket))
+                    else:
+                        task.tickets.append(ticket)  # what comes instead waits for what is given up
+                        again.append(task)
         for task, ticket in settled:
             task.gradients.clear()
             task.updated.set_result(ticket)

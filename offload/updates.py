@@ -187,6 +187,7 @@ class Worker:
                 return
             if round_.verdict.result() != used:
                 task.wrote = True
+                task.tickets.append(ticket)  # what comes instead waits for what is given up
                 self.backlog.put(round_, task)
                 return
         self._publish(task, ticket)
@@ -197,7 +198,9 @@ class Worker:
 
     def _restore(self, round_: Round, task: Task) -> None:
         """End a task of a step that is not made."""
-        self._publish(task, write_back(self.place, task) if task.wrote else self.place.lanes.now())
+        self._publish(
+            task, write_back(self.place, task, awaited(round_, task)) if task.wrote else self.place.lanes.now()
+        )
 
     def _guarded(self, round_: Round, task: Task, work: Callable[[Round, Task], None]) -> None:
         """Do a part of a task; what goes wrong becomes the task's own."""
@@ -209,7 +212,7 @@ class Worker:
                 task.updated.set_exception(error)
 
 
-def write_back(place: Workplace, task: Task) -> Ticket:
+def write_back(place: Workplace, task: Task, after: Sequence[Ticket]) -> Ticket:
     """Write the parameters of a subgroup from its masters, which are in host memory or on the device."""
     master = place.store.read(task.index).master
 
@@ -218,7 +221,7 @@ def write_back(place: Workplace, task: Task) -> Ticket:
             target = place.parameters[piece.parameter].narrow(0, piece.start, piece.count)
             target.copy_(master.narrow(0, piece.offset, piece.count))
 
-    return place.lanes.lane("parameters").run(write, num_bytes=4 * task.subgroup.count)
+    return place.lanes.lane("parameters").run(write, after=after, num_bytes=4 * task.subgroup.count)
 
 
 def awaited(round_: Round, task: Task) -> list[Ticket]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 from offload.optimizer import TieredAdamW, Tiering
-from offload.schedule import Mode
+from offload.schedule import Budget, Mode
 
 
 def tiering(**more: object) -> Tiering:
@@ -34,3 +36,20 @@ def test_an_incomplete_window_is_stepped(mode: Mode) -> None:
     (expected[0] * expected[1]).sum().backward()
     plain.step()
     torch.testing.assert_close([both.data, once.data], [parameter.data for parameter in expected])
+
+
+def test_a_skipped_speculative_step_leaves_no_weight_changed_later() -> None:
+    parameters = [nn.Parameter(torch.randn(1024)) for _ in range(6)]
+    before = [parameter.detach().clone() for parameter in parameters]
+    settings = tiering(
+        accumulation_steps=1, interleave=1, budget=Budget(device_bytes=3 * 12 * 1024), link_bytes_per_s=2e5
+    )
+    with TieredAdamW(parameters, mode="spec", lr=0.1, max_norm=1.0, tiering=settings) as optimizer:
+        weights = torch.ones(1024)
+        weights[0] = float("nan")
+        torch.stack([(parameter * weights).sum() for parameter in parameters]).sum().backward()
+        optimizer.step()
+        optimizer.wait()
+        time.sleep(0.3)  # what was given up would have been written by then
+        assert optimizer.num_skipped == 1
+        assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
