@@ -7,6 +7,7 @@ of any module's forward gets the updated value too. A parameter that is not a pl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -53,6 +54,12 @@ class PendingParameter(nn.Parameter):
                 _open(value)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Wait, then copy as a plain parameter."""
+        self._tiered_gate()
+        release(self)
+        return copy.deepcopy(self, memo)
 
 
 def _open(value: Any) -> None:

@@ -261,8 +261,12 @@ class TieredAdamW(torch.optim.Optimizer):
             self._judge.shutdown()
             for hook in self._hooks:
                 hook.remove()
-            if self._machine is not None:
-                self._machine.close()
+            try:
+                if self._machine is not None:
+                    self._machine.close()
+            finally:
+                for parameter in self._parameters():
+                    gates.release(parameter)
 
     def __enter__(self) -> Self:
         return self

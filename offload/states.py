@@ -154,8 +154,9 @@ class TierCache:
             if slot is None:
                 return False
             entry = self._entries[index]
-            slot.holder, slot.is_dirty = index, False
+            slot.holder, slot.is_dirty = None, False
             slot.transfer = self.tier.read(entry.block, slot.buffer[: 3 * entry.count])
+            slot.holder = index
             self.num_reads += 1
         elif not slot.busy:
             self.num_hits += 1
@@ -229,7 +230,11 @@ class TierCache:
     def _finish(self, slot: _Slot) -> None:
         if slot.transfer is not None and slot.holder is not None:
             transfer, slot.transfer = slot.transfer, None
-            self._wait(transfer, self._entries[slot.holder])
+            try:
+                self._wait(transfer, self._entries[slot.holder])
+            except BaseException:
+                slot.holder, slot.is_dirty, slot.busy = None, False, False
+                raise
 
     def _wait(self, transfer: Future[None], entry: _Entry) -> None:
         try:

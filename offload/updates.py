@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from offload.errors import OffloadError, OptimizerError
+from offload.errors import OptimizerError
 from offload.kernels import Kernel, States, Step
 from offload.schedule import Path, Piece, Subgroup
 from offload.states import StateStore, TierCache
@@ -207,7 +207,7 @@ class Worker:
         try:
             with torch.no_grad():
                 work(round_, task)
-        except (OffloadError, RuntimeError, OSError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
             if not task.updated.done():
                 task.updated.set_exception(error)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from offload import NvmeTier, TierError, TierSpec
+from offload.errors import OptimizerError
 from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget, Mode
 
@@ -53,3 +58,45 @@ def test_a_skipped_speculative_step_leaves_no_weight_changed_later() -> None:
         time.sleep(0.3)  # what was given up would have been written by then
         assert optimizer.num_skipped == 1
         assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_a_copy_right_after_a_step_is_plain_and_updated(is_attached: bool) -> None:
+    model = nn.Linear(32, 32)
+    with TieredAdamW(model.parameters(), tiering=tiering(link_bytes_per_s=1e5)) as optimizer:
+        if is_attached:
+            optimizer.attach(model)
+        model(torch.ones(1, 32)).sum().backward()
+        optimizer.step()
+        copied = copy.deepcopy(model)
+        assert all(type(parameter) is nn.Parameter for parameter in copied.parameters())
+        optimizer.wait()
+        assert torch.equal(copied.weight, model.weight)
+
+
+def test_after_a_failure_closing_frees_the_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TierSpec(name="disk", capacity_bytes=1 << 24, read_bytes_per_s=1e9, write_bytes_per_s=1e9, latency_s=0.0)
+    model, x = nn.Linear(64, 96), torch.ones(1, 64)
+    with NvmeTier(spec, tmp_path, direct=False) as tier:
+        settings = tiering(budget=Budget(device_bytes=0, host_bytes=1), tier=tier, num_tier_slots=2)
+        optimizer = TieredAdamW(model.parameters(), tiering=settings)
+        optimizer.attach(model)
+
+        def fail(*_: object) -> Future[None]:
+            failed: Future[None] = Future()
+            failed.set_exception(TierError("disk broke"))
+            return failed
+
+        with monkeypatch.context() as broken:
+            broken.setattr(tier, "read", fail)
+            model(x).sum().backward()
+            optimizer.step()
+            start_s = time.perf_counter()
+            with pytest.raises(TierError, match="disk broke"):
+                model(x)
+            with pytest.raises(OptimizerError, match="an earlier update failed"):
+                optimizer.wait()
+            optimizer.close()
+            assert time.perf_counter() - start_s < 30
+        assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+        model(x)
