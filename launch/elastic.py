@@ -22,39 +22,23 @@ from typing import Literal, NoReturn
 from faulttol import fence, policy
 from faulttol.finding import Finding, FindingKind
 from faulttol.health import Condition, Health, Vitals, assess
-from faulttol.policy import Incident, Loss, LossKind, Resume, Shrink, Situation, Stop
+from faulttol.policy import Incident, Loss, Resume, Shrink, Situation, Stop
 from faulttol.recovery import Standing
 from launch import orders, signals, verdict
 from launch.diagnosis import Diagnosis, told
 from launch.entry import Raised, Returned
-from launch.errors import RankFailed, RankNote, Reason
+from launch.errors import RankFailed, RankNote
 from launch.fleet import Fleet, MemberReport, Recovery, member_log
 from launch.job import Job, JobResult
+from launch.losses import KINDS, REASONS, raised
 from launch.slowness import Straggler
 from launch.supervisor import LONGEST_TICK_S, STACKS_S, StopWish, tail
 from launch.verdict import Limits, RankStatus
 
 _POLL_S = 0.02
+_REFILL_S = 10.0  # until another spare is started for one that ended soon after its start
 _LAGGARD_S = 1.0  # for the last ones to leave a generation that stands still, once others have
 _STOPPED_S = 0.5  # for how long a process must be stopped until that is not somebody looking at it
-
-_KINDS: dict[Condition, LossKind] = {
-    Condition.DEAD: "dead",
-    Condition.LOST: "lost",
-    Condition.FROZEN: "frozen",
-    Condition.STUCK: "stuck",
-}
-_REASONS: dict[LossKind, Reason] = {
-    "dead": "died",
-    "lost": "died",
-    "frozen": "frozen",
-    "stuck": "frozen",
-    "hung": "hung",
-    "raised": "raised",
-    "desync": "raised",
-    "slow": "hung",
-    "numeric": "raised",
-}
 
 _STANDSTILLS = (FindingKind.HANG, FindingKind.COMMUNICATION_HANG, FindingKind.DESYNC)
 
@@ -143,6 +127,8 @@ def supervise(
                 watch.recover(lambda: stop.requested)
             elif (change := watch.planned()) is not None:
                 watch.recover(lambda: stop.requested, change)
+            else:
+                watch.refill()
             time.sleep(_POLL_S)
 
 
@@ -163,7 +149,8 @@ class _Watch:
         self._resumed_step = -1
         self._saved_when_whole: int | None = None
         self._straggler = self._new_straggler()
-        self._num_kept = 0
+        self._num_kept = self._num_before_refill = 0
+        self._refilled_s = -_REFILL_S
         self._incidents: list[Incident] = []
         self._read_bytes: dict[int, int] = {}
         self._looked_s = time.monotonic()
@@ -290,6 +277,11 @@ class _Watch:
         self._mark(trouble, "rejoined")
         self._keep_record(trouble, incident, decision)
 
+    def refill(self) -> None:
+        """Start new spares for those that ended, while all ranks have work before them."""
+        if not any(self._is_done(member) for member in self.ranks):
+            self._refill()
+
     def finish(self, outcome: Literal["completed", "stopped"]) -> JobResult:
         """Let all leave, end what still runs, and tell how the job ended."""
         ranks = self.ranks
@@ -354,14 +346,14 @@ class _Watch:
         if member.is_gone:
             return self._own_loss(member)
         health = member.health
-        if health is not None and health.condition in _KINDS:
+        if health is not None and health.condition in KINDS:
             is_stopped = health.condition is Condition.FROZEN and health.age_s < _STOPPED_S
-            return None if is_stopped else Loss(member.number, _KINDS[health.condition], health.reason)
+            return None if is_stopped else Loss(member.number, KINDS[health.condition], health.reason)
         standing = member.standing
         if standing is not None and standing.generation == self.generation and standing.messages:
             if verdict.tells_of_lost_peer(standing.messages):
                 return "complaint"
-            return _raised(member.number, standing.messages)
+            return raised(member.number, standing.messages)
         # What it did not do while it waited for this generation to be formed says nothing.
         has_had_time = self.now_s - self._placed_s > self._recovery.health.stalled_after_s
         if health is not None and health.condition is Condition.STALLED and has_had_time:
@@ -371,7 +363,7 @@ class _Watch:
     def _own_loss(self, member: _Member) -> Loss:
         outcome, ended = member.status.outcome, member.status.exit
         if isinstance(outcome, Raised):
-            return _raised(member.number, outcome.messages)
+            return raised(member.number, outcome.messages)
         if isinstance(outcome, Returned):
             return Loss(member.number, "dead", "it left before the others")
         return Loss(member.number, "dead", ended.summary if ended is not None else "ended")
@@ -385,7 +377,7 @@ class _Watch:
             and not member.is_gone
             and member.standing is not None
             and member.standing.state in ("standby", "quiesced")
-            and (member.health is None or member.health.condition not in _KINDS)
+            and (member.health is None or member.health.condition not in KINDS)
         ]
 
     # ---- what is done
@@ -458,7 +450,7 @@ class _Watch:
             elif not told:
                 told = decision.summary
                 self._say(f"waits: {told}")
-                self._refill()
+            self._refill()
             time.sleep(_POLL_S)
             self.look()
         return None
@@ -503,11 +495,14 @@ class _Watch:
             self.look()
 
     def _refill(self) -> None:
-        """Start new spares for the members that are gone."""
-        alive = sum(not member.is_gone for member in self._members)
-        for _ in range(self._num_kept - alive):
-            self.fleet.add()
-        self.look()
+        """Start new spares for the members that are gone; not at once again when one of the last ones is."""
+        missing = self._num_kept - sum(not member.is_gone for member in self._members)
+        has_failed = any(member.is_gone for member in self._members[self._num_before_refill :])
+        if missing > 0 and not (has_failed and self.now_s < self._refilled_s + _REFILL_S):
+            self._refilled_s, self._num_before_refill = self.now_s, len(self._members)
+            for _ in range(missing):
+                self.fleet.add()
+            self.look()
 
     def _end(self, member: _Member) -> None:
         self.fleet.end(member.index)
@@ -560,7 +555,7 @@ class _Watch:
         raise RankFailed(
             job_name=self._job.name,
             rank=first.rank,
-            reason=_REASONS[first.kind],
+            reason=REASONS[first.kind],
             exit_code=ended.code if ended is not None else None,
             signal=ended.signal if ended is not None else None,
             notes=[self._note(member, why.get(member.index, "")) for member in told],
@@ -587,7 +582,3 @@ class _Watch:
         if new:
             self._read_bytes[first.index] = self._read_bytes.get(first.index, 0) + len(new)
             self._on_output(new)
-
-
-def _raised(rank: int, messages: tuple[str, ...]) -> Loss:
-    return Loss(rank, "raised", messages[0], error=messages[0].partition(":")[0])

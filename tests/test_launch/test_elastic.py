@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,38 @@ def test_a_loss_while_a_generation_loads_makes_no_earlier_recovery_fruitless(job
     fleet = _Fleet(job, 4, script)
     care = _care(tmp_path, lambda: saved[0], backoff_s=0.01, no_progress_limit=2, restarts_per_hour=100)
     assert _supervise(fleet, job, care) == "completed"
+
+
+def test_a_spare_that_fails_at_its_start_is_replaced_but_not_in_haste(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic, "_REFILL_S", 0.3)
+    added_s: list[float] = []
+
+    def script(fleet: _Fleet) -> None:
+        added_s.extend([time.monotonic()] * (len(fleet.standings) - 2 - len(added_s)))
+        fleet.be_ready(0, 1, *range(5, len(fleet.standings)))
+        for spare in range(2, min(len(fleet.standings), 5)):
+            fleet.end(spare)  # it never gets ready
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet = _Fleet(job, 2, script)
+    assert _supervise(fleet, job, _care(tmp_path, shrink=False)) == "completed"
+    assert len(added_s) == 4
+    assert all(later - earlier > 0.25 for earlier, later in itertools.pairwise(added_s))
+
+
+def test_a_spare_that_ends_while_the_ranks_work_is_replaced(job: Job, tmp_path: Path) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(2)
+        if len(fleet.standings) > 3:
+            fleet.finish()
+
+    fleet = _Fleet(job, 3, script)
+    assert _supervise(fleet, job, _care(tmp_path)) == "completed"
+    assert len(fleet.standings) == 4
