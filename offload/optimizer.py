@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -46,7 +47,8 @@ class TieredAdamW(torch.optim.Optimizer):
     change between backward and `step()`. Step pre-hooks run before anything is changed, so in those two modes at the
     first gradient of a step too.
 
-    One thread at a time may use it. A context manager; `close` ends its threads and unpins memory.
+    One thread at a time may use it. A context manager; `close` ends its threads and unpins memory. Of one that is gone
+    without, parameters still wait for their updates; its threads end some time later.
 
     Raises:
         OptimizerError: settings that exclude each other, all of them at once.
@@ -264,6 +266,7 @@ class TieredAdamW(torch.optim.Optimizer):
             try:
                 if self._machine is not None:
                     self._machine.close()
+                    self._at_end.detach()
             finally:
                 for parameter in self._parameters():
                     gates.release(parameter)
@@ -301,7 +304,10 @@ class TieredAdamW(torch.optim.Optimizer):
         _check_parameters(parts)
         if self.tiering.subgroup_numel % 1024 and parts[0][0].is_cuda:
             raise OptimizerError(f"subgroup_numel: {self.tiering.subgroup_numel}; a multiple of 1024 with CUDA")
-        return Machine(parts, self.tiering, self.mode)
+        machine = Machine(parts, self.tiering, self.mode)
+        self._at_end = weakref.finalize(self, _close_later, machine)
+        self._at_end.atexit = False
+        return machine
 
     def _register_arrivals(self) -> None:
         this = weakref.ref(self)
@@ -408,14 +414,18 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def _guard(self, number: int, parameter: torch.Tensor) -> None:
         if gates.can_guard(parameter):
-            this = weakref.ref(self)
+            this, machine = weakref.ref(self), self.machine
 
             def gate() -> None:
                 optimizer = this()
-                if optimizer is None:
-                    gates.release(parameter)
-                else:
+                if optimizer is not None:
                     optimizer._read(number)
+                    return
+                if machine.round is not None and machine.round.has_stepped:
+                    machine.wait_for(number)
+                else:
+                    machine.close()  # which ends what was begun in backward
+                gates.release(parameter)
 
             gates.guard(parameter, gate)
 
@@ -455,6 +465,12 @@ class TieredAdamW(torch.optim.Optimizer):
             raise
         finally:
             self.stall_s += time.perf_counter() - start_s
+
+
+def _close_later(machine: Machine) -> None:
+    """Close a machine that nobody has closed, in a thread: a collector may run in any, also in the machine's own."""
+    with contextlib.suppress(RuntimeError):  # the interpreter ends
+        threading.Thread(target=machine.close, name="offload-close", daemon=True).start()
 
 
 def _check(mode: Mode, max_norm: float | None, tiering: Tiering) -> None:

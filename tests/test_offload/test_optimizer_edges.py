@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -100,3 +102,24 @@ def test_after_a_failure_closing_frees_the_parameters(tmp_path: Path, monkeypatc
             assert time.perf_counter() - start_s < 30
         assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
         model(x)
+
+
+def test_parameters_wait_for_an_optimizer_that_is_gone() -> None:
+    model = nn.Linear(64, 64)
+    before, others = model.weight.detach().clone(), threading.active_count()
+
+    def train() -> None:
+        settings = tiering(link_bytes_per_s=4e4)
+        optimizer = TieredAdamW(model.parameters(), lr=1.0, mode="defer", tiering=settings)
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+
+    train()
+    gc.collect()
+    after = model.weight.detach().clone()
+    assert not torch.isclose(after, before).any()
+    deadline_s = time.perf_counter() + 30
+    while threading.active_count() > others and time.perf_counter() < deadline_s:
+        time.sleep(0.05)
+    assert threading.active_count() <= others
+    assert torch.equal(model.weight, after)
