@@ -499,6 +499,9 @@ class _Watch:
         missing = self._num_kept - sum(not member.is_gone for member in self._members)
         has_failed = any(member.is_gone for member in self._members[self._num_before_refill :])
         if missing > 0 and not (has_failed and self.now_s < self._refilled_s + _REFILL_S):
+            for member in self._members:
+                if member.is_gone and not member.is_ended and member.status.exit is None:
+                    self._end(member)  # its process lingers in the place that its successor takes
             self._refilled_s, self._num_before_refill = self.now_s, len(self._members)
             for _ in range(missing):
                 self.fleet.add()

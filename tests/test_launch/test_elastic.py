@@ -15,6 +15,7 @@ import pytest
 from faulttol.config import HealthConfig, PolicyConfig
 from faulttol.recovery import Standing
 from launch import elastic
+from launch.entry import Outcome, Raised
 from launch.fleet import MemberReport, Recovery, member_log
 from launch.job import Job
 from launch.orders import Order
@@ -33,6 +34,9 @@ class _Fleet:
         self.ended: dict[int, Exit] = {}
         self.orders: list[tuple[int, Order]] = []
         self.num_looks = 0
+        self.outcomes: dict[int, Outcome] = {}
+        self.most_alive = 0
+        """Processes that there were at once."""
         self.pulse: Pulse | None = None
         self._job, self._script = job, script
         for _ in range(size):
@@ -41,6 +45,7 @@ class _Fleet:
     def add(self) -> None:
         member_log(self._job, len(self.standings)).touch()
         self.standings.append(None)
+        self.most_alive = max(self.most_alive, len(self.standings) - len(self.ended))
 
     @property
     def generation(self) -> int:
@@ -61,7 +66,7 @@ class _Fleet:
         self.num_looks += 1
         self._script(self)
         return [
-            MemberReport(RankReport(exit=self.ended.get(index), pulse=self.pulse), standing, None)
+            MemberReport(RankReport(self.pulse, self.outcomes.get(index), self.ended.get(index)), standing, None)
             for index, standing in enumerate(self.standings)
         ]
 
@@ -196,3 +201,17 @@ def test_a_spare_that_ends_while_the_ranks_work_is_replaced(job: Job, tmp_path: 
     fleet = _Fleet(job, 3, script)
     assert _supervise(fleet, job, _care(tmp_path)) == "completed"
     assert len(fleet.standings) == 4
+
+
+def test_a_member_that_raised_but_lingers_is_ended_before_its_successor_starts(job: Job, tmp_path: Path) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.pulse = Pulse(1, 1, 5, "train")
+            fleet.outcomes[1] = Raised("", ("OSError: gone",), 0.0)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet = _Fleet(job, 2, script)
+    assert _supervise(fleet, job, _care(tmp_path, shrink=False)) == "completed"
+    assert fleet.most_alive == 2
