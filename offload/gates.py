@@ -99,6 +99,10 @@ class Waiter(Protocol):
         """Wait for everything."""
         ...
 
+    def take_values(self, parameters: Sequence[int]) -> None:
+        """Somebody has loaded these parameters."""
+        ...
+
 
 class Hook(Protocol):
     """A hook in its place."""
@@ -109,7 +113,7 @@ class Hook(Protocol):
 
 
 def attach(model: nn.Module, numbers: Mapping[int, int], waiter: Waiter) -> list[Hook]:
-    """Put hooks before the forward of every module that holds parameters; return them.
+    """Put hooks before the forward of every module that holds parameters, and around its load; return them.
 
     `numbers` has the number of a parameter by its id. A module under FSDP2 gathers the parameters of everything
     below it that is not itself under FSDP2, on streams of its own, so its hook waits for all of them on the host; with
@@ -122,12 +126,28 @@ def attach(model: nn.Module, numbers: Mapping[int, int], waiter: Waiter) -> list
         mine = [numbers[id(parameter)] for parameter in held if id(parameter) in numbers]
         if mine:
             hooks.append(module.register_forward_pre_hook(_before_forward(waiter, mine, is_fsdp), prepend=True))
+        direct = [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
+        if direct:
+            hooks += _around_load(module, waiter, direct)
 
     def before_state_dict(*_: Any) -> None:
         waiter.wait()
 
     hooks.append(model.register_state_dict_pre_hook(before_state_dict))  # type: ignore[no-untyped-call]
     return hooks
+
+
+def _around_load(module: nn.Module, waiter: Waiter, direct: Sequence[int]) -> list[Hook]:
+    def before_load(*_: Any) -> None:
+        waiter.wait()
+
+    def after_load(*_: Any) -> None:
+        waiter.take_values(direct)
+
+    return [
+        module.register_load_state_dict_pre_hook(before_load),  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_post_hook(after_load),  # type: ignore[no-untyped-call]
+    ]
 
 
 def _before_forward(waiter: Waiter, mine: Sequence[int], is_fsdp: bool) -> Callable[[nn.Module, Any], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
@@ -237,6 +237,18 @@ class Machine:
         if not parts:
             return {kind: torch.zeros(0) for kind in KINDS}
         return {kind: _joined([part.tensors[place] for part in parts]) for place, kind in enumerate(KINDS)}
+
+    def read_parameters(self, numbers: Set[int]) -> None:
+        """Set the masters of some parameters to their values, but for those that round to them already."""
+        self.settle()
+        for index in sorted({index for number in numbers for index in self.subgroups_of[number]}):
+            states = self.store.read(index)
+            for piece in self.subgroups[index].pieces:
+                if piece.parameter in numbers:
+                    master = states.master.narrow(0, piece.offset, piece.count)
+                    value = self._flat[piece.parameter].narrow(0, piece.start, piece.count).to(master.device)
+                    master.copy_(torch.where(master.to(value.dtype) == value, master, value.float()))
+            self.store.write(index, states)
 
     def settle(self) -> None:
         """Wait until states that were streamed are back in host memory, so that they can be read there."""

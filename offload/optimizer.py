@@ -99,7 +99,11 @@ class TieredAdamW(torch.optim.Optimizer):
         return self._machine
 
     def attach(self, model: nn.Module) -> None:
-        """Let every module's forward wait for the parameters that it holds. After FSDP2 has wrapped the model."""
+        """Let every module's forward wait for the parameters that it holds. After FSDP2 has wrapped the model.
+
+        From then on a module's `load_state_dict` changes the masters too, and leaves the moments. Other changes of
+        weights in place are lost in the next step, which starts from the masters.
+        """
         assert self.machine, "made now, not under the first step"
         numbers = {id(parameter): number for number, parameter in enumerate(self._parameters())}
         self._hooks += gates.attach(model, numbers, self)
@@ -180,6 +184,15 @@ class TieredAdamW(torch.optim.Optimizer):
         flat = self._parameters()
         for number in parameters:
             gates.release(flat[number])
+
+    @torch.no_grad()
+    def take_values(self, parameters: Any) -> None:
+        """Take the values of some parameters, by their numbers, for their masters; keep the moments.
+
+        A master whose rounded value the parameter has stays as it is.
+        """
+        self.wait()
+        self.machine.read_parameters(frozenset(parameters))
 
     @property
     def last_norm(self) -> float | None:

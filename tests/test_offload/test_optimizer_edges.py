@@ -30,17 +30,17 @@ def test_an_incomplete_window_is_stepped(mode: Mode) -> None:
     expected = [nn.Parameter(parameter.detach().clone()) for parameter in (both, once)]
     plain = torch.optim.AdamW(expected)
     with TieredAdamW([both, once], mode=mode, tiering=tiering(accumulation_steps=2)) as optimizer:
-        (both * once).sum().backward()
-        (both * both).sum().backward()
+        (both * once).sum().backward()  # type: ignore[no-untyped-call]
+        (both * both).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        (both * once).sum().backward()  # the last window ends early
+        (both * once).sum().backward()  # type: ignore[no-untyped-call]  # the last window ends early
         optimizer.step()
         optimizer.wait()
-    (expected[0] * expected[1]).sum().backward()
-    (expected[0] * expected[0]).sum().backward()
+    (expected[0] * expected[1]).sum().backward()  # type: ignore[no-untyped-call]
+    (expected[0] * expected[0]).sum().backward()  # type: ignore[no-untyped-call]
     plain.step()
     plain.zero_grad()
-    (expected[0] * expected[1]).sum().backward()
+    (expected[0] * expected[1]).sum().backward()  # type: ignore[no-untyped-call]
     plain.step()
     torch.testing.assert_close([both.data, once.data], [parameter.data for parameter in expected])
 
@@ -54,7 +54,7 @@ def test_a_skipped_speculative_step_leaves_no_weight_changed_later() -> None:
     with TieredAdamW(parameters, mode="spec", lr=0.1, max_norm=1.0, tiering=settings) as optimizer:
         weights = torch.ones(1024)
         weights[0] = float("nan")
-        torch.stack([(parameter * weights).sum() for parameter in parameters]).sum().backward()
+        torch.stack([(parameter * weights).sum() for parameter in parameters]).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.wait()
         time.sleep(0.3)  # what was given up would have been written by then
@@ -123,3 +123,27 @@ def test_parameters_wait_for_an_optimizer_that_is_gone() -> None:
         time.sleep(0.05)
     assert threading.active_count() <= others
     assert torch.equal(model.weight, after)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_that_was_loaded_after_attach_goes_on_from_what_was_loaded(whole: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).bfloat16(), torch.ones(2, 16, dtype=torch.bfloat16)
+    with TieredAdamW(model.parameters(), tiering=tiering(link_bytes_per_s=1e5)) as optimizer:
+        optimizer.attach(model)
+        model(x).sum().backward()
+        optimizer.step()
+        before = optimizer.state_dict()["state"]
+        optimizer.step()
+        target = model if whole else model[0]
+        loaded = {name: torch.full_like(value, 5.0) for name, value in target.state_dict().items()}
+        target.load_state_dict(loaded)
+        after = optimizer.state_dict()["state"]
+        for number in range(4):
+            assert torch.equal(after[number]["exp_avg"], before[number]["exp_avg"])
+            is_loaded = whole or number < 2
+            assert bool((after[number]["master"] == 5.0).all()) == is_loaded
+            assert is_loaded or torch.equal(after[number]["master"], before[number]["master"])
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.wait()
+        assert torch.allclose(model[0].weight.float(), torch.tensor(5.0), atol=0.1)
