@@ -44,17 +44,24 @@ class Follower:
         self._paths = {rank: ring_path(directory, rank, generation) for rank in ranks}
         self._capacity = capacity
         self._readers: dict[int, RingReader] = {}
+        self._files: dict[int, int] = {}
+        """By rank: which file its reader reads, whatever has its name now."""
         self._histories: dict[int, History] = {}
 
     def look(self, vitals: Iterable[Vitals] = ()) -> JobView:
         """Return what is known now; a rank without a ring yet is missing."""
         for rank, path in self._paths.items():
-            if rank not in self._readers and path.exists():
-                try:
-                    self._readers[rank] = RingReader(path)
-                except (FileNotFoundError, RingError):  # it is being made
+            try:
+                file = path.stat().st_ino
+                if self._files.get(rank) == file:
                     continue
-                self._histories[rank] = History(self._capacity)
+                reader = RingReader(path)
+            except (FileNotFoundError, RingError):  # it is being made
+                continue
+            if rank in self._readers:
+                self._readers[rank].close()  # a ring of an earlier launch
+            self._readers[rank], self._files[rank] = reader, file
+            self._histories[rank] = History(self._capacity)
         records = {rank: self._histories[rank].add(reader.poll()) for rank, reader in self._readers.items()}
         return JobView(records, {one.rank: one for one in vitals})
 

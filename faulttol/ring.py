@@ -350,6 +350,12 @@ def ring_path(directory: str | Path, rank: int, generation: int = 0) -> Path:
     return Path(directory) / f"rank{rank:05d}.generation{generation}.ring"
 
 
+def remove_rings(directory: Path) -> None:
+    """Remove the rings of an earlier launch from a run's directory of rings; it need not exist."""
+    for path in directory.glob("rank*.generation*.ring"):
+        path.unlink(missing_ok=True)
+
+
 def read(path: Path) -> RankRecord:
     """Return all that a ring holds now.
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
+from faulttol.ring import remove_rings
 from launch import elastic, local, ray_actors, ray_fleet
 from launch.config import LaunchConfig
 from launch.diagnosis import Diagnosis, Observation
@@ -57,6 +58,7 @@ def run(
     with contextlib.ExitStack() as stack:
         diagnosis = None
         if observation is not None:
+            remove_rings(observation.rings)  # before a rank records: an earlier launch's would be taken for its own
             diagnosis = stack.enter_context(contextlib.closing(Diagnosis(observation)))
             diagnosis.begin(0, job.world_size)
         if recovery is not None:
