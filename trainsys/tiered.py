@@ -18,6 +18,7 @@ from offload.schedule import Budget
 from parallel.data import DataParallel, Master
 from parallel.hybrid import Hybrid
 from trainsys.config import RunConfig
+from trainsys.errors import ConfigError
 from trainsys.partition import Fragment, Gradient, Partition, Slices
 from trainsys.placement import Placement
 
@@ -71,6 +72,7 @@ class TieredMasters(Partition):
         self._data, self._tiered, self._place = data, tiered, place
         self._steps_taken = 0.0
         self._given: dict[int, dict[str, Tensor]] = {}
+        tiered.optimizer.register_step_pre_hook(self._forget)
 
     def weights(self) -> Slices:
         """Return this rank's part of every weight, after all updates, and the buffers."""
@@ -90,18 +92,25 @@ class TieredMasters(Partition):
                 found[f"optimizer.{kind}.{master.name}"] = self._place(master, self._given[number][kind])
         return found
 
+    def _forget(self, *_: Any) -> None:
+        """Let go of copies of states that the next step makes old."""
+        self._given.clear()
+
     def set_steps_taken(self, steps: float) -> None:
         """Set the update count that bias correction uses; `after_load` passes it on."""
         self._steps_taken = steps
 
     def after_load(self) -> None:
         """Take in what `slices` was overwritten with, wherever states live here; fp32 weights are their masters."""
+        if not self._given:
+            self.slices()
         state = {}
         for number, kinds in self._given.items():
             master = self._tiered.masters[number]
             own = kinds["master"] if self._separate_master else master.weight.detach().float()
             state[number] = {"step": self._steps_taken, **kinds, "master": own}
-        saved = self._tiered.optimizer.state_dict()
+        self._given.clear()
+        saved = torch.optim.Optimizer.state_dict(self._tiered.optimizer)  # without copies of the states
         self._tiered.optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         self._data.refresh()
 
@@ -127,7 +136,11 @@ class TieredMasters(Partition):
 
 
 def _disk(folder: Path) -> Tier:
-    free = shutil.disk_usage(folder).free
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        problem = f"offload.nvme_dir: {str(folder)!r}: {error.strerror}; give a folder that exists"
+        raise ConfigError([problem]) from error
     # The optimizer measures what it needs; nothing here looks at these rates.
     spec = TierSpec(name="nvme", capacity_bytes=free, read_bytes_per_s=1e9, write_bytes_per_s=1e9, latency_s=1e-4)
     return NvmeTier(spec, folder)
