@@ -146,4 +146,4 @@ def test_a_model_that_was_loaded_after_attach_goes_on_from_what_was_loaded(whole
         model(x).sum().backward()
         optimizer.step()
         optimizer.wait()
-        assert torch.allclose(model[0].weight.float(), torch.tensor(5.0), atol=0.1)
+        assert torch.allclose(next(model.parameters()).float(), torch.tensor(5.0), atol=0.1)
