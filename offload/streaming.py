@@ -133,7 +133,7 @@ class LayerStream:
         return sorted(slot.layer.index for slot in self._slots if slot.layer is not None)
 
     def release(self) -> None:
-        """Forget what is in the slots: call it after weights were changed past torch's counter, as by `p.data.copy_`."""
+        """Forget what is in the slots: call it after a change of weights past torch, also `p.data.copy_`."""
         with self._lock:
             for layer in self._layers:
                 self._evict(layer)
