@@ -137,13 +137,13 @@ def test_a_spare_that_dies_during_the_pause_takes_no_place(job: Job, tmp_path: P
         elif fleet.generation == 1:
             fleet.end(0)  # got no further: there is a pause now
             at.setdefault("paused", fleet.num_looks)
-            if fleet.num_looks == at["paused"] + 10:
+            if fleet.num_looks == at["paused"] + 5:
                 fleet.end(3)  # the spare that would step in
         elif fleet.generation == 2:
             fleet.finish()
 
     fleet = _Fleet(job, 3, script)
-    assert _supervise(fleet, job, _care(tmp_path, backoff_s=0.5, shrink=False)) == "completed"
+    assert _supervise(fleet, job, _care(tmp_path, backoff_s=2.0, shrink=False)) == "completed"
     placed = [member for member, order in fleet.orders if order["order"] == "assign" and order["generation"] == 2]
     assert placed == [4, 2]
 
