@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -22,6 +23,15 @@ from offload.schedule import Budget, Mode
 def tiering(**more: object) -> Tiering:
     """Return small settings that need no compiler."""
     return Tiering(kernel="torch", subgroup_numel=1024, num_threads=1, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch's own threads out of each other's way: every lane has one already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("mode", ["stream", "spec"])
