@@ -34,7 +34,7 @@ class NvmeTier(ThreadedTier[Extent]):
     transfers run at once, each with a buffer of `chunk_bytes`; tensors that do not begin and end at a sector
     pass through it. `direct=False` goes through the page cache, for file systems that cannot do otherwise.
     `fsync=True` ends every write with a flush of the device's cache; state that dies with the process does
-    not need it. `digests` costs each transfer about a tenth of a nanosecond a byte; see `ThreadedTier`.
+    not need it. `digests`: see `ThreadedTier`.
 
     Raises:
         TierError: the file cannot be made there, or the file system refuses direct I/O.

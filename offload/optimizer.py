@@ -411,7 +411,7 @@ class TieredAdamW(torch.optim.Optimizer):
         def judge() -> None:
             try:
                 verdict, self._last_norm = scalars.verdict(self.max_norm)
-            except RuntimeError as error:
+            except Exception as error:  # noqa: BLE001  carried to whoever waits
                 self._failure = error
                 verdict = Verdict(1.0, skip=True)
             machine.judge(verdict)

@@ -107,7 +107,7 @@ class DeepSpeedEngine:
             self._placement,
             separate_master=settings.precision != "fp32",
         )
-        self._elsewhere = elsewhere(self._partition.slices(), hybrid.groups.get("pipeline"))
+        self._elsewhere = elsewhere(self._partition.slices, hybrid.groups.get("pipeline"))
         self._steps_taken = 0.0
         if isinstance(optimizer, Muon) and self._stage > 0:
             self._describe_shards(optimizer)

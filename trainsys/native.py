@@ -82,7 +82,7 @@ class TorchEngine:
             self._optimizer = self._tiered.optimizer
             separate = config.engine.precision != "fp32"
             self._masters = TieredMasters(hybrid, self._data, self._tiered, placed.place, separate=separate)
-        self._elsewhere = elsewhere(self._masters.slices(), hybrid.groups.get("pipeline"))
+        self._elsewhere = elsewhere(self._masters.slices, hybrid.groups.get("pipeline"))
         self._steps_taken = self._waited_s = 0.0
         if isinstance(self._optimizer, Muon):
             self._describe_shards(self._optimizer)

@@ -6,7 +6,7 @@ know of equal copies, of which one is written. ZeRO's flat partitions are ranges
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -84,14 +84,16 @@ class Placement:
         return self._layouts[name]
 
 
-def elsewhere(slices: Mapping[str, TensorLike], stages: dist.ProcessGroup) -> dict[str, TensorLike]:
+def elsewhere(slices: Callable[[], Mapping[str, TensorLike]], stages: dist.ProcessGroup) -> dict[str, TensorLike]:
     """Return an empty part of every tensor that only other ranks of the group have; all of them call.
+
+    `slices` are those of this rank; a group of one rank does not ask for them, which may be large copies.
 
     So every rank has something to say of every name, and a name that nobody has is still noticed.
     """
     if stages.size() == 1:
         return {}
-    mine = {piece.name: (tuple(piece.global_shape), piece.tensor.dtype) for piece in pieces_of(slices)}
+    mine = {piece.name: (tuple(piece.global_shape), piece.tensor.dtype) for piece in pieces_of(slices())}
     everyone: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{} for _ in range(stages.size())]
     dist.all_gather_object(everyone, mine, group=stages)
     known = {name: described for each in everyone for name, described in each.items()}

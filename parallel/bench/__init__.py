@@ -30,7 +30,7 @@ import torch
 
 from parallel.ranks import Backend, RankError, device_of, spawn
 
-__all__ = ["Backend", "Bound", "Gate", "RankError", "Report", "arguments", "device_of", "spawn"]
+__all__ = ["Backend", "Bound", "Gate", "RankError", "Report", "arguments", "commit", "device_of", "spawn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Report:
         gates = [{"name": g.name, "value": g.value, "limit": g.limit, "ok": g.ok} for g in self.gates]
         return {
             "name": self.name,
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {
                 "cpus": len(os.sched_getaffinity(0)),
@@ -152,7 +152,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="run the smallest form: that it works, no figures")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of the checkout, or `unknown`."""
     done = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

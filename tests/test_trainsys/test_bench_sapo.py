@@ -118,7 +118,9 @@ def test_a_stopped_grid_goes_on_and_makes_the_same_figures(tmp_path: Path) -> No
     with parts.open("a") as file:
         file.write("\n")
     assert run(parts, math.inf)
-    assert list(grid.results(parts, scenarios[0], settings)) == list(grid.results(whole, scenarios[0], settings))
+    assert list(grid.results(parts, scenarios[0], settings, "cpu")) == list(
+        grid.results(whole, scenarios[0], settings, "cpu")
+    )
 
 
 def test_an_interval_is_students() -> None:

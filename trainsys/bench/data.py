@@ -22,7 +22,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from parallel.bench import commit
 from trainsys.config import DataConfig
 from trainsys.data import BatchLoader, Order, TokenDataset, prepare, read_prepared
 from trainsys.data.source import find_files
@@ -107,7 +107,7 @@ class Bench:
         info = read_prepared(self._prepared)
         return {
             "name": "trainsys.data",
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"system": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
             "versions": {name: version(name) for name in ("torch", "numpy", "pyarrow", "fsspec", "xxhash")},
@@ -234,14 +234,6 @@ def _copy_bound() -> dict[str, object]:
         rates.append(len(tokens) / (time.perf_counter() - began_s))
     how = "best of 5 copies of 4 Mi tokens from uint16 to int64"
     return {"metric": "widening copy", "value": max(rates), "unit": "tokens/s", "how": how}
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not a checkout"
 
 
 def _print(document: dict[str, Any]) -> None:

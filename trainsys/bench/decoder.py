@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parallel.bench import commit
 from trainsys.config import ModelConfig
 from trainsys.models import build, flops_per_token
 from trainsys.models.attention import attend
@@ -107,7 +107,7 @@ class Bench:
         ]
         return {
             "name": "trainsys.decoder",
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {"system": platform.platform(), "processor": platform.machine(), "cpus": os.cpu_count()},
             "versions": {"torch": version("torch")},
@@ -212,13 +212,6 @@ def _seconds(action: Callable[[], object], times: int = 3) -> float:
     for _ in range(times):
         action()
     return (time.perf_counter() - began_s) / times
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def _print(document: dict[str, Any]) -> None:

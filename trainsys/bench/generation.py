@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.bench import commit
 from trainsys.config import ModelConfig
 from trainsys.models import build
 from trainsys.models.huggingface import HuggingFaceModel
@@ -171,7 +171,7 @@ class Bench:
         sizes = {name: getattr(self._sizes, name) for name in Sizes.__slots__}
         return {
             "name": "trainsys.generation",
-            "commit": _commit(),
+            "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": {
                 "system": platform.platform(),
@@ -325,13 +325,6 @@ def _same_tokens(ours: HuggingFaceModel, theirs: Any, device: torch.device, new:
     theirs.float()
     name = "greedy tokens in float64 that differ from transformers.generate"
     return {"name": name, "value": wrong, "limit": 0, "ok": wrong == 0}
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def _print(document: dict[str, Any]) -> None:

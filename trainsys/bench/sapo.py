@@ -80,7 +80,7 @@ def main(given: list[str]) -> int:
             print(f"{path}: not all is done; the same command goes on")
             return _UNFINISHED
         report = Report("trainsys.sapo", {"device": options.device, **asdict(settings)})
-        found = {scenario.name: list(grid.results(path, scenario, settings)) for scenario in scenarios}
+        found = {each.name: list(grid.results(path, each, settings, options.device)) for each in scenarios}
     for name, seeds in found.items():
         _add(report, name, seeds)
     if not options.only:

@@ -70,7 +70,10 @@ def run(
         (scenario, first)
         for scenario in scenarios
         for first in range(0, settings.seeds, size)
-        if not any(_is_of(line, scenario, settings, first) for line in lines(path))
+        if not all(
+            any(_is_of(line, scenario, settings, seed, device) for line in lines(path))
+            for seed in range(first, first + size)
+        )
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     longest_s = 0.0
@@ -92,7 +95,7 @@ def run(
             with path.open("a", encoding="utf-8") as file:
                 for seed in range(first, first + size):
                     of_seed = [node for node in nodes if node["seed"] == seed]
-                    line = {"scenario": scenario.name, "seed": seed, "key": _key(scenario, settings)}
+                    line = {"scenario": scenario.name, "seed": seed, "key": _key(scenario, settings, device)}
                     file.write(json.dumps(line | {"seconds": seconds / size, "nodes": of_seed}) + "\n")
             print(f"{scenario.name}, seed {first}{'' if size == 1 else ' and on'}: {seconds:.0f} s", flush=True)
     return True
@@ -109,22 +112,22 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def results(path: Path, scenario: Scenario, settings: Settings) -> Iterator[list[dict[str, Any]]]:
+def results(path: Path, scenario: Scenario, settings: Settings, device: str) -> Iterator[list[dict[str, Any]]]:
     """Yield the nodes of each seed of a scenario."""
     for seed in range(settings.seeds):
         for line in lines(path):
-            if _is_of(line, scenario, settings, seed):
+            if _is_of(line, scenario, settings, seed, device):
                 yield line["nodes"]
                 break
 
 
-def _is_of(line: dict[str, Any], scenario: Scenario, settings: Settings, seed: int) -> bool:
-    return bool(line["seed"] == seed and line["key"] == _key(scenario, settings))
+def _is_of(line: dict[str, Any], scenario: Scenario, settings: Settings, seed: int, device: str) -> bool:
+    return bool(line["seed"] == seed and line["key"] == _key(scenario, settings, device))
 
 
-def _key(scenario: Scenario, settings: Settings) -> str:
-    """Return what tells apart results of other scenarios or settings; more seeds add to the same."""
-    told = {"scenario": asdict(scenario), "settings": asdict(settings) | {"seeds": 0}}
+def _key(scenario: Scenario, settings: Settings, device: str) -> str:
+    """Return what tells apart results of other scenarios, settings or devices; more seeds add to the same."""
+    told = {"scenario": asdict(scenario), "settings": asdict(settings) | {"seeds": 0}, "device": device}
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
