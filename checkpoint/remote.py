@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import inspect
 import os
 import secrets
@@ -186,11 +187,22 @@ class FsspecStorage:
     def remove(self, path: str) -> None:
         full = self._path(path)
         with remote(full, "remove"), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(full, recursive=True)
+            if glob.escape(full) == full:
+                self._fs.rm(full, recursive=True)
+            else:
+                self._remove_each(full)
             self._fs.invalidate_cache(full.rpartition("/")[0])
         if self._uploads:
             with remote(full, "abort the unfinished uploads there"):
                 self._uploads.abort_under(full)
+
+    def _remove_each(self, full: str) -> None:
+        """Remove a file or folder one by one: `rm` would take the name for a pattern, and others with it."""
+        self._fs.invalidate_cache(full)
+        found = self._fs.find(full, withdirs=True, detail=True)
+        for path in sorted(found, reverse=True):  # what a folder holds before the folder
+            with contextlib.suppress(FileNotFoundError):  # a folder that was there by its files alone
+                self._fs.rm_file(path) if found[path]["type"] == "file" else self._fs.rmdir(path)
 
     def _put(self, full: str, data: bytes) -> None:
         self._make_parent(full)

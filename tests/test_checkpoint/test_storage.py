@@ -126,6 +126,20 @@ class StorageContract(abc.ABC):
         assert storage.entries("folder") == []
         storage.remove("folder")
 
+    def test_a_name_that_looks_like_a_pattern_is_a_name(self, storage: Storage):
+        for name in ("run1", "run[1]", "run*", "run?"):
+            storage.write(f"{name}/inner/file", name.encode())
+            storage.write(f"{name}/other", b"x")
+        for name in ("run*", "run[1]", "run?"):
+            assert storage.read(f"{name}/inner/file") == name.encode()
+            storage.remove(f"{name}/other")
+            assert sizes(storage, name) == {}
+            storage.remove(name)
+            assert storage.size(f"{name}/inner/file") is None
+            storage.remove(name)
+        assert storage.read("run1/inner/file") == b"run1"
+        assert [entry.name for entry in storage.entries("")] == ["run1"]
+
     def test_its_url_opens_it_again(self, storage: Storage):
         storage.write("folder/file", b"x")
         assert open_storage(storage.url).read("folder/file") == b"x"
