@@ -41,6 +41,13 @@ HOST = Recipe(
     "install a C compiler (Debian: apt install gcc), or choose kernel='torch', which is several times slower",
 )
 
+URING = Recipe(
+    "uring.c",
+    ("cc", "gcc", "clang"),
+    ("-std=gnu11", "-O2", "-shared", "-fPIC"),
+    "install a C compiler (Debian: apt install gcc), or choose io='threads'",
+)
+
 
 def cuda_recipe(capability: tuple[int, int]) -> Recipe:
     """Return the recipe for devices of a compute capability."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from offload import movers
 from offload.errors import TierError, TierFull
+from offload.movers import SECTOR_BYTES, IoName, Mover
 from offload.threaded import ThreadedTier
 from offload.tier import TierSpec
-
-_SECTOR_BYTES = 4096
-"""Direct I/O moves whole sectors between places that start at one, in memory and in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +31,15 @@ class Extent:
 class NvmeTier(ThreadedTier[Extent]):
     """Blocks in one file of `folder`, of which nothing remains when the process ends, however it ends.
 
-    The file grows as blocks are allocated, so that a full disk is met there and not at a write. `num_threads`
-    transfers run at once, each with a buffer of `chunk_bytes`; tensors that do not begin and end at a sector
-    pass through it. `direct=False` goes through the page cache, for file systems that cannot do otherwise.
+    The file grows as blocks are allocated, so that a full disk is met there and not at a write. `io` says what moves
+    the bytes (`offload.movers`); the attribute of that name says what `auto` became. `num_threads` transfers run at
+    once, each with a buffer of `chunk_bytes`; tensors that do not begin and end at a sector pass through it.
+    `direct=False` goes through the page cache, for file systems that cannot do otherwise.
     `fsync=True` ends every write with a flush of the device's cache; state that dies with the process does
     not need it. `digests`: see `ThreadedTier`.
 
     Raises:
-        TierError: the file cannot be made there, or the file system refuses direct I/O.
+        TierError: the file cannot be made there, the file system refuses direct I/O, or `io` does not run here.
     """
 
     def __init__(
@@ -50,10 +52,18 @@ class NvmeTier(ThreadedTier[Extent]):
         direct: bool = True,
         fsync: bool = False,
         digests: bool = True,
+        io: IoName = "auto",
     ) -> None:
-        file = _open_unnamed(Path(folder), direct, spec.name)
-        buffers = [_aligned(-(-chunk_bytes // _SECTOR_BYTES) * _SECTOR_BYTES) for _ in range(num_threads)]
-        medium = _File(file, Path(folder), buffers, direct, fsync)
+        self.io: IoName = movers.chosen(io)
+        chunk_bytes = -(-chunk_bytes // SECTOR_BYTES) * SECTOR_BYTES
+        with contextlib.ExitStack() as stack:
+            workers = []
+            for _ in range(num_threads):
+                workers.append(_Worker(movers.make_mover(self.io), _aligned(chunk_bytes)))
+                stack.callback(workers[-1].mover.close)
+            file = _open_unnamed(Path(folder), direct, spec.name)
+            stack.pop_all()
+        medium = _File(file, Path(folder), workers, direct, fsync)
         super().__init__(spec, medium, num_threads=num_threads, digests=digests)
 
 
@@ -92,20 +102,28 @@ class Extents:
         self._free.append(Extent(start, stop - start))
 
 
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """What one transfer needs."""
+
+    mover: Mover
+    buffer: torch.Tensor
+
+
 class _File:
     """A medium whose places are extents of an open file without a name."""
 
-    granularity_bytes = _SECTOR_BYTES
+    granularity_bytes = SECTOR_BYTES
 
-    def __init__(self, file: int, folder: Path, buffers: list[torch.Tensor], direct: bool, fsync: bool) -> None:
+    def __init__(self, file: int, folder: Path, workers: list[_Worker], direct: bool, fsync: bool) -> None:
         self._file = file
         self._folder = folder
         self._direct = direct
         self._fsync = fsync
-        self._chunk_bytes = buffers[0].numel()
-        self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        for buffer in buffers:  # one per thread: taking one never waits
-            self._buffers.put(buffer)
+        self._all = workers
+        self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in workers:  # one per thread: taking one never waits
+            self._workers.put(worker)
         self._extents = Extents()
 
     def reserve(self, num_bytes: int) -> Extent:
@@ -125,40 +143,58 @@ class _File:
         self._extents.give(place)
 
     def store(self, place: Extent, data: torch.Tensor) -> None:
-        buffer = self._buffers.get()
-        try:
-            for start in range(0, data.numel(), self._chunk_bytes):
-                chunk = data[start : start + self._chunk_bytes]
+        with self._worker() as worker:
+            for chunk, start in self._chunks(data, worker):
                 if self._needs_buffer(chunk):
-                    buffer[: chunk.numel()].copy_(chunk)
-                    chunk = buffer[: -(-chunk.numel() // _SECTOR_BYTES) * _SECTOR_BYTES]
-                _write(self._file, chunk, place.offset + start)
+                    worker.buffer[: chunk.numel()].copy_(chunk)
+                    chunk = worker.buffer[: _sectors(chunk.numel())]
+                worker.mover.write(self._file, chunk, place.offset + start)
             if self._fsync:
                 os.fdatasync(self._file)
-        finally:
-            self._buffers.put(buffer)
 
     def load(self, place: Extent, into: torch.Tensor) -> None:
-        buffer = self._buffers.get()
-        try:
-            for start in range(0, into.numel(), self._chunk_bytes):
-                chunk = into[start : start + self._chunk_bytes]
+        with self._worker() as worker:
+            for chunk, start in self._chunks(into, worker):
                 if self._needs_buffer(chunk):
-                    _read(self._file, buffer, chunk.numel(), place.offset + start)
-                    chunk.copy_(buffer[: chunk.numel()])
+                    worker.mover.read(self._file, worker.buffer[: _sectors(chunk.numel())], place.offset + start)
+                    chunk.copy_(worker.buffer[: chunk.numel()])
                 else:
-                    _read(self._file, chunk, chunk.numel(), place.offset + start)
-        finally:
-            self._buffers.put(buffer)
+                    worker.mover.read(self._file, chunk, place.offset + start)
 
     def view(self, place: Extent, num_bytes: int) -> None:
         """Return None: a disk is not addressed."""
 
     def close(self) -> None:
+        for worker in self._all:
+            worker.mover.close()
         os.close(self._file)
 
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator[_Worker]:
+        worker = self._workers.get()
+        try:
+            yield worker
+        finally:
+            self._workers.put(worker)
+
+    def _chunks(self, data: torch.Tensor, worker: _Worker) -> Iterator[tuple[torch.Tensor, int]]:
+        """Yield what needs no buffer in one piece, as a mover likes it, the rest in pieces that fit the buffer."""
+        whole = data.numel() if not self._direct else data.numel() // SECTOR_BYTES * SECTOR_BYTES
+        if whole and not self._needs_buffer(data[:whole]):
+            yield data[:whole], 0
+        else:
+            whole = 0
+        size = worker.buffer.numel()
+        for start in range(whole, data.numel(), size):
+            yield data[start : start + size], start
+
     def _needs_buffer(self, chunk: torch.Tensor) -> bool:
-        return self._direct and bool(chunk.data_ptr() % _SECTOR_BYTES or chunk.numel() % _SECTOR_BYTES)
+        return self._direct and bool(chunk.data_ptr() % SECTOR_BYTES or chunk.numel() % SECTOR_BYTES)
+
+
+def _sectors(num_bytes: int) -> int:
+    """Return the bytes of the sectors that so many bytes take."""
+    return -(-num_bytes // SECTOR_BYTES) * SECTOR_BYTES
 
 
 def _open_unnamed(folder: Path, direct: bool, tier_name: str) -> int:
@@ -177,24 +213,6 @@ def _open_unnamed(folder: Path, direct: bool, tier_name: str) -> int:
 
 def _aligned(num_bytes: int) -> torch.Tensor:
     """Return zeros that begin at a sector."""
-    buffer = torch.zeros(num_bytes + _SECTOR_BYTES, dtype=torch.uint8)
-    start = -buffer.data_ptr() % _SECTOR_BYTES
+    buffer = torch.zeros(num_bytes + SECTOR_BYTES, dtype=torch.uint8)
+    start = -buffer.data_ptr() % SECTOR_BYTES
     return buffer[start : start + num_bytes]
-
-
-def _write(file: int, data: torch.Tensor, offset: int) -> None:
-    view = data.numpy().data
-    while view:
-        num_written = os.pwrite(file, view, offset)
-        view, offset = view[num_written:], offset + num_written
-
-
-def _read(file: int, into: torch.Tensor, num_bytes: int, offset: int) -> None:
-    """Fill `num_bytes` of `into`, asking for whole sectors where there is room for them."""
-    view = into.numpy().data[: -(-num_bytes // _SECTOR_BYTES) * _SECTOR_BYTES]
-    num_read = 0
-    while num_read < num_bytes:
-        step = os.preadv(file, [view[num_read:]], offset + num_read)
-        if not step:
-            raise TierError(f"the file ended {num_bytes - num_read} bytes too early")
-        num_read += step

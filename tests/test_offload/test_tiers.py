@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload import CpuTier, CxlTier, GpuTier, NvmeTier, SpecError, StripedTier, TierError, TierSpec
+from offload import CpuTier, CxlTier, GpuTier, NvmeTier, SpecError, StripedTier, TierError, TierSpec, building, movers
+from offload.movers import IoName
 from offload.nvme import Extent, Extents
 from tests.contracts.tier import CAPACITY_BYTES, TierContract, spec
 
@@ -23,9 +25,28 @@ class TestCpuTier(TierContract):
         return CpuTier(spec())
 
 
-class TestNvmeTier(TierContract):
+class TestNvmeTierByThreads(TierContract):
     def make(self, folder: Path) -> NvmeTier:
-        return NvmeTier(spec(), folder, num_threads=2)
+        return NvmeTier(spec(), folder, num_threads=2, io="threads")
+
+
+@pytest.mark.skipif(bool(movers.refusal("io_uring")), reason="this kernel allows no io_uring")
+class TestNvmeTierByIoUring(TierContract):
+    def make(self, folder: Path) -> NvmeTier:
+        return NvmeTier(spec(), folder, num_threads=2, io="io_uring")
+
+
+@functools.cache
+def aio_problem() -> str | None:
+    """Return why DeepSpeed's handle does not run here; asked once, for it imports DeepSpeed and runs a compiler."""
+    return movers.refusal("aio")
+
+
+class TestNvmeTierByDeepSpeedsHandle(TierContract):
+    def make(self, folder: Path) -> NvmeTier:
+        if aio_problem():
+            pytest.skip(str(aio_problem()))
+        return NvmeTier(spec(), folder, num_threads=2, io="aio")
 
 
 class TestNvmeTierWithSmallChunksAndFsync(TierContract):
@@ -84,13 +105,52 @@ def _file_of(tier: NvmeTier, folder: Path) -> Path:
     return path
 
 
-def test_a_file_that_lost_its_end_is_an_error_not_a_wrong_number(tmp_path: Path) -> None:
-    with NvmeTier(spec(), tmp_path) as tier:
+IOS: list[IoName] = [io for io in ("threads", "io_uring") if not movers.refusal(io)]
+
+
+@pytest.mark.parametrize("io", IOS)
+def test_a_file_that_lost_its_end_is_an_error_not_a_wrong_number(io: IoName, tmp_path: Path) -> None:
+    with NvmeTier(spec(), tmp_path, io=io) as tier:
         block = tier.allocate(100_000)
         tier.write(block, torch.ones(100_000, dtype=torch.uint8)).result(60)
         os.truncate(_file_of(tier, tmp_path), 50_000)
         with pytest.raises(TierError, match="tier t: reading a block of 100000 bytes failed: the file ended"):
             tier.read(block, torch.zeros(100_000, dtype=torch.uint8)).result(60)
+
+
+@pytest.mark.parametrize("io", IOS)
+def test_a_large_block_is_moved_in_many_pieces(io: IoName, tmp_path: Path) -> None:
+    """Two ends that no sector has, and more pieces than are in flight at once."""
+    data = torch.randint(0, 256, (1 + (40 << 20) + 7,), dtype=torch.uint8)
+    for start in (0, 1):
+        part = data[start:]
+        with NvmeTier(spec(64 << 20), tmp_path, num_threads=1, io=io) as tier:
+            block, back = tier.allocate(part.numel()), torch.zeros_like(part)
+            tier.write(block, part).result(60)
+            tier.read(block, back).result(60)
+            assert torch.equal(back, part)
+
+
+def test_what_moves_the_bytes_is_told_and_what_cannot_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with NvmeTier(spec(), tmp_path) as tier:
+        assert tier.io == ("threads" if movers.refusal("io_uring") else "io_uring")
+    with pytest.raises(TierError, match=r"io: 'dma'; allowed: auto, threads, io_uring, aio"):
+        NvmeTier(spec(), tmp_path, io="dma")  # type: ignore[arg-type]
+    monkeypatch.setattr(building, "URING", building.Recipe("uring.c", ("no-such-compiler",), (), "choose io='threads'"))
+    with pytest.raises(TierError, match=r"io_uring: uring\.c: none of no-such-compiler .*choose io='threads'"):
+        NvmeTier(spec(), tmp_path, io="io_uring")
+    with NvmeTier(spec(), tmp_path) as tier:
+        assert tier.io == "threads"
+    assert not os.listdir(tmp_path)
+
+
+def test_deepspeeds_handle_is_refused_with_what_to_install(tmp_path: Path) -> None:
+    if not aio_problem():
+        pytest.skip("DeepSpeed's async_io builds here")
+    with pytest.raises(TierError, match=r"aio: DeepSpeed.*install"):
+        NvmeTier(spec(), tmp_path, io="aio")
 
 
 _FAILED_WRITE = """
@@ -99,42 +159,48 @@ import torch
 from offload import NvmeTier, TierError, TierSpec
 
 spec = TierSpec(name="t", capacity_bytes=1 << 20, read_bytes_per_s=1.0, write_bytes_per_s=1.0, latency_s=0.0)
-tier = NvmeTier(spec, sys.argv[1])
-small, large = tier.allocate(4096), tier.allocate(1 << 19, 'w')
 data = torch.ones(1 << 19, dtype=torch.uint8)
-tier.write(large, data).result(60)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # from here on the disk takes one sector
-for attempt in (lambda: tier.write(large, data), lambda: tier.read(large, data)):
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+for io in sys.argv[2:]:
+    tier = NvmeTier(spec, sys.argv[1], io=io)
+    small, large = tier.allocate(4096), tier.allocate(1 << 19, 'w')
+    tier.write(large, data).result(60)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))  # from here on the disk takes one sector
+    for attempt in (lambda: tier.write(large, data), lambda: tier.read(large, data)):
+        try:
+            attempt().result(60)
+        except TierError as error:
+            print(error)
+    tier.write(small, data[:4096]).result(60)
     try:
-        attempt().result(60)
+        tier.allocate(1 << 18, 'm')
     except TierError as error:
-        print(error)
-tier.write(small, data[:4096]).result(60)
-try:
-    tier.allocate(1 << 18, 'm')
-except TierError as error:
-    print(type(error).__name__, error)
-try:
+        print(type(error).__name__, error)
+    try:
+        tier.close()
+    except TierError as error:
+        print("close:", error)
     tier.close()
-except TierError as error:
-    print("close:", error)
-tier.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 """
 
 
 def test_a_failed_write_is_told_by_its_future_by_reads_and_by_close(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _FAILED_WRITE, str(tmp_path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _FAILED_WRITE, str(tmp_path), *IOS], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    write, read, full, close = done.stdout.splitlines()
-    assert write == "tier t: writing a block of 524288 bytes of w failed: [Errno 27] File too large"
-    assert read == write
-    assert full == (
-        f"TierFull tier t: a block of 262144 bytes of m: {tmp_path} has no room for 262144 bytes more: File too large; "
-        "free some of the disk or lower the tier's capacity"
-    )
-    assert close == f"close: {write}"
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 * len(IOS)
+    for first in range(0, len(lines), 4):
+        write, read, full, close = lines[first : first + 4]
+        assert write == "tier t: writing a block of 524288 bytes of w failed: [Errno 27] File too large"
+        assert read == write
+        assert full == (
+            f"TierFull tier t: a block of 262144 bytes of m: {tmp_path} has no room for 262144 bytes more: File too "
+            "large; free some of the disk or lower the tier's capacity"
+        )
+        assert close == f"close: {write}"
 
 
 def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""How bytes get between memory and an open file: blocking calls, io_uring, or DeepSpeed's asynchronous I/O handle.
+
+`threads` moves a piece at a time in each of the tier's threads, `io_uring` and `aio` many. `auto` is io_uring where the
+kernel allows it, else threads; `aio` is never chosen by itself: it takes minutes to build at its first use, needs
+libaio, and tells of no failed write, which only the digests of the blocks see then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any, Literal, Protocol
+
+import torch
+
+from offload import building
+from offload.errors import KernelError, TierError
+
+IoName = Literal["auto", "threads", "io_uring", "aio"]
+"""What moves bytes between memory and a file."""
+SECTOR_BYTES = 4096
+"""Direct I/O moves whole sectors between places that start at one, in memory and in the file."""
+_DEPTH = 32
+_PIECE_BYTES = 1 << 20
+"""32 in flight keep a disk busy that has 100 us of latency and 30 GB/s."""
+_ENDED_EARLY = -1
+
+
+class Mover(Protocol):
+    """Moves bytes at places that a sector begins at, in whole sectors where the file is direct.
+
+    Used by one thread at a time. Failures are OSErrors, or TierErrors that say more.
+    """
+
+    def write(self, file: int, data: torch.Tensor, offset: int) -> None:
+        """Write flat bytes to the file."""
+        ...
+
+    def read(self, file: int, into: torch.Tensor, offset: int) -> None:
+        """Fill flat bytes from the file; an error where it ends too early."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds; a second call does nothing."""
+        ...
+
+
+class ThreadMover:
+    """Blocking calls: one piece in flight for each thread that makes them."""
+
+    def write(self, file: int, data: torch.Tensor, offset: int) -> None:
+        """Write; the interpreter is free meanwhile."""
+        view = data.numpy().data
+        while view:
+            num_written = os.pwrite(file, view, offset)
+            view, offset = view[num_written:], offset + num_written
+
+    def read(self, file: int, into: torch.Tensor, offset: int) -> None:
+        """Read."""
+        view = into.numpy().data
+        while view:
+            num_read = os.preadv(file, [view], offset)
+            if not num_read:
+                raise _ended(len(view))
+            view, offset = view[num_read:], offset + num_read
+
+    def close(self) -> None:
+        """Nothing: it holds nothing."""
+
+
+class UringMover:
+    """A ring of the kernel's with up to 32 pieces of 1 MiB in flight."""
+
+    def __init__(self) -> None:
+        """Raises TierError where the kernel allows no ring, KernelError where there is no C compiler."""
+        self._library = building.library(building.URING)
+        self._library.uring_open.restype = ctypes.c_void_p
+        self._library.uring_open.argtypes = [ctypes.c_uint, ctypes.POINTER(ctypes.c_int)]
+        self._library.uring_close.restype = None
+        self._library.uring_close.argtypes = [ctypes.c_void_p]
+        self._library.uring_move.argtypes = [
+            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
+            *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32),
+        ]
+        code = ctypes.c_int()
+        self._ring: int | None = self._library.uring_open(_DEPTH, ctypes.byref(code))
+        if not self._ring:
+            raise TierError(
+                f"io_uring: this kernel allows none here ({os.strerror(code.value)}; kernel.io_uring_disabled, a "
+                "container's seccomp profile, or one older than 5.6): choose io='threads'"
+            )
+
+    def write(self, file: int, data: torch.Tensor, offset: int) -> None:
+        """Write."""
+        self._move(file, data, offset, writes=True)
+
+    def read(self, file: int, into: torch.Tensor, offset: int) -> None:
+        """Read."""
+        self._move(file, into, offset, writes=False)
+
+    def close(self) -> None:
+        """Give the ring back."""
+        ring, self._ring = self._ring, None
+        if ring:
+            self._library.uring_close(ring)
+
+    def _move(self, file: int, data: torch.Tensor, offset: int, *, writes: bool) -> None:
+        assert self._ring, "closed"
+        code = self._library.uring_move(self._ring, file, writes, data.data_ptr(), data.numel(), offset, _PIECE_BYTES)
+        if code == _ENDED_EARLY:
+            raise _ended(offset + data.numel() - os.fstat(file).st_size)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+
+class AioMover:
+    """DeepSpeed's handle over libaio, on the file's name under /proc, for it has no other any more.
+
+    It ends the process over a file that is too short and prints other failures, so lengths are looked at before, and
+    what is only printed is left to digests.
+    """
+
+    def __init__(self) -> None:
+        """Build DeepSpeed's async_io at the first use. Raises TierError where that cannot be done."""
+        problem = refusal("aio")
+        if problem is not None:
+            raise TierError(f"aio: {problem}")
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        self._handle: Any = AsyncIOBuilder().load(verbose=False).aio_handle(_PIECE_BYTES, _DEPTH, False, True, 1)
+
+    def write(self, file: int, data: torch.Tensor, offset: int) -> None:
+        """Write."""
+        self._finished(self._handle.sync_pwrite(data, _name(file), offset), data, "written")
+
+    def read(self, file: int, into: torch.Tensor, offset: int) -> None:
+        """Read."""
+        missing = offset + into.numel() - os.fstat(file).st_size
+        if missing > 0:
+            raise _ended(missing)
+        self._finished(self._handle.sync_pread(into, _name(file), offset), into, "read")
+
+    def close(self) -> None:
+        """End its threads."""
+        self._handle = None
+
+    def _finished(self, num_done: int, data: torch.Tensor, verb: str) -> None:
+        if num_done != 1:
+            raise TierError(f"DeepSpeed's handle has not {verb} {data.numel()} bytes; it printed why")
+
+
+def refusal(io: IoName) -> str | None:
+    """Return why a mover cannot run here, and what to do; None: it can."""
+    if io == "io_uring":
+        try:
+            UringMover().close()
+        except (TierError, KernelError) as error:
+            return str(error)
+    if io == "aio":
+        try:
+            from deepspeed.ops.op_builder import AsyncIOBuilder
+        except ImportError:
+            return "DeepSpeed is missing: pip install 'trainsys[train]'"
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            return "DeepSpeed's async_io does not build here: install libaio's headers (Debian: apt install libaio-dev)"
+    return None
+
+
+def chosen(io: IoName) -> IoName:
+    """Return what `auto` means here; others as they are."""
+    if io != "auto":
+        return io
+    return "threads" if refusal("io_uring") else "io_uring"
+
+
+def make_mover(io: IoName) -> Mover:
+    """Return a mover for one thread. Raises TierError where there can be none; a compiler that is missing too."""
+    makers: dict[IoName, type[Mover]] = {"threads": ThreadMover, "io_uring": UringMover, "aio": AioMover}
+    try:
+        maker = makers[chosen(io)]
+    except KeyError:
+        raise TierError(f"io: {io!r}; allowed: auto, threads, io_uring, aio") from None
+    try:
+        return maker()
+    except KernelError as error:
+        raise TierError(f"io_uring: {error}") from error
+
+
+def _name(file: int) -> str:
+    return f"/proc/self/fd/{file}"
+
+
+def _ended(missing: int) -> TierError:
+    return TierError(f"the file ended {missing} bytes too early")
