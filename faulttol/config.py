@@ -63,6 +63,8 @@ class DetectorConfig:
     """Steps that a rule about speed looks at."""
     fast_steps: int = 6
     """Steps of a shorter window, in which only what is much slower counts."""
+    fast_least_s: float = 1.0
+    """... and that lasts at least this many seconds: for less, the machine may have had no time for a rank."""
     fast_excess: float = 1.0
     """Share of the step that counts there, instead of `straggler_excess`."""
     straggler_excess: float = 0.2

@@ -46,6 +46,11 @@ class Window:
         """Median over the steps of the median over the ranks."""
         return median(median(own[step].span_s for own in self.paces.values()) for step in self.steps)
 
+    @property
+    def duration_s(self) -> float:
+        """How long its steps took together."""
+        return sum(median(own[step].span_s for own in self.paces.values()) for step in self.steps)
+
     def locals_s(self) -> dict[int, list[float]]:
         """Each rank's local time in every step."""
         return {rank: [own[step].local_s for step in self.steps] for rank, own in self.paces.items()}
@@ -87,13 +92,15 @@ def window(view: JobView, first_step: int, config: DetectorConfig, health: Healt
 def slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> list[Finding]:
     """Return what makes the steps of the window long; without a baseline, only what peers tell.
 
-    What is much slower shows in the window's last steps alone already.
+    What is much slower shows in the window's last steps alone already, if they are no moment only: of short steps so
+    few can all fall into a third of a second in which the machine ran something else than a rank.
     """
     findings = _slow(found, baseline, config)
-    if baseline is None or any(finding.kind.is_fault for finding in findings):
+    recent = found.last(config.fast_steps)
+    if baseline is None or recent.duration_s < config.fast_least_s or any(one.kind.is_fault for one in findings):
         return findings
     fast = replace(config, straggler_excess=config.fast_excess, straggler_share=1.0, slow_windows=config.fast_steps)
-    at_once = [finding for finding in _slow(found.last(config.fast_steps), baseline, fast) if finding.kind.is_fault]
+    at_once = [finding for finding in _slow(recent, baseline, fast) if finding.kind.is_fault]
     return at_once or findings
 
 
@@ -101,7 +108,7 @@ def _slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> l
     locals_s, explained = _without_tokens(found, config)
     raw = _late(found, found.locals_s(), baseline, config)
     late = _late(found, locals_s, baseline, config) if explained else raw
-    stragglers = {rank: times for rank, times in late.items() if _is_mostly(times, config)}
+    stragglers = _stragglers(late, config)
     if explained:  # the part that tokens explain is known only roughly
         stragglers = {rank: times for rank, times in stragglers.items() if median(times) > median(raw[rank]) / 2}
     if stragglers:
@@ -191,8 +198,26 @@ def _late(
     return late
 
 
+def _stragglers(late: Mapping[int, list[float]], config: DetectorConfig) -> dict[int, list[float]]:
+    """Who is late for itself: in most of the steps in which it would not be if it were late as often as the others are.
+
+    Of ranks that are late in turn each has its share of steps anyway, and a few more are no fault.
+    """
+    often = {rank: _share(times) for rank, times in late.items()}
+    found = {}
+    for rank, times in late.items():
+        in_turn = median_low([share for other, share in often.items() if other != rank])
+        if often[rank] > in_turn and often[rank] - in_turn >= config.straggler_share * (1 - in_turn):
+            found[rank] = times
+    return found
+
+
+def _share(times: Sequence[float]) -> float:
+    return sum(value > 0 for value in times) / len(times)
+
+
 def _is_mostly(times: Sequence[float], config: DetectorConfig) -> bool:
-    return sum(value > 0 for value in times) >= config.straggler_share * len(times)
+    return _share(times) >= config.straggler_share
 
 
 def _straggler(found: Window, late: Mapping[int, list[float]], baseline: Baseline | None) -> Finding:
@@ -222,7 +247,7 @@ def _straggler(found: Window, late: Mapping[int, list[float]], baseline: Baselin
 
 
 def _imbalance(found: Window, late: Mapping[int, list[float]], why: str) -> Finding:
-    often = {rank: sum(value > 0 for value in times) / len(times) for rank, times in late.items()}
+    often = {rank: _share(times) for rank, times in late.items()}
     ranked = sorted((rank for rank in often if often[rank] > 0), key=lambda rank: (-often[rank], rank))
     return Finding(
         kind=FindingKind.DATA_IMBALANCE,

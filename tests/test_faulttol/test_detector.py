@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from faulttol.bench.labels.traces import Trace
 from faulttol.bench.labels.trial import DETECTOR, HEALTH
 from faulttol.detector import Memory, observe
 from faulttol.finding import Finding, FindingKind
@@ -25,7 +26,7 @@ KINDS = {
 
 
 @functools.cache
-def trace(name: str) -> traces.Trace:
+def trace(name: str) -> Trace:
     return traces.load(name)
 
 

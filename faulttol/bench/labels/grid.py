@@ -31,6 +31,14 @@ SLOW = ("slow", "slow_jitter", "slow_ramp", "slow_link", "slow_sender", "slow_re
 STANDING = ("freeze", "gil", "hang", "spin")
 ENDING = ("kill", "abort", "segfault", "exit", "raise", "stuck_link", "extra", "wrong_kind", "wrong_dtype", "skip")
 NUMERIC = ("nan", "gradient", "bit_flip")
+HELD_OUT_SEEDS = (5, 6, 7, 8, 9)
+"""Whose trials no rule and no threshold has been chosen by."""
+TUNED_SEEDS = (0, 1, 2, 3, 4)
+"""Whose trials may be looked at to make a rule better."""
+_GOLDEN = 0.6180339887
+"""Multiples of it, less their whole parts, lie evenly between 0 and 1."""
+_BATCH = 4
+"""So many trials follow each other in one job, if it lives as long; then comes another layout."""
 _NO_NUMERIC = {"fsdp": set(NUMERIC), "pipeline": {"bit_flip"}}
 """Sharded ranks have no replica to compare with and DDP's buckets alone have a hook before the reduction; the stages of
 the pipeline reduce their gradients by themselves."""
@@ -90,6 +98,11 @@ class Verdict:
     """By rival: (class, who)."""
     summary: str
 
+    @property
+    def is_held_out(self) -> bool:
+        """Whether nothing was tuned by it."""
+        return int(self.name.rpartition("/")[2]) in HELD_OUT_SEEDS
+
     def line(self) -> dict[str, Any]:
         """As an object of JSON."""
         return asdict(self)
@@ -107,19 +120,48 @@ def cases(
     magnitudes: Sequence[float],
     seeds: Iterable[int],
 ) -> list[Case]:
-    """Return the grid, one seed of all jobs before the next, what ends a job last."""
+    """Return the grid in an order of which every beginning is balanced: layouts, kinds, magnitudes.
+
+    Seeds come one after the other, layouts in turn, a few trials in each job and what ends it last.
+    """
     wanted = set(kinds)
-    found = []
+    kept = [kind for kind in (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING) if kind in wanted]
+    layouts = [(job, size) for job in jobs for size in sizes]
+    found: list[Case] = []
     for seed in seeds:
-        for job in jobs:
-            for size in sizes:
-                for kind in (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING):
-                    if kind not in wanted or kind in _NO_NUMERIC.get(job, set()):
-                        continue
-                    found += [
-                        Case(job, size, kind, magnitude, seed) for magnitude in (magnitudes if kind in SLOW else (2.0,))
-                    ]
+        batches: list[tuple[float, list[Case]]] = []
+        for place, (job, size) in enumerate(layouts):
+            spread = _spread(job, size, kept, magnitudes, seed, place / len(layouts))
+            own = _batches(spread)
+            batches += [((i + place / len(layouts)) / len(own), batch) for i, batch in enumerate(own)]
+        found += [case for _, batch in sorted(batches, key=lambda one: one[0]) for case in batch]
     return found
+
+
+def _spread(
+    job: str, size: int, kinds: Sequence[str], magnitudes: Sequence[float], seed: int, shift: float
+) -> list[Case]:
+    """One layout's trials of a seed, each kind's own evenly over the whole; with another shift, at other places."""
+    placed: list[tuple[float, Case]] = []
+    for index, kind in enumerate(kind for kind in kinds if kind not in _NO_NUMERIC.get(job, set())):
+        own = [Case(job, size, kind, magnitude, seed) for magnitude in (magnitudes if kind in SLOW else (2.0,))]
+        begin = (index * _GOLDEN + shift + seed * _GOLDEN**2) % 1.0
+        turn = (index + seed + round(shift * 6)) % len(own)
+        placed += [((i + begin) / len(own), case) for i, case in enumerate([*own[turn:], *own[:turn]])]
+    return [case for _, case in sorted(placed, key=lambda one: one[0])]
+
+
+def _batches(spread: Sequence[Case]) -> list[list[Case]]:
+    """Divide trials into jobs: those that leave it alive evenly, each followed by one that ends it."""
+    ending = [case for case in spread if case.ends_job]
+    others = [case for case in spread if not case.ends_job]
+    num = max(len(ending), -(-len(others) // _BATCH), 1)
+    return [_part(others, i, num) + _part(ending, i, num) for i in range(num)]
+
+
+def _part(whole: list[Case], index: int, num: int) -> list[Case]:
+    """One of `num` parts of nearly equal size."""
+    return whole[len(whole) * index // num : len(whole) * (index + 1) // num]
 
 
 def fault_of(case: Case, span_s: float) -> tuple[Fault | None, str]:

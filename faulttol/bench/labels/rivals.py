@@ -6,8 +6,10 @@ section score    nvidia-resiliency-ext: of each rank's time in its own sections,
 show_straggler   DeepSpeed: sum over operations of latency less the least latency of any rank. It prints a number
                  for every rank and judges nothing; here it accuses who waits least, where the others' waiting
                  exceeds a fifth of the time.
-group timeout    torch: an error on the ranks that wait, after the timeout; it names nobody
-Ray alone        learns of processes that end, and of nothing else
+flight recorder  torch: its dump of each rank, and its analyser, which ran; also the analyser on dumps of our records
+process table    whoever only learns of processes that end, as a launcher does; the first in order is accused
+
+A process group's timeout and Ray alone need runs of their own: `trainsys.bench.rivals`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from faulttol.view import JobView, match
 
 SCORE = 0.75
 _WAITING = 0.2
+RIVALS = ("section score", "show_straggler", "process table", "flight recorder", "analyser on our records")
 Said = tuple[str, str]
 """Class, who; `none` and empty where nothing is said."""
 NOTHING: Said = ("none", "")
@@ -92,15 +95,10 @@ def flight_recorder(folder: Path, prefix: str) -> Said:
     return NOTHING
 
 
-def group_timeout(truth: str) -> Said:
-    """Every stop ends in an error of some rank, of one text for all classes; taken here for the right class."""
-    return (truth, "") if truth in ("crash", "hang", "desync") else NOTHING
-
-
-def ray_alone(view: JobView, truth: str, culprit: str) -> Said:
-    """An ended process is told at once, with its rank."""
-    dead = [rank for rank, vitals in view.vitals.items() if not vitals.process_alive]
-    return ("crash", culprit if truth == "crash" else f"rank {dead[0]}") if dead else NOTHING
+def process_table(view: JobView) -> Said:
+    """An ended process is told at once, with its rank; of several the first."""
+    dead = [rank for rank, vitals in sorted(view.vitals.items()) if not vitals.process_alive]
+    return ("crash", f"rank {dead[0]}") if dead else NOTHING
 
 
 def _locals_s(view: JobView, first_step: int) -> dict[int, list[float]]:
