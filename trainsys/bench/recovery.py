@@ -1,0 +1,378 @@
+"""A lost rank is replaced by a warm spare, and training goes on, within 2 s, restored bytes aside.
+
+    python -m trainsys.bench.recovery [--ranks N] [--repeats N] [--arms …] [--json FILE] [--smoke]
+
+A small DistributedDataParallel job trains under a supervisor; from outside, one of its ranks (each in turn) gets
+SIGKILL or SIGSTOP. Timed, from the signal on:
+
+    found          the supervisor knows
+    formed         all ranks are in a new group and have finished a collective of it, counted from `found`
+    first step     all ranks have finished a step, counted from `formed`, without restoring
+    restoring      the slowest rank's reading of its state
+    whole          from the signal to the first step, without restoring
+
+Arms, alternating, each with a job of its own per sample, the same ranks, the same steps and the same state:
+
+    warm spare       `launch.run` with recovery and one spare
+    restart of all   baseline: `launch.run` without; when it says that a rank failed, it is called again. It takes a
+                     rank for frozen after --frozen-s, 30 s by default in use
+    Ray alone        baseline: one actor a rank, started anew when Ray says that one failed, in a Ray that runs already.
+                     Of a stopped process it hears nothing: `not found` counts those of which it had not in --patience-s
+
+Bound: forming the group at the start, when all ranks are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import launch
+from faulttol.bench import Bound, Gate, Report, arguments
+from faulttol.config import HealthConfig, PolicyConfig
+from launch import ray_cluster
+
+LIMIT_S = 2.0
+_WIDTH, _ROWS, _SAVE_STEPS = 256, 32, 5
+_STEPS_BEFORE = 20
+_START_S, _AGAIN_S = 120.0, 60.0
+_POLL_S = 0.002
+_SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
+
+
+# ---- the ranks
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """A rank's place in one generation, and what connects it to whoever started it."""
+
+    folder: Path
+    rank: int
+    generation: int
+    join: Callable[[], None]
+    beat: Callable[[int], None] = lambda step: None
+
+
+def work(context: launch.RankContext, payload: Mapping[str, Any]) -> int:
+    """What `launch` calls in every rank."""
+    folder = Path(payload["folder"])
+    _warm(folder)
+
+    def seat() -> _Seat:
+        return _Seat(
+            folder,
+            context.env.rank,
+            context.generation + payload["attempt"],
+            lambda: context.init_process_group("gloo", _START_S),
+            lambda step: context.heartbeat.beat(step=step, phase="train"),
+        )
+
+    return context.run(lambda: _train(seat())) or 0
+
+
+class _Worker:
+    """What Ray makes an actor of."""
+
+    def train(self, folder: str, rank: int, num_ranks: int, attempt: int) -> int:
+        _warm(Path(folder))
+        store = dist.FileStore(f"{folder}/store{attempt}", num_ranks)  # type: ignore[attr-defined]
+
+        def join() -> None:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+
+        return _train(_Seat(Path(folder), rank, attempt, join))
+
+
+def _warm(folder: Path) -> None:
+    """Do what a first step would."""
+    torch.set_num_threads(1)
+    model, optimizer = _model()
+    _step(model, optimizer)
+    _note(folder, "warm", rank=-1, generation=-1)
+
+
+def _train(seat: _Seat) -> int:
+    """Train from the last state until told to stop; return the number of steps."""
+    note = {"rank": seat.rank, "generation": seat.generation}
+    _note(seat.folder, "begun", **note)
+    seat.join()
+    is_over = torch.zeros(1)
+    dist.all_reduce(is_over)
+    _note(seat.folder, "formed", **note)
+    model, optimizer = _model()
+    begin_s = time.monotonic()
+    first = 0
+    if (seat.folder / "state").exists():
+        state = torch.load(seat.folder / "state")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"] + 1
+    restoring_s = time.monotonic() - begin_s
+    replicated = nn.parallel.DistributedDataParallel(model)
+    for step in itertools.count(first):
+        seat.beat(step)
+        _step(replicated, optimizer)
+        if step in (first, first + _STEPS_BEFORE):
+            _note(seat.folder, "stepped", step=step, first=first, restoring_s=restoring_s, **note)
+        if step % _SAVE_STEPS == 0 and seat.rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, seat.folder / "unfinished")
+            (seat.folder / "unfinished").rename(seat.folder / "state")
+        is_over.fill_((seat.folder / "over").exists())
+        dist.all_reduce(is_over)
+        if is_over.item():
+            break
+    return step
+
+
+def _model() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(4)))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.autograd.backward(model(torch.ones(_ROWS, _WIDTH)).square().mean())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- what they tell
+
+
+def _note(folder: Path, what: str, **more: float) -> None:
+    line = json.dumps({"what": what, "pid": os.getpid(), "at_s": time.monotonic()} | more) + "\n"
+    file = os.open(folder / "notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(file, line.encode())  # one write: lines of several ranks do not mix
+    finally:
+        os.close(file)
+
+
+def _notes(folder: Path, what: str, generation: int) -> list[dict[str, Any]]:
+    path = folder / "notes"
+    lines = path.read_text().splitlines() if path.exists() else []
+    notes = map(json.loads, lines)
+    return [note for note in notes if note["what"] == what and note["generation"] == generation]
+
+
+class _Striker:
+    """Strikes one rank of a job once it runs, waits until it runs again, and then ends it; in a thread of its own."""
+
+    def __init__(self, folder: Path, num_ranks: int, num_warm: int, rank: int, number: int) -> None:
+        self.struck_s = 0.0
+        self.victim = 0
+        self.error: TimeoutError | None = None
+        self._folder, self._num_ranks, self._num_warm = folder, num_ranks, num_warm
+        self._rank, self._number = rank, number
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="striker")
+        self._thread.start()
+
+    def give_up(self) -> None:
+        """The job will not run again."""
+        self._is_over.set()
+
+    def join(self) -> None:
+        """Wait for its end. Raises: TimeoutError where the job did not begin, or not again."""
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            self._await("warm", -1, self._num_warm, _START_S)
+            self._await("stepped", 0, 2 * self._num_ranks, _START_S)
+            begun = _notes(self._folder, "begun", 0)
+            self.victim = next(int(note["pid"]) for note in begun if note["rank"] == self._rank)
+            self.struck_s = time.monotonic()
+            os.kill(self.victim, self._number)
+            self._await("stepped", 1, self._num_ranks, _AGAIN_S)
+        except TimeoutError as error:
+            self.error = error
+        finally:
+            (self._folder / "over").touch()
+
+    def _await(self, what: str, generation: int, count: int, timeout_s: float) -> None:
+        until_s = time.monotonic() + timeout_s
+        while len(_notes(self._folder, what, generation)) < count and not self._is_over.is_set():
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"{self._folder}: not {what} {count} times in {timeout_s:g} s")
+            time.sleep(_POLL_S)
+
+
+# ---- the arms: each makes a job, has it struck, and returns when that was found, on the clock of the notes
+
+
+def _with_spare(folder: Path, striker: _Striker, num_ranks: int, frozen_s: float) -> float | None:
+    recovery = launch.Recovery(
+        fence=folder / "fence",
+        record=folder / "recoveries",
+        health=HealthConfig(),
+        policy=PolicyConfig(shrink=False),
+    )
+    config = launch.LaunchConfig(spares=1, frozen_timeout_s=frozen_s)
+    _launch(folder, num_ranks, 0, config, recovery)
+    line = json.loads((folder / "recoveries").read_text().splitlines()[0])
+    return float(line["time"] - time.time() + time.monotonic() - line["after_s"]["rejoined"])
+
+
+def _restarted(folder: Path, striker: _Striker, num_ranks: int, frozen_s: float) -> float | None:
+    config = launch.LaunchConfig(frozen_timeout_s=frozen_s)
+    try:
+        _launch(folder, num_ranks, 0, config, None)
+    except launch.RankFailed:
+        found_s = time.monotonic()
+        _launch(folder, num_ranks, 1, config, None)
+        return found_s
+    return None
+
+
+def _launch(
+    folder: Path, num_ranks: int, attempt: int, config: launch.LaunchConfig, recovery: launch.Recovery | None
+) -> None:
+    payload = {"folder": str(folder), "attempt": attempt}
+    entry = "trainsys.bench.recovery:work"
+    job = launch.Job(entry=entry, payload=payload, world_size=num_ranks, log_dir=folder / "logs", name="job")
+    launch.run(job, config, heartbeat_interval_s=0.2, on_output=lambda _: None, recovery=recovery)
+
+
+def _on_ray(folder: Path, striker: _Striker, num_ranks: int, patience_s: float) -> float | None:
+    import ray
+
+    make: Any = ray.remote(num_cpus=0, max_restarts=0)(_Worker)
+    found_s: float | None = None
+    for attempt in itertools.count():
+        actors = [make.remote() for _ in range(num_ranks)]
+        works = [actor.train.remote(str(folder), rank, num_ranks, attempt) for rank, actor in enumerate(actors)]
+        while True:
+            done, _ = ray.wait(works, timeout=0.05)
+            if done:
+                break
+            if found_s is None and striker.struck_s and time.monotonic() > striker.struck_s + patience_s:
+                striker.give_up()
+                os.kill(striker.victim, signal.SIGKILL)
+                for actor in actors:
+                    ray.kill(actor)
+                return None
+        try:
+            ray.get(done)
+            ray.get(works)
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
+            if found_s is not None:
+                raise
+            found_s = time.monotonic()
+        for actor in actors:
+            ray.kill(actor)
+        if (folder / "over").exists():
+            break
+    return found_s
+
+
+# ---- the measurement
+
+
+def main(words: list[str]) -> int:
+    """Measure and report."""
+    parser = arguments(__doc__)
+    parser.add_argument("--ranks", type=int, default=3, help="of the job, beside the spare (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=_ARMS, default=list(_ARMS), metavar="ARM", help=", ".join(_ARMS))
+    parser.add_argument("--frozen-s", type=float, default=2.0, help="silence of a frozen rank (default: %(default)s)")
+    parser.add_argument("--patience-s", type=float, default=10.0, help="until Ray counts as not having noticed")
+    options = parser.parse_args(words)
+    signals: Sequence[str] = list(_SIGNALS)
+    if options.smoke:
+        options.arms, options.repeats, options.ranks, signals = [_SPARE], 1, 2, ["SIGKILL"]
+    report = Report(
+        "trainsys.recovery",
+        {"ranks": options.ranks, "frozen_s": options.frozen_s, "patience_s": options.patience_s},
+    )
+    not_again = 0
+    with ExitStack() as stack:
+        if _RAY in options.arms:
+            stack.enter_context(_own_ray())
+        for repeat in range(options.repeats):
+            for name, arm in itertools.product(signals, options.arms):
+                not_again += not _measure(report, arm, name, repeat % options.ranks, options)
+    _gate(report, not_again, options.smoke)
+    return report.finish(options)
+
+
+def _measure(report: Report, arm: str, name: str, rank: int, options: Any) -> bool:
+    """Take one sample; return whether the job went on, or could not know that it had to."""
+    case = f"{arm}, {name}"
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="recovery-", dir=shared if shared.is_dir() else None) as path:
+        folder = Path(path)
+        num_warm = options.ranks + (arm == _SPARE)
+        striker = _Striker(folder, options.ranks, num_warm, rank, _SIGNALS[name])
+        waits_s = options.patience_s if arm == _RAY else options.frozen_s
+        try:
+            found_s = _ARMS[arm](folder, striker, options.ranks, waits_s)
+        finally:
+            striker.give_up()
+        striker.join()
+        if arm == _RAY:
+            report.add(case, "not found", "1", float(found_s is None))
+        if found_s is None:
+            return arm == _RAY
+        begun, formed, stepped = (_notes(folder, what, 1) for what in ("begun", "formed", "stepped"))
+        first = {what: max(note["at_s"] for note in notes) for what, notes in (("formed", formed),)}
+        stepped_s = max(note["at_s"] for note in stepped if note["step"] == note["first"])
+        restoring_s = max(note["restoring_s"] for note in stepped)
+        report.add(case, "found", "s", found_s - striker.struck_s)
+        report.add(case, "formed", "s", first["formed"] - found_s)
+        report.add(case, "first step", "s", stepped_s - first["formed"] - restoring_s)
+        report.add(case, "restoring", "s", restoring_s)
+        report.add(case, "whole", "s", stepped_s - striker.struck_s - restoring_s)
+        if arm == _SPARE:
+            start = [max(note["at_s"] for note in _notes(folder, what, 0)) for what in ("begun", "formed")]
+            report.add("start", "forming the group", "s", start[1] - start[0])
+        return len(begun) == options.ranks
+
+
+def _gate(report: Report, not_again: int, is_smoke: bool) -> None:
+    report.gates.append(Gate("jobs that did not go on", not_again, 0, ok=not_again == 0))
+    start = report.samples.get(("start", "forming the group", "s"))
+    if start:
+        report.bounds.append(Bound("formed", min(start), "s", "the same ranks at the start, from the last to come"))
+    for name in _SIGNALS:
+        whole = report.samples.get((f"{_SPARE}, {name}", "whole", "s"))
+        if whole and not is_smoke:
+            slowest = max(whole)
+            gate = Gate(f"{_SPARE}, {name}: slowest recovery, s", slowest, LIMIT_S, slowest <= LIMIT_S, is_speed=True)
+            report.gates.append(gate)
+
+
+@contextmanager
+def _own_ray() -> Iterator[None]:
+    with ray_cluster.joined(""):
+        yield
+
+
+_SPARE, _RAY = "warm spare", "Ray alone"
+_ARMS: Mapping[str, Callable[[Path, _Striker, int, float], float | None]] = {
+    _SPARE: _with_spare,
+    "restart of all": _restarted,
+    _RAY: _on_ray,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
