@@ -13,6 +13,7 @@ MODULES = (
     "trainsys.cli",
     "trainsys.session",
     "trainsys.trainer",
+    "trainsys.engine",
     "trainsys.native",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -26,7 +27,7 @@ MODULES = (
 def preload() -> None:
     """Import everything; what cannot be imported fails in the test that needs it."""
     with contextlib.suppress(Exception):
-        importlib.import_module("trainsys.engine").import_deepspeed("cpu")
+        importlib.import_module("trainsys.deepspeed_setup").import_deepspeed("cpu")
     for name in MODULES:
         with contextlib.suppress(Exception):
             importlib.import_module(name)

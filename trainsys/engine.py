@@ -1,9 +1,8 @@
 """The DeepSpeed adapter: one rank's part of a model, its optimizer and ZeRO as a trainsys.engines.Engine.
 
-The only module of this package that imports DeepSpeed. Its configuration dict is built here from typed fields and
-nothing else, because DeepSpeed accepts misspelt keys in silence. The optimizer is always ours, so nothing is
-compiled at start (DeepSpeed's CPU Adam takes minutes to build, and a killed build leaves a lock that hangs every
-later run).
+`trainsys.deepspeed_setup` imports and configures it, `trainsys.deepspeed_layout` tells it of the ranks. The optimizer
+is always ours, so nothing is compiled at start (DeepSpeed's CPU Adam takes minutes to build, and a killed build leaves
+a lock that hangs every later run).
 
 DeepSpeed knows of the layout what it needs to reduce gradients and to shard optimizer state: which ranks hold the same
 parameters, and which the same experts. Everything else is done around it. A pipeline's schedule runs forward and
@@ -15,29 +14,27 @@ once for every copy and takes the mean over experts' ranks.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from parallel.groups import MeshGroups
 from parallel.hybrid import Hybrid
 from parallel.mesh import Axis
 from parallel.norm import Held, clip_factor, global_norm
 from parallel.shards import Shard
 from trainsys import muon
 from trainsys.check import accumulation_steps
-from trainsys.compat import compiled_when_called, quiet_deepspeed
 from trainsys.config import RunConfig
 from trainsys.data import MicroBatch, StepBatch
+from trainsys.deepspeed_layout import EXPERTS, Units, forget_groups, set_apart, shown_experts
+from trainsys.deepspeed_setup import check_nvme, deepspeed_settings, import_deepspeed, local_rank, owns_norm
 from trainsys.engines import BuildOptimizer, Fencing, Shares, Update
-from trainsys.errors import ConfigError, MissingExtraError, NumericsError
+from trainsys.errors import NumericsError
 from trainsys.feed import Feed
 from trainsys.muon import Muon
 from trainsys.partition import Slices, partition_of
@@ -49,10 +46,8 @@ if TYPE_CHECKING:
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _SCALE_GROWTH_STEPS = 1000
 """Steps without overflow after which fp16's loss scale is doubled."""
-_NEVER = 2**62
-_EXPERTS = "_experts"
 _TIED = "_tied"
-"""Endings of the names of parameter groups that hold experts, or what two stages have."""
+"""Ending of the names of parameter groups that hold what two stages have."""
 
 
 class DeepSpeedEngine:
@@ -63,7 +58,7 @@ class DeepSpeedEngine:
         model, settings = hybrid.module, config.engine
         device = next(model.parameters()).device
         deepspeed = import_deepspeed(device.type)
-        _check_nvme(config)
+        check_nvme(config)
         self._hybrid = hybrid
         self._feed = Feed(hybrid, device)
         self._stage: int = settings.zero_stage
@@ -71,7 +66,7 @@ class DeepSpeedEngine:
         self._bucket_numel = settings.bucket_numel
         self._scales_loss = settings.precision == "fp16"
         degrees = config.parallel
-        self._own_norm = _owns_norm(config)
+        self._own_norm = owns_norm(config)
         # DeepSpeed divides by the data ranks and the accumulation steps; our loss is already a share of the whole.
         ranks = hybrid.mesh.size("replicate", "shard", "context")
         self._undo_averaging = ranks * (1 if hybrid.pipeline else accumulation_steps(config))
@@ -81,13 +76,13 @@ class DeepSpeedEngine:
             timeout=timedelta(seconds=settings.timeout_s),
         )
         optimizer = build_optimizer(model)
-        self._units = _Units(hybrid.groups)
+        self._units = Units(hybrid.groups)
         self._experts = contextlib.ExitStack()
         if degrees.expert > 1:
-            self._experts.enter_context(_experts(model, optimizer, hybrid))
+            self._experts.enter_context(shown_experts(model, optimizer, hybrid))
         # Alone in a flat tensor, so that ZeRO gives both stages the same parts of it.
-        _set_apart(optimizer, set(hybrid.tied), model, _TIED)
-        with _local_rank(device.index or 0):
+        set_apart(optimizer, set(hybrid.tied), model, _TIED)
+        with local_rank(device.index or 0):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -214,7 +209,7 @@ class DeepSpeedEngine:
         """Release hooks and buffers; the model stays."""
         self._engine.destroy()
         self._experts.close()
-        _forget_groups(self._units)
+        forget_groups(self._units)
 
     @property
     def _loss_scale(self) -> float:
@@ -257,7 +252,7 @@ class DeepSpeedEngine:
                     [muon.Shard(part.name, part.shape, part.start, part.offset, part.master.numel()) for part in parts],
                 )
                 for settings, holder, parts in self._partition.held()
-                if settings["kind"] == "muon" and settings["name"].endswith(_EXPERTS) == holds_experts
+                if settings["kind"] == "muon" and settings["name"].endswith(EXPERTS) == holds_experts
             ]
             if holders:
                 optimizer.shard(holders, group, self.device)
@@ -304,201 +299,3 @@ class DeepSpeedEngine:
             return self._placement.num_holders(shard, partitioned=True)
         axes: tuple[Axis, ...] = ("tensor", "expert")
         return math.prod(self._hybrid.mesh.size(axis) for axis in axes if axis not in shard.axes)
-
-
-class _Units:
-    """The layout as DeepSpeed asks for it (its `mpu`)."""
-
-    def __init__(self, groups: MeshGroups) -> None:
-        self.data = groups.get("replicate", "shard", "context")
-        self.model = groups.get("pipeline", "tensor")
-        self.tensor = groups.get("tensor")
-        self.expert_data = groups.get("expert_data", "context")
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same parameters (but for experts) and have tokens of their own."""
-        return self.data
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.data.size()
-
-    def get_data_parallel_rank(self) -> int:
-        return self.data.rank()
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Ranks that hold different parameters of one replica."""
-        return self.model
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.model.size()
-
-    def get_model_parallel_rank(self) -> int:
-        return self.model.rank()
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.tensor
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self.tensor.size()
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self.tensor.rank()
-
-
-@contextlib.contextmanager
-def _experts(model: nn.Module, optimizer: torch.optim.Optimizer, hybrid: Hybrid) -> Iterator[None]:
-    """Let DeepSpeed reduce and shard experts over the ranks that hold the same ones.
-
-    It does so for parameters marked `allreduce = False`, in parameter groups of their own that are named like a process
-    group, if the model has a layer of its MoE class. Ours are other classes, so it is shown an empty one.
-    """
-    from deepspeed.moe.layer import MoE
-    from deepspeed.utils import groups
-
-    class Marker(MoE):  # type: ignore[misc]
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.num_experts = hybrid.mesh.size("expert")
-
-        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-            return
-
-    experts = {name for name, shard in hybrid.shards.items() if "expert" in shard.axes}
-    apart = _set_apart(optimizer, experts, model, _EXPERTS)
-    for group in apart:
-        group["moe"] = True
-        for parameter in group["params"]:
-            parameter.allreduce, parameter.group_name = False, group["name"]
-    names = [group["name"] for group in apart]
-    same_experts = hybrid.groups.get("expert_data", "context")
-    groups._EXPERT_DATA_PARALLEL_GROUP.update(dict.fromkeys(names, same_experts))
-    model.add_module(_EXPERTS, Marker())
-    try:
-        yield
-    finally:
-        for name in names:
-            groups._EXPERT_DATA_PARALLEL_GROUP.pop(name, None)
-
-
-def _set_apart(
-    optimizer: torch.optim.Optimizer, chosen: set[str], model: nn.Module, ending: str
-) -> list[dict[str, Any]]:
-    """Give parameters groups of their own, named like their groups before with an `ending`; return the new groups."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    apart = []
-    for group in list(optimizer.param_groups):
-        members = [parameter for parameter in group["params"] if names[parameter] in chosen]
-        if members:
-            apart.append({**group, "params": members, "name": f"{group['name']}{ending}"})
-            group["params"] = [parameter for parameter in group["params"] if names[parameter] not in chosen]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]] + apart
-    return apart
-
-
-def _forget_groups(units: _Units) -> None:
-    """Take the layout out of DeepSpeed, which keeps it for every later engine of the process."""
-    from deepspeed.utils import groups
-
-    if groups.mpu is units:
-        groups.mpu = None
-
-
-def _owns_norm(config: RunConfig) -> bool:
-    """Return whether ranks hold different parameters, so that DeepSpeed's gradient norm may count some twice."""
-    degrees = config.parallel
-    return max(degrees.tensor, degrees.pipeline, degrees.expert) > 1
-
-
-def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of `config`; the only place that writes one."""
-    settings = config.engine
-    stage = settings.zero_stage
-    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    # In a pipeline it knows nothing of backward, and reduces once a step.
-    in_backward = config.parallel.pipeline == 1
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": settings.bucket_numel,
-        "allgather_bucket_size": settings.bucket_numel,
-        "overlap_comm": on_gpu and in_backward and config.parallel.overlap,
-        "contiguous_gradients": True,
-    }
-    own_norm = _owns_norm(config)
-    if own_norm and stage in (1, 2) and settings.precision != "fp16" and config.offload.optimizer == "none":
-        zero["compute_grad_norm"] = False
-    if stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = False
-    for kind, where in (("optimizer", config.offload.optimizer), ("param", config.offload.parameters)):
-        if where.startswith("deepspeed_"):
-            zero[f"offload_{kind}"] = {"device": where.removeprefix("deepspeed_"), "pin_memory": on_gpu}
-        if where == "deepspeed_nvme":
-            zero[f"offload_{kind}"]["nvme_path"] = config.offload.nvme_dir
-    built: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_sequences,
-        "gradient_accumulation_steps": accumulation_steps(config) if in_backward else 1,
-        "gradient_clipping": settings.gradient_clip_norm if stage > 0 and not own_norm else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        "bf16": {"enabled": settings.precision == "bf16"},
-        "fp16": {"enabled": settings.precision == "fp16", "loss_scale_window": _NEVER},
-    }
-    return built
-
-
-def _check_nvme(config: RunConfig) -> None:
-    """Raise where DeepSpeed cannot reach a disk; its own message comes from inside a build."""
-    keys = [key for key in ("optimizer", "parameters") if getattr(config.offload, key) == "deepspeed_nvme"]
-    if not keys:
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ConfigError(
-            f"config: offload.{key}: deepspeed_nvme builds DeepSpeed's async_io, which needs libaio's headers "
-            "(Debian: apt install libaio-dev); or choose optimizer = tiered with nvme_dir"
-            for key in keys
-        )
-
-
-def import_deepspeed(device_type: str) -> Any:
-    """Return DeepSpeed, made to work on the device that the model is on rather than on the best it finds."""
-    logging.getLogger("DeepSpeed").addFilter(_is_news)
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise MissingExtraError("training", "train") from error
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-
-    if get_accelerator().device_name() != device_type:
-        set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device_type]())
-    quiet_deepspeed(deepspeed)
-    from deepspeed.runtime import compiler
-
-    with compiled_when_called(compiler):
-        import deepspeed.runtime.zero.muon.original_muon  # else imported by its first engine
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _local_rank(device_index: int) -> Iterator[None]:
-    """Let DeepSpeed, which takes the device from LOCAL_RANK alone, use this one."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device_index)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether a warning of DeepSpeed says more than what the recipe chose: no GPU, an optimizer of ours."""
-    message = record.getMessage()
-    return "Setting accelerator to CPU" not in message and "untested optimizer" not in message

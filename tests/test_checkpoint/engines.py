@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 
 from parallel import Mesh, ParallelConfig
-from trainsys.engine import _local_rank, import_deepspeed
+from trainsys.deepspeed_setup import import_deepspeed, local_rank
 from trainsys.partition import partition_of
 from trainsys.placement import Placement
 
@@ -68,7 +68,7 @@ def engine_of(
         "bf16": {"enabled": dtype is torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32" if fp32_gradients else None},
     }
-    with _local_rank(0):
+    with local_rank(0):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False
         )

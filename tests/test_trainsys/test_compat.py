@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.ranks import run_ranks
-from trainsys.engine import import_deepspeed
+from trainsys.deepspeed_setup import import_deepspeed
 
 
 def _compile_recorded(rank: int, world_size: int) -> dict[str, Any]:

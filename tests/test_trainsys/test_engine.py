@@ -20,7 +20,8 @@ from trainsys.check import data_ranks
 from trainsys.config import RunConfig
 from trainsys.data import IGNORE, StepBatch
 from trainsys.data.batch import Window, micro_batch
-from trainsys.engine import DeepSpeedEngine, deepspeed_settings
+from trainsys.deepspeed_setup import deepspeed_settings
+from trainsys.engine import DeepSpeedEngine
 from trainsys.engines import DTYPES, Engine
 from trainsys.optim import build_optimizer
 from trainsys.step import StepStats, agree, train_step

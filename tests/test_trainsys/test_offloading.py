@@ -22,7 +22,8 @@ from tests.test_trainsys.test_engine import STEPS, Fences, build, configure, pla
 from trainsys import metrics, models
 from trainsys.check import backend_of, check
 from trainsys.config import RunConfig
-from trainsys.engine import DeepSpeedEngine, deepspeed_settings
+from trainsys.deepspeed_setup import deepspeed_settings
+from trainsys.engine import DeepSpeedEngine
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.errors import ConfigError
 from trainsys.offloading import RULES, swapping

@@ -28,7 +28,8 @@ from trainsys.check import accumulation_steps, data_ranks
 from trainsys.config import RunConfig
 from trainsys.data import MicroBatch, StepBatch
 from trainsys.data.batch import micro_batch
-from trainsys.engine import DeepSpeedEngine, deepspeed_settings, import_deepspeed
+from trainsys.deepspeed_setup import deepspeed_settings, import_deepspeed
+from trainsys.engine import DeepSpeedEngine
 from trainsys.optim import build_optimizer
 from trainsys.step import agree, train_step
 
