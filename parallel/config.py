@@ -54,4 +54,5 @@ class ParallelConfig:
     """With context > 1: `ring` passes keys and values around, `ulysses` exchanges sequence for heads, whose number
     (of keys and values too) context x tensor must divide."""
     overlap: bool = True
-    """Overlap collectives with computation: matrix products in chunks, gradient reduction during backward."""
+    """Overlap communication with computation: matrix products in chunks, gradients reduced during backward, messages
+    of a pipeline received before they are needed."""

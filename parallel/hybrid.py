@@ -192,6 +192,7 @@ def _cut(
         new_x=lambda inputs: anatomy.stream(stages, inputs, tokens_shared),
         device=next(module.parameters()).device,
         tied=list(tied.values()),
+        overlap=degrees.overlap,
         timeout_s=timeout_s,
     )
     copies = {name: int(not each.is_counted) for name, each in tied.items()}

@@ -62,7 +62,8 @@ class Pipeline:
     `tokens_BT` and aux None for the first stage, else what the stage before returned; it returns (x, aux), the last
     one (loss summed over its targets, aux), or (logits, aux) where inputs have no targets. `aux` is a scalar of at
     least fp32, the auxiliary loss up to there. `new_x(inputs)` returns an uninitialised tensor like the x between
-    stages for a micro-batch: shape, dtype, device.
+    stages for a micro-batch: shape, dtype, device. Without `overlap` a message is received by the action that needs it,
+    which waits for all of its way; the results are the same bits.
 
     Raises: PipelineError if stages and schedule do not fit the group.
     """
@@ -75,8 +76,8 @@ class Pipeline:
         *,
         new_x: Callable[[Inputs], Tensor],
         device: torch.device,
-        hooks: GradientHooks | None = None,
         tied: Sequence[Tied] = (),
+        overlap: bool = True,
         timeout_s: float = 600.0,
     ) -> None:
         self.schedule, self.rank = schedule, group.rank()
@@ -88,7 +89,9 @@ class Pipeline:
             )
         self._group, self._device, self._new_x = group, device, new_x
         self._stages = dict(zip(own, stages, strict=True))
-        self._hooks, self._tied = hooks, tuple(tied)
+        self._hooks: GradientHooks | None = None
+        self._tied = tuple(tied)
+        self._ahead = _AHEAD if overlap else 0
         self._plans: dict[Schedule, Plan] = {}
         pairs = neighbours(schedule.rank_of)
         self._wires = Wires(group, pairs, device, timeout_s)
@@ -153,7 +156,7 @@ class Pipeline:
         self, schedule: Schedule, inputs: Sequence[Inputs], seeds: Callable[[int], tuple[Seed, Seed]] | None
     ) -> _Step:
         if schedule not in self._plans:
-            self._plans[schedule] = plan(schedule, self.rank, _AHEAD)
+            self._plans[schedule] = plan(schedule, self.rank, self._ahead)
         wires = self._wires_for(schedule, inputs, seeds is not None)
         post = _Post(wires, schedule, self.rank, self._plans[schedule], lambda i: self._new_x(inputs[i]))
         step = _Step(self._stages, schedule, inputs, seeds)

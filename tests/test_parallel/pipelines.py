@@ -75,6 +75,7 @@ class Case:
     tied: bool = False
     num_micro_batches: int = 8
     steps: int = 3
+    overlap: bool = True
 
 
 def whole(case: Case) -> Stage:
