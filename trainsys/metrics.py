@@ -149,10 +149,10 @@ def accuracy_record(accuracy: Accuracy, seconds: float) -> Record:
     return record
 
 
-def sharing_record(stats: SharingStats, *, ages: Sequence[int], sources: Mapping[str, int], unfit: int) -> Record:
+def sharing_record(stats: SharingStats, *, ages: Sequence[int], sources: Mapping[str, int]) -> Record:
     """Return the figures of a node among its peers: since its start, and of this round's external groups.
 
-    `ages` are in rounds, one a group; `sources` count them by node; `unfit` prompts did not fit this policy.
+    `ages` are in rounds, one a group; `sources` count them by node.
     """
     return {
         "sharing/published": stats.published,
@@ -163,7 +163,12 @@ def sharing_record(stats: SharingStats, *, ages: Sequence[int], sources: Mapping
         "sharing/store_failures": stats.store_failures,
         "sharing/banned": len(stats.banned),
         "sharing/waiting": stats.waiting,
-        "sharing/unfit": unfit,
+        "sharing/peers": stats.peers,
+        "sharing/taken": stats.taken,
+        "sharing/too_old": stats.too_old,
+        "sharing/without_signal": stats.without_signal,
+        "sharing/unfit": stats.unfit,
+        "sharing/namesakes": stats.namesakes,
         **({"sharing/age_rounds": sum(ages) / len(ages)} if ages else {}),
         **{f"sharing/from.{node}": count for node, count in sources.items()},
     }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import struct
+import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from trainsys.bench import sapo
-from trainsys.bench.swarms import alphabet, grid
+from trainsys.bench.swarms import alphabet, grid, version
 from trainsys.bench.swarms.simulation import Settings
 from trainsys.bench.swarms.stack import PAD, Adam, Shape, Stack
-from trainsys.rl import chart, questions, tasks
+from trainsys.rl import chart, questions, raster, tasks
 
 _SHAPE = Shape(vocab_size=alphabet.VOCAB_SIZE, columns=13, dim=16, num_layers=2, num_heads=2)
 _CPU = torch.device("cpu")
@@ -140,10 +143,66 @@ def test_a_chart_is_xml_with_a_line_and_a_name_for_each_curve() -> None:
     curves.append(chart.Line("nothing", [(0, math.nan)]))
     root = ElementTree.fromstring(chart.draw(curves, title="a & b", x_label="x", y_label="y"))
     space = "{http://www.w3.org/2000/svg}"
-    assert len(root.findall(f"{space}polyline")) == 10
+    drawn = [line for line in root.findall(f"{space}polyline") if line.get("stroke-width") == "2"]
+    assert len(drawn) == 10
+    assert [line.get("stroke-dasharray") is not None for line in drawn] == [False] * 8 + [True] * 2
     names = [text.text or "" for text in root.findall(f"{space}text")]
     assert [name for name in names if name.startswith("<")] == [f"<{index}> {4 * index:.3g}" for index in range(10)]
     assert ElementTree.fromstring(chart.draw([], title="", x_label="", y_label="")) is not None
+
+
+def test_a_chart_as_png_has_each_curve_where_its_points_are() -> None:
+    picture = chart.plan(
+        [chart.Line("rising", [(0, 0), (10, 1)]), chart.Line("one", [(5, 0.25)])], title="t", x_label="x", y_label="y"
+    )
+    data = raster.png(picture, scale=1)
+    pixels = _decoded(data)
+    assert (pixels.shape[1], pixels.shape[0]) == (picture.width, picture.height)
+    blue, orange = (torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in ("#0072b2", "#d55e00"))
+    for share in (0.1, 0.5, 0.9):
+        column, row = round(56 + 400 * share), round(296 - 256 * share)
+        around = pixels[row - 2 : row + 2, column - 2 : column + 2].reshape(-1, 3)
+        assert (around - blue).abs().sum(1).min() < 30, "the line passes here"
+        assert (pixels[row - 60, column] == 255).all() or share == 0.9, "and nothing is above it"
+    assert (pixels[232 - 1 : 232 + 1, 256] - orange).abs().sum(1).min() < 30, "a single point is a dot"
+    assert (pixels[14:24, 56:64] < 128).any(), "the title has been written"
+
+
+def _decoded(data: bytes) -> torch.Tensor:
+    """Return the pixels of a PNG whose rows are not filtered, its checksums checked."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(data):
+        (size,) = struct.unpack_from(">I", data, at)
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        assert struct.unpack_from(">I", data, at + 8 + size)[0] == zlib.crc32(kind + body)
+        chunks[kind], at = body, at + 12 + size
+    assert list(chunks) == [b"IHDR", b"IDAT", b"IEND"]
+    width, height, *form = struct.unpack(">2I5B", chunks[b"IHDR"])
+    assert form == [8, 2, 0, 0, 0]
+    rows = torch.tensor(list(zlib.decompress(chunks[b"IDAT"]))).view(height, 1 + 3 * width)
+    assert not rows[:, 0].any()
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+def test_lines_of_other_code_are_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(seeds=1, rounds=1)
+    scenario = grid.SCENARIOS[0]
+    path = tmp_path / "lines.jsonl"
+    for code, nodes in (("old", [1]), (grid.code_version(), [2])):
+        monkeypatch.setattr(grid, "code_version", lambda code=code: code)
+        line = {"scenario": scenario.name, "seed": 0, "key": grid._key(scenario, settings, "cpu"), "nodes": nodes}
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert list(grid.results(path, scenario, settings, "cpu")) == [[2]]
+
+
+def test_comments_and_docstrings_are_no_other_code_and_a_figure_is() -> None:
+    plain = "def f(x):\n    return x + 1\n"
+    told = 'def f(x):\n    """Say."""\n    # why\n    return (x\n        + 1)\n'
+    assert version.meaning(told) == version.meaning(plain)
+    assert version.meaning(plain.replace("1", "2")) != version.meaning(plain)
+    assert version.code_version() == version.code_version()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +16,22 @@ from torch import distributed as dist
 from parallel import Mesh, MeshGroups
 from parallel.hybrid import GROUPS
 from tests.ranks import run_ranks
+from tests.test_trainsys.test_hf import write_jsonl, write_llama
 from trainsys import models, recipe
 from trainsys.config import ModelConfig, RunConfig
 from trainsys.data import load_tokenizer
-from trainsys.errors import ConfigError
+from trainsys.errors import ConfigError, TrainsysError
 from trainsys.rl import rows, tasks
 from trainsys.rl.config import LossConfig
 from trainsys.rl.errors import PolicyError, RLError
 from trainsys.rl.learner import Learner, World
 from trainsys.rl.model import PolicyModel
+from trainsys.rl.peers import SharedPeers
 from trainsys.rl.policy import Row
 from trainsys.rl.rollout import Completion, Group
+from trainsys.rl.sharing import Exchange, Identity, Pace
+from trainsys.rl.stores import Mailbox
+from trainsys.rl.validation import Rules, Validator
 
 _BASE = {
     "name": "learner",
@@ -56,12 +62,12 @@ def _config(**changes: Any) -> RunConfig:
 
 
 @contextlib.contextmanager
-def _learner(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[Learner]:
+def _learner(config: RunConfig, rank: int = 0, world_size: int = 1, node: str = "me") -> Iterator[Learner]:
     assert dist.group.WORLD is not None
     with MeshGroups(Mesh(config.parallel, world_size)) as groups:
         groups.prepare(*GROUPS)
         world = World(rank, torch.device("cpu"), groups, dist.group.WORLD)
-        learner = Learner(config, world, load_tokenizer("bytes"), node="me")
+        learner = Learner(config, world, load_tokenizer(config.data.tokenizer), node=node)
         try:
             yield learner
         finally:
@@ -108,19 +114,25 @@ def _exchange(rank: int, world_size: int) -> dict[str, Any]:
         own = learner.rollouts(1)
         found["node"], found["own"] = own[0].node, len(own)
         row = learner.policy.rows(foreign)[3]
+        assert row is not None
         found["text"] = len(row.completion), row.behaviour
         before = _log_prob(learner, foreign)
         learner.round([], [foreign])
         found["right"] = _log_prob(learner, foreign) - before
+        # Of a peer whose policy says more than this one can, and more often: what fits, the most telling first.
+        long = Completion(f"     {answer}", 7, finished=True)
+        mixed = dataclasses.replace(foreign, completions=(completions[0], long, *completions[2:]))
+        found["mixed"] = [row is None for row in learner.policy.rows(mixed)], _advantages(learner, mixed)
+        many = dataclasses.replace(
+            foreign, completions=completions[2:] * 7 + completions[:2], rewards=(0.0,) * 14 + (1.0,) * 2
+        )
+        found["larger"] = _advantages(learner, many), learner.round([], [many] * 4).num_external
         quiet = dataclasses.replace(foreign, rewards=(1.0,) * 4)
         found["quiet"] = dataclasses.asdict(learner.round([], [quiet]))["updates"], learner.version
         for name, group in {
             "many": foreign,
             "ids": dataclasses.replace(
                 foreign, completions=(dataclasses.replace(completions[0], num_tokens=1, token_ids=(999,)),) * 4
-            ),
-            "long": dataclasses.replace(
-                foreign, completions=(*completions[:3], Completion(f"     {answer}", 3, finished=True))
             ),
             "prompt": dataclasses.replace(foreign, question=dataclasses.replace(question, prompt="x" * 40)),
         }.items():
@@ -131,9 +143,56 @@ def _exchange(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def _advantages(learner: Learner, group: Group) -> list[float]:
+    return [round(one.advantage, 3) for one in learner._trained(group, foreign=True)]
+
+
+def _strangers(rank: int, world_size: int, llama: str) -> dict[str, Any]:
+    """Let a byte-level decoder that knows something and a Llama with a tokenizer of its own learn from each other."""
+    box = Mailbox(keep_s=60, budget_bytes=2**20)
+    shape = {"rl__tasks": '["largest:length=2"]', "rl__sharing__external": 2, "rl__sharing__store": "here"}
+    foreign = {"model__kind": "hf", "model__path": llama, "data__tokenizer": llama, "rl__generation__max_new_tokens": 8}
+    kinds: dict[str, dict[str, str | int]] = {"anna": {}, "bert": foreign}
+    configs = {name: _config(**shape, **more, rl__sharing__node=name) for name, more in kinds.items()}
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        learners = {name: stack.enter_context(_learner(config, node=name)) for name, config in configs.items()}
+        for step in range(30):
+            learners["anna"].supervise(step)
+        met = {}
+        for name, learner in learners.items():
+            identity = Identity(node=name, model="", tokenizer=name[:1].encode() * 32)
+            exchange = Exchange(box, Validator(name, Rules()), identity, Pace())
+            met[name] = SharedPeers(configs[name], learner.policy, exchange)
+        for index in range(1, 11):
+            for name, learner in learners.items():
+                local, external = met[name].trade(index, learner.rollouts(index, 2))
+                met[name]._exchange.publish_waiting()
+                met[name]._exchange.poll()
+                before = [_log_prob(learner, group) for group in external]
+                stats = learner.round(local, external)
+                after = [_log_prob(learner, group) for group in external]
+                found.setdefault(name, []).append((stats.num_external, sum(after) - sum(before)))
+        found["ids"] = [
+            completion.token_ids for group in external for completion in group.completions if completion.token_ids
+        ]
+    return found
+
+
+def test_policies_with_other_models_and_tokenizers_learn_from_each_others_text(tmp_path: Path) -> None:
+    ((found),) = run_ranks(_strangers, 1, str(write_llama(tmp_path / "llama", write_jsonl(tmp_path))))
+    taken = [gain for number, gain in found["bert"] if number]
+    assert len(taken) > 5
+    assert sum(taken) > 0.5, "what the decoder got right, first of each group, has become likelier to the Llama"
+    assert found["ids"] == [], "tokens of another tokenizer mean nothing here"
+
+
 def _log_prob(learner: Learner, group: Group) -> float:
-    """Of the first completion."""
-    (piece,) = rows.parts(learner.policy.rows(group)[:1], micro_rows=1, num_parts=1)
+    """Of the first of the best completions."""
+    best = group.rewards.index(max(group.rewards))
+    row = learner.policy.rows(group)[best]
+    assert row is not None
+    (piece,) = rows.parts([row], micro_rows=1, num_parts=1)
     with torch.no_grad():
         model = learner.engine.module
         assert isinstance(model, PolicyModel)
@@ -144,15 +203,47 @@ def test_groups_of_others_come_as_text_and_teach_what_they_reward() -> None:
     (found,) = run_ranks(_exchange, 1)
     assert (found["node"], found["own"]) == ("me", 4)
     assert found["text"] == (3, None), "two characters and the end, without log-probabilities"
-    assert found["long"][0] is PolicyError, "a reward is for the whole of a completion, so none is cut"
-    assert "allowed: up to 6" in found["long"][1]
+    assert found["mixed"] == ([False, True, False, False], [1, 0, 0]), "a reward is for a whole completion, none is cut"
+    assert found["larger"] == ([2.646, 2.646, 0, 0], 4), "as many as ours, of advantages among all of theirs"
     assert found["right"] > 0.05, "the rewarded answer has become likelier"
-    assert found["quiet"] == (0, 1), "a group without signal moves nothing"
+    assert found["quiet"] == (0, 2), "a group without signal moves nothing"
     assert found["many"][0] is RLError
     assert "its batch holds 16" in found["many"][1]
     assert found["ids"][0] is found["prompt"][0] is PolicyError
     assert "ids outside the tokenizer's 0 to 256" in found["ids"][1]
     assert "32 positions" in found["prompt"][1]
+
+
+def _disagree(rank: int, world_size: int) -> list[str]:
+    """Let one rank alone meet what does not fit, at every place where ranks work on their own."""
+    found = []
+    with _learner(_config(parallel__replicate=2, engine__zero_stage=0), rank, world_size) as learner:
+        fine = learner.rollouts(1)
+        decoder: Any = learner.policy._sampler._model
+        asked = dataclasses.replace(fine[0].question, prompt="x" * 40)
+        unfit = dataclasses.replace(fine[0], question=asked, rewards=(1.0, 0.0, 0.0, 0.0))
+        acts = [
+            lambda: learner.rollouts(2),
+            lambda: learner.supervise(1),
+            learner.evaluate,
+            lambda: learner.round(fine, [] if rank else [unfit]),
+        ]
+        for act in acts:
+            if rank == 0:
+                learner.policy.max_positions = decoder.max_positions = 8
+            try:
+                act()
+            except TrainsysError as error:
+                found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_ranks_of_which_one_meets_a_prompt_that_does_not_fit_all_hear_of_it() -> None:
+    mine, others = run_ranks(_disagree, 2)
+    assert len(mine) == len(others) == 4
+    for own, told in zip(mine, others, strict=True):
+        assert own.startswith("PolicyError: ")
+        assert told == own.replace("PolicyError: ", "TrainsysError: rank 0: ")
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 from tests.test_trainsys.rollouts import group
+from trainsys.rl.rollout import Group
 from trainsys.rl.selection import Candidate, Quota, Selection, select
 
 
@@ -41,6 +42,44 @@ def test_a_higher_score_does_not_make_a_group_likelier() -> None:
 def test_groups_of_another_size_are_welcome() -> None:
     candidates = [_candidate(seed, node=f"n{seed}", size=size) for seed, size in enumerate((4, 3, 16))]
     assert len(_select(candidates, Quota(num_local=0, num_external=3)).external) == 3
+
+
+def test_who_offers_most_gets_no_more_places_than_others() -> None:
+    # Two peers that flood would have all four places nearly always where groups are drawn alike.
+    loud = [_candidate(seed, node=node) for node in ("loud", "louder") for seed in range(64)]
+    quiet = [_candidate(seed, node=node) for node in ("quiet", "calm") for seed in range(2)]
+    for seed in range(50):
+        found = _select(loud + quiet, Quota(num_local=0, num_external=4, per_peer=2), seed=seed)
+        assert Counter(c.group.node for c in found.external) == dict.fromkeys(("loud", "louder", "quiet", "calm"), 1)
+    first: Counter[str] = Counter()
+    for seed in range(2000):
+        first.update(
+            c.group.node for c in _select(loud + quiet, Quota(num_local=0, num_external=1), seed=seed).external
+        )
+    assert all(420 < first[node] < 580 for node in ("loud", "louder", "quiet", "calm"))  # 500 +- four deviations
+
+
+def test_places_that_some_do_not_fill_go_to_others() -> None:
+    candidates = [_candidate(seed, node="anna") for seed in range(5)] + [_candidate(9, node="bert")]
+    found = _select(candidates, Quota(num_local=0, num_external=4, per_peer=3))
+    assert Counter(c.group.node for c in found.external) == {"anna": 3, "bert": 1}
+
+
+def test_a_group_that_does_not_fit_gives_its_place_to_another() -> None:
+    candidates = [_candidate(seed, node=f"n{seed % 2}") for seed in range(12)]
+    asked = []
+
+    def fits(found: Group) -> bool:
+        asked.append(found)
+        return found.question.seed >= 4
+
+    found = select(
+        [], candidates, Quota(num_local=0, num_external=4), now_round=0, generator=random.Random(0), fits=fits
+    )
+    assert Counter(c.group.node for c in found.external) == {"n0": 2, "n1": 2}
+    assert all(c.group.question.seed >= 4 for c in found.external)
+    assert found.unfit == sum(group.question.seed < 4 for group in asked)
+    assert len(found.kept) == 12 - 4 - found.unfit
 
 
 def test_one_peer_cannot_fill_a_round() -> None:
@@ -80,7 +119,7 @@ def test_without_the_filter_peers_groups_are_taken_as_they_come() -> None:
 
 
 def test_fewer_candidates_than_asked_for_is_no_error() -> None:
-    assert _select([], Quota(num_local=4, num_external=4)) == Selection((), (), (), 0, 0)
+    assert _select([], Quota(num_local=4, num_external=4)) == Selection((), (), (), 0, 0, 0)
 
 
 def test_the_choice_follows_the_generator_alone() -> None:

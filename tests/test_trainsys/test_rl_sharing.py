@@ -8,11 +8,12 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
 from tests.test_trainsys.rollouts import group, message, row
-from trainsys.rl.rollout import Group
+from trainsys.rl.rollout import Completion, Group
 from trainsys.rl.selection import Quota
 from trainsys.rl.sharing import Exchange, Identity, Pace
 from trainsys.rl.signing import Signer
@@ -166,6 +167,30 @@ def test_a_peer_that_floods_crowds_out_nobody(mailbox: Mailbox) -> None:
     assert anna.stats().waiting <= 4 + 1
 
 
+def test_a_look_ends_when_it_has_computed_for_long_and_the_rest_waits(mailbox: Mailbox) -> None:
+    for seed in range(3):
+        mailbox.publish(*message(row(seed, node=f"n{seed}")))
+    anna = _exchange(mailbox, "anna", Pace(poll_cpu_s=0.0))
+    for looks in range(1, 4):
+        anna.poll()
+        assert anna.stats().accepted == looks
+
+
+def test_messages_as_large_as_allowed_cost_little_and_larger_ones_are_not_read() -> None:
+    box = Mailbox(keep_s=600, budget_bytes=2**26)
+    most = (Completion("x" * 8000, 8001, True),) * 64
+    for node, count in (("large", 12), ("larger", 18)):
+        rows = [row(seed, node=node, sequence=seed) for seed in range(count)]
+        box.publish(*message(*(replace(sent, completions=most, claimed_rewards=(0.0,) * 64) for sent in rows)))
+    anna = _exchange(box, "anna")
+    began_s = time.thread_time()
+    anna.poll()
+    assert time.thread_time() - began_s < 5  # 0.2 s on an idle machine
+    assert anna.stats().rejected["size"] == 1
+    assert anna.stats().accepted > 5
+    assert _taken(anna) == [], "all of its completions are equally wrong"
+
+
 def test_a_poisoned_message_among_others_costs_only_itself(mailbox: Mailbox) -> None:
     name, encoded = message(row(1))
     mailbox.publish(name, encoded[:-7])
@@ -229,6 +254,29 @@ def test_a_message_that_cannot_be_read_hides_none_behind_it() -> None:
             anna.poll()
     anna.poll()  # it is left alone by now
     assert [found.question.seed for found in _taken(anna)] == [1]
+
+
+def test_a_node_hears_that_another_has_its_name(mailbox: Mailbox, caplog: pytest.LogCaptureFixture) -> None:
+    clock = itertools.count(1000).__next__
+
+    def named(node: str) -> Exchange:
+        return Exchange(mailbox, Validator(node, Rules()), Identity(node=node, model=""), _QUICK, clock=clock)
+
+    before = named("anna")
+    before.share([group(1)])
+    before.publish_waiting()
+    anna, other = named("anna"), named("anna")  # the first was started again, with its own old message in the store
+    anna.share([group(2)])
+    anna.publish_waiting()
+    anna.poll()
+    assert anna.stats().namesakes == 0
+    other.share([group(3)])
+    other.publish_waiting()
+    for _ in range(2):
+        anna.poll()
+    assert anna.stats().namesakes == 1
+    assert anna.stats().peers == 0
+    assert caplog.text.count("another node shares under this name") == 1
 
 
 def test_signed_nodes_hear_only_signed_nodes(mailbox: Mailbox) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 import launch.ray_cluster
 from launch import LaunchError
@@ -92,6 +95,36 @@ class TestBucket(StoreContract):
             fsspec.filesystem("memory").rm(url, recursive=True)
 
 
+class TestS3(StoreContract):
+    """An object store behind HTTP, by the URL and the environment that a node would be given."""
+
+    _number: ClassVar[int] = 0
+
+    @pytest.fixture(scope="class", autouse=True)
+    @staticmethod
+    def server() -> Iterator[None]:
+        from moto.server import ThreadedMotoServer
+
+        server = ThreadedMotoServer(port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        fsspec.filesystem("s3").clear_instance_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "key")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield
+            fsspec.filesystem("s3").clear_instance_cache()
+        server.stop()
+
+    @pytest.fixture
+    def store(self) -> Iterator[Store]:
+        type(self)._number += 1
+        with contextlib.closing(open_store(f"s3://bucket/swarm{self._number}", keep_s=600)) as store:
+            yield store
+
+
 class TestMailbox(StoreContract):
     @pytest.fixture
     def store(self) -> Store:
@@ -138,8 +171,16 @@ class _Clock:
         return self.now_s
 
 
-def test_a_folder_lists_what_is_young_and_its_nodes_remove_what_is_old(tmp_path: Path) -> None:
+def _tell(monkeypatch: pytest.MonkeyPatch, clock: _Clock) -> None:
+    """Let files be as old as that clock says: the store's."""
+    monkeypatch.setattr(LocalFileSystem, "modified", lambda self, path: datetime.fromtimestamp(clock.now_s, UTC))
+
+
+def test_a_folder_lists_what_is_young_and_its_nodes_remove_what_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = _Clock()
+    _tell(monkeypatch, clock)
     store = FolderStore(str(tmp_path), keep_s=120, clock=clock)
     first, data = message(row(1))
     store.publish(first, data)
@@ -168,7 +209,47 @@ def test_a_folder_shows_no_half_written_message_and_ignores_what_is_none(tmp_pat
     assert store.fetch("../" + name, 10) is None
 
 
-def test_a_sender_whose_clock_is_a_minute_off_is_heard(tmp_path: Path) -> None:
+def test_nodes_whose_clocks_are_hours_apart_hear_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    true = _Clock()
+    _tell(monkeypatch, true)
+    stores = [
+        FolderStore(str(tmp_path), keep_s=120, clock=lambda off_s=off_s: true.now_s + off_s)  # type: ignore[misc]
+        for off_s in (0, 3 * 3600, -5 * 3600)
+    ]
+    for number, store in enumerate(stores):
+        store.publish(*message(row(number, sequence=1 + number)))
+    assert [len(store.names()) for store in stores] == [3, 3, 3]
+    assert len(list(tmp_path.rglob("*.arrows"))) == 3, "nothing is left where nobody looks"
+    assert caplog.text.count("and counts") == 2, "each that is off says so once"
+    true.now_s += 400
+    for number, store in enumerate(stores):
+        store.publish(*message(row(10 + number, sequence=10 + number)))
+    assert [len(store.names()) for store in stores] == [3, 3, 3]
+    assert len(list(tmp_path.rglob("*.arrows"))) == 3, "each has removed what is old"
+
+
+def test_a_folder_that_is_deleted_under_way_is_made_again(tmp_path: Path) -> None:
+    store = FolderStore(str(tmp_path / "store"), keep_s=600)
+    first, second = message(row(1)), message(row(2, sequence=2))
+    store.publish(*first)
+    assert store.names() == [first[0]]
+    shutil.rmtree(tmp_path / "store")
+    assert store.fetch(first[0], 100) is None
+    assert store.names() == []
+    store.publish(*second)
+    assert store.names() == [second[0]]
+    assert store.fetch(second[0], 2**20) == second[1]
+
+
+def test_where_files_tell_no_time_a_sender_whose_clock_is_a_minute_off_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def modified(self: LocalFileSystem, path: str) -> datetime:
+        raise NotImplementedError
+
+    monkeypatch.setattr(LocalFileSystem, "modified", modified)
     for offset in (-60, 60):
         clocks = _Clock(), _Clock()
         clocks[0].now_s += offset

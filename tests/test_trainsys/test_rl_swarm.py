@@ -7,9 +7,9 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,41 +18,46 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 
+import launch.ray_cluster
+from tests.test_trainsys import runs
 from tests.test_trainsys.rollouts import group
+from tests.warm import Command
 from trainsys import metrics, recipe
 from trainsys.check import check
+from trainsys.cli import EXIT_STOPPED
 from trainsys.errors import ConfigError, RunError
 from trainsys.rl import peers, report, watching
+from trainsys.rl.account import account
 from trainsys.rl.config import SharingConfig
 from trainsys.rl.errors import PolicyError
 from trainsys.rl.peers import SharedPeers
 from trainsys.rl.policy import Row
-from trainsys.rl.rollout import Group
+from trainsys.rl.rollout import Completion, Group
 from trainsys.rl.sharing import Exchange, Identity, Pace
 from trainsys.rl.stores import Mailbox
 from trainsys.rl.swarm import NodeView, outcome_of, run_swarm
 from trainsys.rl.validation import Rules, Validator
 
 _TINY = (
-    *("--steps=300", "--rl.warm_start.steps=2", "--rl.evaluation_questions=4", "--evaluation.every=150"),
+    *("--steps=1000000", "--rl.warm_start.steps=2", "--rl.evaluation_questions=4", "--evaluation.every=0"),
     *("--model.num_layers=1", "--model.dim=16", "--model.num_heads=2", "--model.ffn_dim=16", "--checkpoint.every=10"),
     *("--rl.questions=4", "--rl.sharing.external=2", "--rl.group_size=4", "--batch.global_sequences=16"),
     *("--batch.micro_sequences=16", "--engine.backend=torch", "--engine.zero_stage=0", "--schedule.warmup_steps=1"),
     *('--rl.tasks=["largest:length=2", "sort:length=2"]', "--rl.sharing.filter_uniform=false"),
-    "--rl.swarm.skills_per_node=1",
+    *("--rl.sharing.poll_interval_s=0.02", "--rl.swarm.skills_per_node=1"),
 )
 
 
 class _Policy:
-    """Takes every prompt but those of one task."""
+    """Takes every prompt but those of one task, and what is no longer than eight characters."""
 
     def __init__(self, refused: str = "") -> None:
         self._refused = refused
 
-    def rows(self, group: Group) -> Sequence[Row]:
+    def rows(self, group: Group) -> Sequence[Row | None]:
         if group.question.task == self._refused:
             raise PolicyError("too long")
-        return []
+        return [Row((1,), (2,)) if len(found.text) <= 8 else None for found in group.completions]
 
 
 def _peers(box: Mailbox, node: str, *, refused: str = "") -> SharedPeers:
@@ -95,6 +100,45 @@ def test_a_prompt_that_does_not_fit_the_policy_is_left_out(box: Mailbox) -> None
     assert anna.record()["sharing/unfit"] == 1
 
 
+def test_a_group_fits_where_a_better_completion_can_be_read() -> None:
+    def fits(texts: Sequence[str], rewards: tuple[float, ...]) -> bool:
+        completions = tuple(Completion(text, 1, True) for text in texts)
+        return peers._fits(_Policy(), replace(group(1), completions=completions, rewards=rewards))
+
+    short, long = "12", "1234567890"
+    assert fits([short, long], (1.0, 0.0)), "what is worse need not be read: others' worse completions teach nothing"
+    assert not fits([long, short], (1.0, 0.0))
+    assert fits([long, short, short], (1.0, 1.0, 0.0))
+    assert fits([short, long], (0.0, 0.0)), "without signal, where that is not filtered, any will do"
+
+
+def test_a_node_that_learns_from_nobody_says_why(box: Mailbox, tmp_path: Path) -> None:
+    def says(found: SharedPeers) -> str:
+        found._exchange.poll()
+        found.trade(9, [])
+        return account(found.record())
+
+    anna, bert = _peers(box, "anna"), _peers(box, "bert")
+    assert "nobody else has anything in the store" in says(anna)
+    lie = replace(group(1, node="bert"), rewards=(0.0, 0.0, 1.0, 1.0))
+    bert.trade(1, [lie])
+    bert._exchange.publish_waiting()
+    assert says(anna).endswith("1 others share, and nothing of it was believed: reward 1")
+    bert.trade(2, [group(2, node="bert", right=0)])
+    bert._exchange.publish_waiting()
+    assert "of 1 that were believed 1 had equal rewards, 0 waited too long" in says(anna)
+    quiet = anna.record()
+    bert.trade(3, [group(3, node="bert")])
+    bert._exchange.publish_waiting()
+    assert says(anna) == "trained on 1 groups of others"
+
+    _write_run(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kept = [{key: value for key, value in record.items() if "/from." not in key} for record in records]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record | dict(quiet)) + "\n" for record in kept))
+    assert "no group of others: of 1 that were believed" in report.summarise(tmp_path).splitlines()[-1]
+
+
 def test_the_same_seed_and_round_choose_the_same_groups(box: Mailbox) -> None:
     bert = _peers(box, "bert")
     bert.trade(1, [group(seed, node="bert") for seed in range(20)])
@@ -134,80 +178,130 @@ def test_a_node_without_a_store_or_a_name_is_refused() -> None:
     assert config.rl.sharing == SharingConfig(external=4, per_peer=2, poll_interval_s=0.25)
 
 
-class _Killer:
-    """A watcher that kills a node (SIGKILL) once it has made some rounds."""
+class _Drill:
+    """Kills a node once both have learnt from each other, lets a third one join, ends all when all three have again.
 
-    def __init__(self, victim: str, at_step: int) -> None:
-        self._victim, self._at_step = victim, at_step
+    It waits for what shall be shown, not for a time: nodes on a busy machine may begin many seconds after each other.
+    """
+
+    def __init__(self, victim: str, start_eve: Callable[[str], Command]) -> None:
+        self._victim, self._start_eve = victim, start_eve
+        self._until_s = time.monotonic() + 180
         self.url = ""
         self.killed_at: dict[str, int] = {}
         self.seen: list[list[NodeView]] = []
+        self.eve: Command | None = None
+        self.is_over = False
 
     def begin(self, url: str, views: list[NodeView]) -> None:
         self.url = url
 
     def update(self, views: list[NodeView]) -> None:
         self.seen.append(views)
-        (view,) = [view for view in views if view.name == self._victim]
-        if view.step < self._at_step or self.killed_at:
-            return
-        path = str(view.folder / "metrics.jsonl")
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and path in [file.path for file in process.open_files()]:
-                    process.send_signal(signal.SIGKILL)
-                    self.killed_at = {other.name: other.step for other in views}
+        folders = {view.name: view.folder for view in views}
+        if not self.killed_at:
+            if all(_sources(folder) for folder in folders.values()):
+                _kill_writer_of(folders[self._victim] / "metrics.jsonl")
+                self.killed_at = {view.name: view.step for view in views}
+                self.eve = self._start_eve(self.url)
+        elif not self.is_over:
+            eve = Path("eve").absolute()
+            since = self.killed_at[self._victim]
+            self.is_over = (
+                _sources(folders[self._victim], since).total() > 0
+                and _sources(folders["node0"])["eve"] > 0
+                and {"node0", self._victim} <= _sources(eve).keys()
+            )
+        if self.is_over or time.monotonic() > self._until_s:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Again:
+    """A watcher that ends a swarm once every node has gone on from where it was, and learnt more from others."""
+
+    def __init__(self, stopped: list[NodeView]) -> None:
+        self._steps = {view.name: view.step for view in stopped}
+        self._until_s = time.monotonic() + 120
+
+    def begin(self, url: str, views: list[NodeView]) -> None:
+        self.url = url
+
+    def update(self, views: list[NodeView]) -> None:
+        has_more = all(_sources(view.folder, since=self._steps[view.name]) for view in views)
+        if has_more or time.monotonic() > self._until_s:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _kill_writer_of(path: Path) -> None:
+    """SIGKILL the process that has a file open."""
+    killed = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and str(path) in [file.path for file in process.open_files()]:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+    assert killed == 1, "the fault was not injected"
 
 
 def _rounds(folder: Path) -> list[dict[str, float]]:
-    return [record for record in metrics.read(folder / "metrics.jsonl") if "rl/reward" in record]
+    path = folder / "metrics.jsonl"
+    return [record for record in metrics.read(path) if "rl/reward" in record] if path.exists() else []
 
 
-def _taken(folder: Path) -> float:
-    """Return how many groups of others a node chose, with signal or without."""
-    return sum(n for record in _rounds(folder) for key, n in record.items() if key.startswith("sharing/from."))
+def _sources(folder: Path, since: int = 0) -> Counter[str]:
+    """Return how many groups a node took of each other one in its rounds after a step."""
+    found: Counter[str] = Counter()
+    prefix = "sharing/from."
+    for record in _rounds(folder):
+        if record["step"] > since:
+            found.update({key.removeprefix(prefix): int(n) for key, n in record.items() if key.startswith(prefix)})
+    return found
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    with launch.ray_cluster.joined(""):
+        yield
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_killed_node_delays_nobody_and_comes_back_and_another_joins_late(
+@pytest.mark.usefixtures("cluster")
+def test_a_killed_node_delays_nobody_and_comes_back_another_joins_late_and_all_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     variants = '--rl.swarm.variants=["model.dim=16", "model.dim=32 model.num_layers=2"]'
     resolved = recipe.load(["rl_swarm"], [*_TINY, "--rl.swarm.nodes=2", variants, f"--run_dir={tmp_path / 'run'}"])
-    killer = _Killer("node1", at_step=20)
-    run, views = run_swarm(resolved, resume=False, watch=killer)
-    assert outcome_of(views) == "completed"
-    assert killer.killed_at, "the fault was not injected"
-    assert [(view.state, view.step, view.restarts) for view in views] == [("done", 300, 0), ("done", 300, 1)]
+    with contextlib.ExitStack() as joining:
+
+        def start_eve(url: str) -> Command:
+            own = (f"--rl.sharing.store={url}", "--rl.sharing.node=eve", "--run_dir=eve")
+            return joining.enter_context(runs.running("train", "rl_swarm", *_TINY, *own, cwd=tmp_path))
+
+        drill = _Drill("node1", start_eve)
+        run, stopped = run_swarm(resolved, resume=False, watch=drill)
+        assert drill.is_over, f"not all took from each other in time: {drill.seen[-1]}"
+        assert drill.eve is not None
+        drill.eve.send_signal(signal.SIGTERM)
+        assert drill.eve.wait(60) == EXIT_STOPPED, (tmp_path / "background.log").read_text()
+    assert outcome_of(stopped) == "stopped"
+    assert [(view.state, view.restarts) for view in stopped] == [("stopped", 0), ("stopped", 1)]
     # The other went on while the killed one was away.
-    again = next(seen for seen in killer.seen if seen[1].restarts and seen[1].state == "running")
-    assert again[0].step > killer.killed_at["node0"] or killer.killed_at["node0"] == 300
-    for name in ("node0", "node1"):
-        steps = [record["step"] for record in _rounds(run.path / "nodes" / name)]
-        assert steps == list(range(3, 301))
+    again = next(seen for seen in drill.seen if seen[1].restarts and seen[1].state == "running")
+    assert again[0].step > drill.killed_at["node0"]
     sizes = [json.loads((run.path / "nodes" / f"node{n}" / "config.json").read_text())["config"] for n in (0, 1)]
     assert [size["model"]["dim"] for size in sizes] == [16, 32]
     assert [size["rl"]["warm_start"]["tasks"] for size in sizes] == [["largest:length=2"], ["sort:length=2"]]
-    assert sum(_taken(run.path / "nodes" / name) for name in ("node0", "node1")) > 0
     assert "node1" in report.summarise(run.path)
 
-    # From another terminal, after the others have gone: what they left in the store is still offered.
-    late = [*_TINY, "--rl.sharing.max_age_rounds=100", "--rl.sharing.poll_interval_s=0.02"]
-    joined = [*late, f"--rl.sharing.store={killer.url}", "--rl.sharing.node=eve", "--run_dir=eve"]
-    done = subprocess.run(
-        [sys.executable, "-m", "trainsys", "train", "rl_swarm", *joined],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert _taken(tmp_path / "eve") > 0
-    assert any(name.startswith("eve.") for name in os.listdir(max(Path(killer.url).iterdir())))
+    _, resumed = run_swarm(resolved, resume=True, watch=_Again(stopped))
+    for before, after in zip(stopped, resumed, strict=True):
+        assert after.state == "stopped"
+        assert after.step > before.step
+        assert _sources(after.folder, since=before.step)
+        steps = [record["step"] for record in _rounds(after.folder)]
+        assert steps == list(range(3, after.step + 1)), "each round once, through the kill and the resume"
 
 
 def _view(folder: Path, **change: Any) -> NodeView:
@@ -267,6 +361,7 @@ def test_the_report_has_every_figure_of_every_node(tmp_path: Path) -> None:
     assert pictures == ["accuracy.svg", "cumulative-reward.svg", "reward.svg", "skills-node0.svg", "skills-node1.svg"]
     for name in pictures:
         assert ElementTree.parse(tmp_path / "report" / name).getroot().tag.endswith("svg")
+        assert (tmp_path / "report" / name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty" / "nodes" / "node0").mkdir(parents=True)
     with pytest.raises(RunError, match="no node has made a round"):
         report.read_nodes(tmp_path / "empty")

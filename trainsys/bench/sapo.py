@@ -40,6 +40,9 @@ from trainsys.rl.chart import Line, draw
 _UNFINISHED = 3
 _CLOSE = 0.95
 _COLLAPSE = 0.75
+_ATTACKED = ("4/4 liars, validated", "4/4 crowders, validated", "4/4 liars, believed")
+_CLEAN = {"4/4 liars absent": "the three alone", "skill-gap 4/4": "five honest nodes"}
+"""What attacked swarms are held against: with two peers fewer that teach anything, and with two more."""
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, for 2, 3, … samples."""
 
@@ -106,6 +109,12 @@ def markdown(report: Report) -> str:
             found = report.samples.get((name, column, "1"))
             cells.append(f"{fmean(found):.3g}" if found else "-")
         rows.append(f"| {name} | {' | '.join(cells)} |")
+    compared = [key for key in report.samples if " over " in key[1]]
+    if compared:
+        rows += ["", "| compared seed by seed | ratio [95 %] |", "|---|---|"]
+    for key in compared:
+        low, high = interval(report.samples[key])
+        rows.append(f"| {key[0]}: {key[1]} | {fmean(report.samples[key]):.3f} [{low:.3f}, {high:.3f}] |")
     rows += ["", "| held to | value | limit | |", "|---|---|---|---|"]
     rows += [f"| {g.name} | {g.value:.3g} | {g.limit:.3g} | {'ok' if g.ok else 'missed'} |" for g in report.gates]
     return "\n".join(rows) + "\n"
@@ -173,12 +182,18 @@ def _compare(report: Report, found: dict[str, list[list[Node]]], *, is_small: bo
     report.gates.append(Gate("4/4 above 2/6: an optimum inside", best, 0, best > 0, is_speed=True))
     waited = fmean(_samples(report, "4/4 at speeds 1 to 4", "accuracy")) / fmean(shared)
     report.gates.append(Gate("speeds 1 to 4, accuracy over equal speeds", waited, _CLOSE, waited >= _CLOSE))
-    clean = fmean(_samples(report, "skill-gap 4/4", "accuracy, nodes 0 2 4"))
-    for name, text in (("4/4 liars, validated", "clean"), ("4/4 liars, believed", "clean")):
-        ratio = fmean(_samples(report, name, "accuracy, nodes 0 2 4")) / clean
-        ok = ratio >= _CLOSE if "validated" in name else ratio <= _COLLAPSE
-        limit = _CLOSE if "validated" in name else _COLLAPSE
-        report.gates.append(Gate(f"{name}: accuracy of honest nodes over {text}", ratio, limit, ok))
+    for name in _ATTACKED:
+        for clean, text in _CLEAN.items():
+            ratio = fmean(_over(report, name, clean))
+            ok, limit = (ratio >= _CLOSE, _CLOSE) if "validated" in name else (ratio <= _COLLAPSE, _COLLAPSE)
+            report.gates.append(Gate(f"{name}: accuracy of honest nodes over {text}", ratio, limit, ok))
+            report.add(name, f"accuracy of honest nodes over {text}", "1", *_over(report, name, clean))
+
+
+def _over(report: Report, name: str, other: str) -> list[float]:
+    """Return the honest nodes' accuracy in one scenario over that in another, seed by seed: both began alike."""
+    mine, others = (_samples(report, each, "accuracy, nodes 0 2 4") for each in (name, other))
+    return [one / two for one, two in zip(mine, others, strict=True)]
 
 
 def _kill(report: Report, *, seconds: float) -> None:

@@ -7,9 +7,10 @@ questions and rows are shared out among the ranks, and figures are those of all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,9 @@ from trainsys.rl.model import PREFIX, PolicyModel
 from trainsys.rl.policy import Policy, Row
 from trainsys.rl.rollout import Group, Question
 from trainsys.rl.sampler import slot_core
+from trainsys.setup import all_or_none
+
+T = TypeVar("T")
 
 _TRAINING, _HELD_OUT, _SHOWN, _SAMPLING = range(4)
 """What seeds are for: the first integer of their keys."""
@@ -149,7 +153,13 @@ class Learner:
         """Ask, sample and score for a round on this rank: `count` groups, by default `num_local`.
 
         With `rl.resamples` more, until so many groups have a signal.
+
+        Raises:
+            PolicyError: a prompt that does not fit; on the other ranks a TrainsysError that names this one.
         """
+        return self._agreed(lambda: self._rollouts(round_index, count))
+
+    def _rollouts(self, round_index: int, count: int | None) -> list[Group]:
         count = self.num_local if count is None else count
         groups = self.sample(self.ask(round_index, count), round_index)
         for attempt in range(1, self._settings.resamples + 1):
@@ -185,12 +195,13 @@ class Learner:
     ) -> RoundStats:
         """Train on this rank's own groups and on those of other nodes, whose rewards this node has scored.
 
-        Both together may be `rl.questions` / ranks groups of `rl.group_size` completions; fewer are fine. Of own groups
-        that were resampled the first that fit are taken. `sampled` are all own groups, which figures are of; by default
+        Both together may be `rl.questions` / ranks groups; fewer are fine. Of an external group with more than
+        `rl.group_size` completions those are taken whose advantages are the largest, of all of its. Of own groups that
+        were resampled the first that fit are taken. `sampled` are all own groups, which figures are of; by default
         `local`.
 
         Raises:
-            RLError: more completions than that.
+            RLError: more completions than that; on the other ranks, of this and the next, a TrainsysError.
             PolicyError: an external group whose tokens or prompt this policy does not take.
             NumericsError: the loss or the gradient is not finite.
         """
@@ -199,15 +210,7 @@ class Learner:
         kept = kept[: self.num_local] if settings.resamples else kept
         trained = [(group, False) for group in kept]
         trained += [(group, True) for group in external if group.has_signal or not settings.drop_uniform]
-        taken: list[_Trained] = []
-        for group, foreign in trained:
-            taken += self._trained(group, foreign)
-        room = self._num_parts * self._config.batch.micro_sequences
-        if len(taken) > room:
-            raise RLError(
-                f"a round of {len(taken)} completions on this rank; its batch holds {room} "
-                "(rl.questions x rl.group_size / ranks)"
-            )
+        taken = self._agreed(lambda: self._fitting(trained))
         figures = self._figures(local if sampled is None else sampled, len(trained), len(trained) - len(kept))
         return self._learn(figures, taken, lr_factor)
 
@@ -215,7 +218,7 @@ class Learner:
         """Train one step on right answers to fresh questions; return (loss in nats per token, what it did)."""
         count = self._settings.questions * self._settings.group_size
         shown = questions.draw(self._shown, count, (self._seed, _SHOWN, step))[self._world.rank :: self._num_ranks]
-        examples = [self.policy.example(question, tasks.answer_of(question)) for question in shown]
+        examples = self._agreed(lambda: [self.policy.example(asked, tasks.answer_of(asked)) for asked in shown])
         batch = self._batch(self._parts(examples), {})
         total = int(self._summed(torch.tensor([batch.num_targets]))[0])
         sums = self.engine.train(batch, Shares(total, self._num_ranks * self._num_parts), self._phases)
@@ -223,7 +226,14 @@ class Learner:
         return mean, self.engine.update(lr_factor)
 
     def evaluate(self) -> Accuracy:
-        """Return the mean scores of answers to held-out questions, the same ones every time."""
+        """Return the mean scores of answers to held-out questions, the same ones every time. Raises as `rollouts`."""
+        number = max(self._settings.evaluation_questions, 1)
+        names = [f"{spec.name}{_suffix(spec)}" for spec in self._specs]
+        greedy, at_temperature = (self._summed(self._agreed(self._scores)) / number).tolist()
+        return Accuracy(dict(zip(names, greedy, strict=True)), dict(zip(names, at_temperature, strict=True)))
+
+    def _scores(self) -> Tensor:
+        """Return this rank's sums of scores of held-out questions, [2, tasks]: greedy, and at temperature."""
         number = self._settings.evaluation_questions
         sums = torch.zeros(2, len(self._specs), dtype=torch.float64)
         for index, spec in enumerate(self._specs):
@@ -232,9 +242,7 @@ class Learner:
             for question, answer, others in zip(asked, self.policy.answer(asked), sampled, strict=True):
                 sums[0, index] += tasks.score(question, answer.text)
                 sums[1, index] += sum(tasks.score(question, other.text) for other in others) / _HELD_OUT_SAMPLES
-        names = [f"{spec.name}{_suffix(spec)}" for spec in self._specs]
-        greedy, at_temperature = (self._summed(sums) / max(number, 1)).tolist()
-        return Accuracy(dict(zip(names, greedy, strict=True)), dict(zip(names, at_temperature, strict=True)))
+        return sums
 
     def _place(self, part: nn.Module) -> nn.Module:
         return part.to(device=self._world.device, dtype=DTYPES[self._config.engine.precision])
@@ -250,13 +258,24 @@ class Learner:
         )
         return self._place(frozen).eval().requires_grad_(False)  # type: ignore[return-value]
 
+    def _fitting(self, trained: Sequence[tuple[Group, bool]]) -> list[_Trained]:
+        """Return what a round trains on, of (group, whether it is another node's). Raises as `round`."""
+        taken = [one for group, foreign in trained for one in self._trained(group, foreign)]
+        room = self._num_parts * self._config.batch.micro_sequences
+        if len(taken) > room:
+            raise RLError(
+                f"a round of {len(taken)} completions on this rank; its batch holds {room} "
+                "(rl.questions x rl.group_size / ranks)"
+            )
+        return taken
+
     def _trained(self, group: Group, foreign: bool) -> list[_Trained]:
-        """Return a group's completions with their advantages."""
+        """Return the completions of a group that this policy can read, with their advantages among all of them."""
         settings = self._settings.loss
         rewards = torch.tensor(group.rewards, dtype=torch.float64)
         limit = self._settings.generation.max_new_tokens
         own = self.policy.rows(group)
-        lengths = torch.tensor([len(row.completion) for row in own])
+        lengths = torch.tensor([len(row.completion) if row else limit for row in own])
         if settings.overlong == "penalise":
             rewards = rewards + advantage.overlong_penalty(
                 lengths.double(), max_new_tokens=limit, overlong_tokens=settings.overlong_tokens
@@ -265,10 +284,12 @@ class Learner:
         if foreign:
             advantages = advantage.external_advantages(advantages, settings.external, limit=settings.external_limit)
         masks = settings.overlong == "mask"
-        return [
+        found = [
             _Trained(row, value, counts=completion.finished or not masks)
             for row, value, completion in zip(own, advantages.tolist(), group.completions, strict=True)
+            if row is not None
         ]
+        return sorted(found, key=lambda one: -abs(one.advantage))[: self._settings.group_size] if foreign else found
 
     def _learn(self, figures: RoundStats, taken: list[_Trained], lr_factor: float) -> RoundStats:
         settings = self._settings
@@ -390,6 +411,10 @@ class Learner:
             kl_to_start=0.0,
             importance=1.0,
         )
+
+    def _agreed(self, action: Callable[[], T]) -> T:
+        """Return what `action` returns here once no rank's has failed: one that raised alone would hang the others."""
+        return all_or_none(action, self._world.control) if self._num_ranks > 1 else action()
 
     def _summed(self, values: Tensor) -> Tensor:
         """Return values summed over the ranks; every rank calls it."""

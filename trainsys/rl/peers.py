@@ -69,8 +69,8 @@ def joining(config: RunConfig) -> JoinPeers:
 class Reader(Protocol):
     """A policy, for what it can read."""
 
-    def rows(self, group: Group) -> Sequence[Row]:
-        """Return a group in the policy's tokens. Raises: PolicyError where it does not fit."""
+    def rows(self, group: Group) -> Sequence[Row | None]:
+        """Return a group in the policy's tokens, as `Policy.rows` does. Raises: PolicyError where it does not fit."""
 
 
 class SharedPeers:
@@ -88,7 +88,6 @@ class SharedPeers:
             filter_external=sharing.filter_uniform,
         )
         self._record: metrics.Record = {}
-        self._unfit = 0
 
     @property
     def num_local(self) -> int:
@@ -99,16 +98,15 @@ class SharedPeers:
         """Share all own groups; return those of them and of others that the round trains on. Waits for nothing."""
         self._exchange.share(own)
         generator = random.Random(f"{self._seed}/{round_index}")
-        chosen = self._exchange.take(own, self._quota, now_round=round_index, generator=generator)
-        fitting = [candidate for candidate in chosen.external if self._fits(candidate.group)]
-        self._unfit += len(chosen.external) - len(fitting)
+        chosen = self._exchange.take(
+            own, self._quota, now_round=round_index, generator=generator, fits=lambda group: _fits(self._policy, group)
+        )
         self._record = metrics.sharing_record(
             self._exchange.stats(),
-            ages=[round_index - candidate.arrived_round for candidate in fitting],
-            sources=_sources(fitting),
-            unfit=self._unfit,
+            ages=[round_index - candidate.arrived_round for candidate in chosen.external],
+            sources=_sources(chosen.external),
         )
-        return chosen.local, [candidate.group for candidate in fitting]
+        return chosen.local, [candidate.group for candidate in chosen.external]
 
     def state(self) -> Mapping[str, Any]:
         """Return this node's place in the store."""
@@ -128,12 +126,18 @@ class SharedPeers:
         """Publish what waits, within the deadline, and leave."""
         self._exchange.close()
 
-    def _fits(self, group: Group) -> bool:
-        try:
-            self._policy.rows(group)
-        except PolicyError:
-            return False
-        return True
+
+def _fits(policy: Reader, group: Group) -> bool:
+    """Return whether a policy can read a group's prompt, and one at least of its better completions.
+
+    Where all rewards are equal none is better than another, and any will do.
+    """
+    try:
+        rows = policy.rows(group)
+    except PolicyError:
+        return False
+    least = group.mean_reward if group.has_signal else float("-inf")
+    return any(row is not None and reward > least for row, reward in zip(rows, group.rewards, strict=True))
 
 
 def _sources(candidates: Sequence[Candidate]) -> Mapping[str, int]:

@@ -49,10 +49,10 @@ class Policy:
         """Return the most likely completion of each question, token by token."""
         return [self._read(draw) for (draw,) in self._draw(asked, [[0]] * len(asked), drawn_greedily=True)]
 
-    def rows(self, group: Group) -> list[Row]:
+    def rows(self, group: Group) -> list[Row | None]:
         """Return a group's completions in this policy's tokens: those told, or its text's.
 
-        What other nodes wrote is cut after `max_new_tokens`.
+        None where these are more than `max_new_tokens`: the reward was for the whole, so a part of it is not taken.
 
         Raises:
             PolicyError: token ids that the tokenizer does not have, or a prompt that does not fit.
@@ -87,16 +87,14 @@ class Policy:
         kept = draw.tokens[:-1] if draw.finished else draw.tokens
         return Completion(self._tokenizer.decode(kept), len(draw.tokens), draw.finished, draw.tokens, draw.log_probs)
 
-    def _row(self, prompt: tuple[int, ...], completion: Completion) -> Row:
+    def _row(self, prompt: tuple[int, ...], completion: Completion) -> Row | None:
         tokens, limit = completion.token_ids, self._config.max_new_tokens
         if any(not 0 <= token < self._tokenizer.vocab_size for token in tokens):
             raise PolicyError(f"a completion has ids outside the tokenizer's 0 to {self._tokenizer.vocab_size - 1}")
         if not tokens:
             tokens = self.encode(completion.text)
             tokens += (self._tokenizer.end_of_document,) if completion.finished else ()
-        if len(tokens) > limit:  # its reward is for the whole of it
-            raise PolicyError(f"a completion of {len(tokens)} tokens; allowed: up to {limit} (max_new_tokens)")
-        return Row(prompt, tokens, completion.log_probs or None)
+        return Row(prompt, tokens, completion.log_probs or None) if len(tokens) <= limit else None
 
     def _check(self, prompt: Sequence[int]) -> None:
         limit = self.max_positions

@@ -12,7 +12,9 @@ from typing import Any
 from trainsys import metrics
 from trainsys.errors import RunError
 from trainsys.folder import RunFolder
-from trainsys.rl.chart import Line, draw
+from trainsys.rl.account import account
+from trainsys.rl.chart import Line, Picture, plan, svg
+from trainsys.rl.raster import png
 
 _ACCURACY, _REJECTED, _FROM = "rl/accuracy.", "sharing/rejected.", "sharing/from."
 
@@ -38,6 +40,8 @@ class NodeReport:
     """These by node."""
     rejected: dict[str, int]
     """Messages and rows of others that were not believed, by reason."""
+    alone: str
+    """Why nothing of others was trained on, of a node that shares; else empty."""
     curves: dict[str, list[tuple[float, float]]]
     """`reward`, `cumulative reward`, `accuracy` and `accuracy of TASK` over steps."""
 
@@ -69,6 +73,7 @@ def read_node(folder: RunFolder, name: str) -> NodeReport:
         age_rounds=sum(ages) / len(ages) if ages else float("nan"),
         sources=dict(sources),
         rejected={key: int(value) for key, value in _starting_with(_REJECTED, rounds[-1]).items()},
+        alone=account(rounds[-1]) if "sharing/taken" in rounds[-1] and not sources else "",
         curves=_curves(rounds, evaluations),
     )
 
@@ -100,8 +105,9 @@ def has_rounds(run: Path) -> bool:
 
 
 def summarise(run: Path) -> str:
-    """Return the table of a run. Raises: RunError as `read_nodes`."""
-    return "\n".join("  ".join(cells).rstrip() for cells in _aligned(table(read_nodes(run))))
+    """Return the table of a run, and who has learnt from nobody. Raises: RunError as `read_nodes`."""
+    nodes = read_nodes(run)
+    return "\n".join([*("  ".join(cells).rstrip() for cells in _aligned(table(nodes))), *_alone(nodes)])
 
 
 def table(nodes: Sequence[NodeReport]) -> list[list[str]]:
@@ -127,8 +133,12 @@ def _cells(node: NodeReport, tasks: Sequence[str]) -> list[str]:
     ]
 
 
+def _alone(nodes: Sequence[NodeReport]) -> list[str]:
+    return [f"{node.name}: {node.alone}" for node in nodes if node.alone]
+
+
 def write_report(run: Path) -> Path:
-    """Write `RUN/report/`: an SVG of each kind of curve and `index.html` with all; return that page.
+    """Write `RUN/report/`: an SVG and a PNG of each kind of curve and `index.html` with all; return that page.
 
     Raises:
         RunError: as `read_nodes`, or the folder cannot be written.
@@ -140,19 +150,22 @@ def write_report(run: Path) -> Path:
         "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(["th", *["td"] * len(nodes)], table(nodes), strict=True)
     )
-    page = _PAGE.format(title=escape(run.name), table=cells, pictures="\n".join(pictures.values()))
+    notes = "".join(f"<p>{escape(note)}</p>\n" for note in _alone(nodes))
+    drawn = {name: svg(picture) for name, picture in pictures.items()}
+    page = _PAGE.format(title=escape(run.name), table=cells, notes=notes, pictures="\n".join(drawn.values()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
+            (folder / f"{name}.svg").write_text(drawn[name], encoding="utf-8")
+            (folder / f"{name}.png").write_bytes(png(picture))
         (folder / "index.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror}") from error
     return folder / "index.html"
 
 
-def _pictures(nodes: Sequence[NodeReport]) -> dict[str, str]:
-    """Return SVGs by name: one of each figure with a curve a node, and of each node with a curve a task."""
+def _pictures(nodes: Sequence[NodeReport]) -> dict[str, Picture]:
+    """Return charts by name: one of each figure with a curve a node, and of each node with a curve a task."""
     found = {}
     for key, title in (
         ("accuracy", "Held-out accuracy, all tasks"),
@@ -160,12 +173,12 @@ def _pictures(nodes: Sequence[NodeReport]) -> dict[str, str]:
         ("cumulative reward", "Cumulative reward"),
     ):
         lines = [Line(node.name, node.curves[key]) for node in nodes if node.curves.get(key)]
-        found[key.replace(" ", "-")] = draw(lines, title=title, x_label="steps", y_label=key)
+        found[key.replace(" ", "-")] = plan(lines, title=title, x_label="steps", y_label=key)
     for node in nodes:
         prefix = "accuracy of "
         lines = [Line(key.removeprefix(prefix), v) for key, v in node.curves.items() if key.startswith(prefix)]
         title = f"Held-out accuracy of {node.name}"
-        found[f"skills-{node.name}"] = draw(lines, title=title, x_label="steps", y_label="accuracy")
+        found[f"skills-{node.name}"] = plan(lines, title=title, x_label="steps", y_label="accuracy")
     return found
 
 
@@ -214,6 +227,6 @@ svg {{ max-width: 46em; display: block; margin-bottom: 1.5em; }}
 </style>
 <h1>{title}</h1>
 <table>{table}</table>
-{pictures}
+{notes}{pictures}
 </html>
 """

@@ -24,6 +24,7 @@ from trainsys.data import load_tokenizer
 from trainsys.folder import RunFolder
 from trainsys.metrics import Metrics
 from trainsys.preemption import watched
+from trainsys.rl.account import account
 from trainsys.rl.learner import Accuracy, Learner, RoundStats, World
 from trainsys.rl.model import PREFIX
 from trainsys.rl.rollout import Group
@@ -31,6 +32,8 @@ from trainsys.saving import Saver
 from trainsys.step import agree
 
 _WEIGHTS = f"model.{PREFIX}"
+_PATIENCE = 20
+"""Rounds after which a node says that it has learnt nothing from others so far, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,7 @@ class Run:
         if self._peers is not None:
             mine, others = self._peers.trade(index, sampled)
             local, external = list(mine), list(others)
+            self._say_of_others(step)
         self._beat("train", step)
         factor = self._lr_factor(step)
         stats = self._learner.round(local, external, sampled=sampled, lr_factor=factor)
@@ -252,6 +256,15 @@ class Run:
         )
         self._write(step, self._record(stats, factor, sampling_s), started)
 
+    def _say_of_others(self, step: int) -> None:
+        """Say it once where nothing came of others: a node that trains alone by mistake should not look well."""
+        record = self._record_of_others()
+        if step - max(self._started[0], self._settings.warm_start.steps) == _PATIENCE and not record["sharing/taken"]:
+            self._metrics.say(f"round {_PATIENCE} since the start: {account(record)}")
+
+    def _record_of_others(self) -> Mapping[str, float]:
+        return self._peers.record() if self._peers is not None else {}
+
     def _record(self, stats: RoundStats, factor: float, sampling_s: float) -> metrics.Record:
         record = metrics.round_record(
             stats,
@@ -260,7 +273,7 @@ class Run:
             generated_tokens=self._place.generated_tokens,
             sampling_s=sampling_s,
         )
-        return {**record, **(self._peers.record() if self._peers is not None else {})}
+        return {**record, **self._record_of_others()}
 
     def _write(self, step: int, record: metrics.Record, started: float) -> None:
         if not (_due(step, self._config.metrics.every) or step == self._config.steps):
@@ -302,6 +315,8 @@ class Run:
             self._evaluate()
         for line in _table(self._first_accuracy, self._accuracy[1]):
             self._metrics.say(line)
+        if record := self._record_of_others():
+            self._metrics.say(account(record))
         self._beat("export")
         setup.all_or_none(self._export if self._rank == 0 else lambda: None, self._met.control)
 

@@ -1,14 +1,15 @@
 """Which groups a round trains on: I of its own and J of other nodes'. Pure: values in, values out.
 
-Follows SAPO (arXiv 2509.08721): groups whose rewards are all equal are dropped, the rest are chosen uniformly. Differs:
-the share of one peer is limited, and what is too old is dropped.
+Follows SAPO (arXiv 2509.08721): groups whose rewards are all equal are dropped, the rest are chosen at random. Differs:
+what is too old is dropped, and peers are drawn from evenly, whatever they offer. Where all groups are drawn alike, who
+offers most fills the round: two peers that send many true groups of one easy task take the places of all others.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainsys.rl.rollout import Group
@@ -52,34 +53,56 @@ class Selection:
     """Candidates dropped for their age."""
     without_signal: int
     """Candidates dropped because all their rewards are equal."""
+    unfit: int
+    """Candidates dropped because they are nothing for this policy."""
 
 
 def select(
-    local: Sequence[Group], candidates: Sequence[Candidate], quota: Quota, *, now_round: int, generator: random.Random
+    local: Sequence[Group],
+    candidates: Sequence[Candidate],
+    quota: Quota,
+    *,
+    now_round: int,
+    generator: random.Random,
+    fits: Callable[[Group], bool] = lambda group: True,
 ) -> Selection:
-    """Choose uniformly among what may be chosen; fewer than asked for where there are not enough.
+    """Choose at random among what may be chosen; fewer than asked for where there are not enough.
 
-    No order counts: of the same groups in another order the choice is as likely. Peers are drawn from evenly only as
-    far as `per_peer` makes it so.
+    Every peer that has something gets one place before any gets its second; which peers, where places are few, and
+    which of a peer's groups is as likely for each. No order counts: of the same groups in another order the choice is
+    as likely. `fits` is asked only of groups that would be chosen; another takes the place of one that does not.
     """
     own = [group for group in local if group.has_signal or not quota.filter_local]
     young = [c for c in candidates if now_round - c.arrived_round <= quota.max_age_rounds]
     useful = [c for c in young if c.group.has_signal or not quota.filter_external]
-    shuffled = generator.sample(useful, len(useful))
     taken: Counter[str] = Counter()
     external: list[Candidate] = []
     kept: list[Candidate] = []
-    for candidate in shuffled:
+    for candidate in _in_turn(useful, generator):
         node = candidate.group.node
-        if len(external) < quota.num_external and taken[node] < quota.per_peer:
+        if len(external) >= quota.num_external or taken[node] >= quota.per_peer:
+            kept.append(candidate)
+        elif fits(candidate.group):
             taken[node] += 1
             external.append(candidate)
-        else:
-            kept.append(candidate)
     return Selection(
         local=tuple(generator.sample(own, min(quota.num_local, len(own)))),
         external=tuple(external),
         kept=tuple(kept),
         too_old=len(candidates) - len(young),
         without_signal=len(young) - len(useful),
+        unfit=len(useful) - len(external) - len(kept),
     )
+
+
+def _in_turn(candidates: Sequence[Candidate], generator: random.Random) -> list[Candidate]:
+    """Return candidates so that each peer's first comes before any peer's second, and so on; else in random order."""
+    nodes = sorted({candidate.group.node for candidate in candidates})
+    place = {node: index for index, node in enumerate(generator.sample(nodes, len(nodes)))}
+    turn: Counter[str] = Counter()
+    ordered = []
+    for candidate in generator.sample(candidates, len(candidates)):
+        node = candidate.group.node
+        ordered.append((turn[node], place[node], candidate))
+        turn[node] += 1
+    return [candidate for _, _, candidate in sorted(ordered, key=lambda item: item[:2])]

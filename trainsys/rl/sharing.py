@@ -53,6 +53,8 @@ class Pace:
     """Longest time one call of the store may take before it is left behind; above 0."""
     messages_per_poll: int = 64
     """Messages fetched per look, one of each peer in turn, the newest first."""
+    poll_cpu_s: float = 0.5
+    """CPU time of a look after which it ends, and others' messages wait for the next: the largest take as long."""
     pool_per_peer: int = 64
     """Groups of one peer that wait to be chosen; the oldest make room."""
     outbox: int = 64
@@ -63,6 +65,10 @@ _MOST_TRIES = 3
 """Polls in which a message may fail to be read before it is left alone."""
 _MOST_FAILURES = 3
 """In one poll; then the store itself is taken to be ill until the next."""
+_REST = 3.0
+"""Time between looks, over the CPU time of the last: whatever peers send, training keeps three quarters of a core."""
+_MOST_OWN = 4096
+"""Own names kept in mind to know them from a namesake's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,16 @@ class SharingStats:
     banned: tuple[str, ...]
     waiting: int
     """Groups in the pool."""
+    peers: int
+    """Other nodes that had messages in the store at the last look."""
+    taken: int
+    """Groups of others that rounds were given."""
+    too_old: int
+    without_signal: int
+    unfit: int
+    """Groups of others that were dropped instead, as `Selection` says."""
+    namesakes: int
+    """Messages in this node's name that it has not written: another node is called the same."""
 
 
 class Exchange:
@@ -94,6 +110,8 @@ class Exchange:
         self._clock = clock
         self._sequence = 0
         self._round = 0
+        self._own: OrderedDict[str, None] = OrderedDict()
+        """Names of what it shared, the newest."""
         self._outbox: deque[tuple[str, bytes]] = deque()
         self._pool: OrderedDict[bytes, Candidate] = OrderedDict()
         self._contents: dict[bytes, bytes] = {}
@@ -155,20 +173,34 @@ class Exchange:
         message = schema.encode(rows)
         name = schema.name_of(message, node=rows[0].node, sequence=self._sequence)
         with self._lock:
+            self._own[name] = None
+            while len(self._own) > _MOST_OWN:
+                self._own.popitem(last=False)
             self._outbox.append((name, message))
             while len(self._outbox) > self._pace.outbox:
                 self._outbox.popleft()
                 self._counts["unpublished"] += 1
         self._wake.set()
 
-    def take(self, local: Sequence[Group], quota: Quota, *, now_round: int, generator: random.Random) -> Selection:
+    def take(
+        self,
+        local: Sequence[Group],
+        quota: Quota,
+        *,
+        now_round: int,
+        generator: random.Random,
+        fits: Callable[[Group], bool] = lambda group: True,
+    ) -> Selection:
         """Choose what round `now_round` trains on, of `local` and of what has arrived; returns at once."""
         with self._lock:
             candidates = list(self._pool.values())
             self._round = now_round
-        chosen = select(local, candidates, quota, now_round=now_round, generator=generator)
+        chosen = select(local, candidates, quota, now_round=now_round, generator=generator, fits=fits)
         keep = {candidate.rollout_id for candidate in chosen.kept}
         with self._lock:
+            self._counts["taken"] += len(chosen.external)
+            for dropped in ("too_old", "without_signal", "unfit"):
+                self._counts[dropped] += getattr(chosen, dropped)
             for candidate in candidates:
                 if candidate.rollout_id not in keep:
                     self._forget(candidate.rollout_id)
@@ -185,6 +217,12 @@ class Exchange:
                 store_failures=self._counts["store failures"],
                 banned=tuple(self._validator.banned),
                 waiting=len(self._pool),
+                peers=self._counts["peers"],
+                taken=self._counts["taken"],
+                too_old=self._counts["too_old"],
+                without_signal=self._counts["without_signal"],
+                unfit=self._counts["unfit"],
+                namesakes=self._counts["namesakes"],
             )
 
     def state(self) -> dict[str, Any]:
@@ -220,9 +258,11 @@ class Exchange:
         """Fetch and validate what peers published; the background's step, here for who runs nodes in turn."""
         listed = self._polling.within_deadline(self._store.names)
         self._remember_names(listed)
+        self._look_around(listed)
         limit = self._pace.messages_per_poll
         wanted = _in_turn(name for name in listed if name not in self._known and self._validator.wants(name))[:limit]
         failures: list[Exception] = []
+        until_s = time.thread_time() + self._pace.poll_cpu_s
         for name in wanted:
             try:
                 message = self._polling.within_deadline(lambda: self._store.fetch(name, schema.Bounds().message_bytes))  # noqa: B023
@@ -237,6 +277,8 @@ class Exchange:
             self._known[name] = None
             if message is not None:
                 self._admit(name, message)
+            if time.thread_time() >= until_s:
+                break
         if failures:
             raise failures[-1]
 
@@ -267,6 +309,21 @@ class Exchange:
         self._known = OrderedDict((name, None) for name in self._known if name in current)
         self._failed = Counter({name: count for name, count in self._failed.items() if name in current})
 
+    def _look_around(self, listed: Iterable[str]) -> None:
+        """Count the peers there are, and what another node has written in this one's name."""
+        me = self._identity.node
+        nodes = set(filter(schema.is_node_name, {name.partition(".")[0] for name in listed})) - {me}
+        with self._lock:
+            unknown = [name for name in listed if name.startswith(f"{me}.") and name not in self._own]
+            # What is older than the oldest own message in mind may be of this node before it was started again.
+            since = next(iter(self._own), "~")
+            namesakes = sum(name >= since for name in unknown if schema.parse_name(name))
+            is_news = namesakes > 0 == self._counts["namesakes"]
+            self._counts["namesakes"] = max(self._counts["namesakes"], namesakes)
+            self._counts["peers"] = len(nodes)
+        if is_news:
+            log.warning("%s: another node shares under this name, and neither hears the other; rename one", me)
+
     def _publish_always(self) -> None:
         while not self._closed.is_set():
             self._wake.wait(self._pace.poll_interval_s)  # what could not be published is tried again
@@ -275,8 +332,11 @@ class Exchange:
         self._attempt(self.publish_waiting)
 
     def _poll_always(self) -> None:
-        while not self._closed.wait(self._pace.poll_interval_s):
+        pause_s = self._pace.poll_interval_s
+        while not self._closed.wait(pause_s):
+            began_s = time.thread_time()
             self._attempt(self.poll)
+            pause_s = max(self._pace.poll_interval_s, _REST * (time.thread_time() - began_s))
 
     def _attempt(self, step: Callable[[], None]) -> None:
         try:

@@ -8,6 +8,7 @@ them late, or be out of reach; whoever reads from it believes nothing (`trainsys
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
@@ -21,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from trainsys.rl import schema
 from trainsys.rl.errors import SharingError
 
+log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 """Unix time in seconds."""
 _SUFFIX = ".arrows"
@@ -58,12 +60,14 @@ def open_store(url: str, *, keep_s: float) -> Store:
 class FolderStore:
     """A folder on any file system of fsspec: `URL/<minute>/<name>.arrows`.
 
-    Messages lie in a folder of the minute they were published in, by their sender's clock, so that a listing reads
-    only the minutes that count. A node removes its own messages when they are too old; what a node that died leaves
-    behind is not listed, and may be removed by hand or by a lifecycle rule of the bucket.
+    Messages lie in a folder of the minute they were published in, by the store's clock, so that a listing reads only
+    the minutes that count, and nodes whose own clocks are hours apart hear each other. A node removes its own messages
+    when they are too old; what a node that died leaves behind is not listed, and may be removed by hand or by a
+    lifecycle rule of the bucket.
     """
 
     _BUCKET_S = 60
+    _CLOCK_TOLERANCE_S = 5.0
 
     def __init__(
         self, url: str, *, keep_s: float, clock: Clock = time.time, options: dict[str, Any] | None = None
@@ -76,12 +80,29 @@ class FolderStore:
         self._root = root.rstrip("/")
         self._keep_s = keep_s
         self._clock = clock
+        self._ahead_s = 0.0
+        """Of our clock, the store's."""
+        self._compared = -1
+        """Bucket in which the clocks were compared last."""
         self._own: deque[tuple[int, str]] = deque()
         self._places: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def publish(self, name: str, message: bytes) -> None:
-        bucket = int(self._clock() // self._BUCKET_S)
+        bucket = self._bucket()
+        path = self._write(bucket, name, message)
+        if bucket != self._compared:
+            self._compare_clocks(path)
+            if self._bucket() != bucket:  # there nobody would look for it
+                self._fs.rm_file(path)
+                bucket = self._bucket()
+                path = self._write(bucket, name, message)
+            self._compared = bucket
+        with self._lock:
+            self._own.append((bucket, path))
+        self._retire()
+
+    def _write(self, bucket: int, name: str, message: bytes) -> str:
         folder = f"{self._root}/{bucket}"
         path = f"{folder}/{name}{_SUFFIX}"
         self._fs.makedirs(folder, exist_ok=True)
@@ -91,14 +112,28 @@ class FolderStore:
             self._fs.mv(hidden, path)
         else:
             self._fs.pipe_file(path, message)
-        with self._lock:
-            self._own.append((bucket, path))
-        self._retire()
+        return path
+
+    def _bucket(self, before_s: float = 0.0) -> int:
+        """Return the bucket of now, or of a time before, by the store's clock."""
+        return int((self._clock() + self._ahead_s - before_s) // self._BUCKET_S)
+
+    def _compare_clocks(self, written: str) -> None:
+        """Take the store's time from a file written just now: nodes whose clocks differ agree on it.
+
+        A file system that does not tell leaves each node to its own clock.
+        """
+        try:
+            ahead_s = self._fs.modified(written).timestamp() - self._clock()
+        except (NotImplementedError, OSError, KeyError):
+            return
+        if abs(ahead_s - self._ahead_s) > self._CLOCK_TOLERANCE_S:
+            log.warning("%s: its clock is %.0f s ahead of this machine's, and counts", self._root, ahead_s)
+            self._ahead_s = ahead_s
 
     def names(self) -> list[str]:
-        # A bucket more than the age says, and one ahead: clocks differ.
-        now = int(self._clock() // self._BUCKET_S)
-        first = int((self._clock() - self._keep_s) // self._BUCKET_S) - 1
+        # A bucket more than the age says, and one ahead: clocks differ, if only a little.
+        now, first = self._bucket(), self._bucket(before_s=self._keep_s) - 1
         places: dict[str, str] = {}
         for bucket in range(now + 1, first - 1, -1):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -129,7 +164,7 @@ class FolderStore:
 
     def _retire(self) -> None:
         """Remove own messages that are too old."""
-        oldest = int((self._clock() - self._keep_s) // self._BUCKET_S) - 1
+        oldest = self._bucket(before_s=self._keep_s) - 1
         while True:
             with self._lock:
                 if not self._own or self._own[0][0] >= oldest:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trainsys.rl import schema
-from trainsys.rl.rollout import Completion, Group
+from trainsys.rl import questions, schema, tasks
+from trainsys.rl.rollout import Completion, Group, Question
 from trainsys.rl.schema import Row
 from trainsys.rl.sharing import Exchange
 from trainsys.rl.validation import Accepted, Rejection, Validator
@@ -25,6 +25,28 @@ def _poisoned(group: Group) -> Group:
     half = len(group.completions) // 2
     completions = (_WRONG,) * half + group.completions[half:]
     return replace(group, completions=completions, rewards=(1.0,) * half + (0.0,) * (len(completions) - half))
+
+
+class Crowder(Exchange):
+    """Shares nothing but the truth, and too much of it: of one task, every round as many groups as a node keeps."""
+
+    _GROUPS = 16
+
+    def share(self, groups: Sequence[Group]) -> None:
+        first = groups[0]
+        key = (self._sequence, *first.node.encode())
+        asked = questions.draw([questions.TaskSpec("largest")], self._GROUPS, key)
+        super().share([_easy(first, question) for question in asked])
+
+
+def _easy(pattern: Group, question: Question) -> Group:
+    """Return a group as large as another, half of it right."""
+    half = len(pattern.completions) // 2
+    right = tasks.answer_of(question)
+    texts = [right] * half + ["0123"] * (len(pattern.completions) - half)
+    completions = tuple(Completion(text, len(text) + 1, True) for text in texts)
+    rewards = tuple(tasks.score(question, text) for text in texts)
+    return Group(question, completions, rewards, pattern.node, pattern.policy_version)
 
 
 class Believer(Validator):

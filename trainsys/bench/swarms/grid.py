@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from trainsys.bench.swarms.simulation import Scenario, Settings, Swarms
+from trainsys.bench.swarms.version import code_version
 
 _LIARS = (1, 3)
 """Of five nodes; the others know every skill between them."""
@@ -31,6 +32,8 @@ SCENARIOS = (
     Scenario(name="8/0 sampling twice, filtered", oversample=2, filter_local=True),
     Scenario(name="4/4 liars, validated", num_local=4, num_external=4, liars=_LIARS),
     Scenario(name="4/4 liars, believed", num_local=4, num_external=4, liars=_LIARS, validated=False),
+    Scenario(name="4/4 liars absent", num_local=4, num_external=4, absent=_LIARS),
+    Scenario(name="4/4 crowders, validated", num_local=4, num_external=4, crowders=_LIARS),
     Scenario(name="4/4 at speeds 1 to 4", num_local=4, num_external=4, period=(1, 2, 3, 4, 2)),
     Scenario(name="4/4 one killed", num_local=4, num_external=4, killed=(1,)),
     Scenario(name="4/4 without filter", num_local=4, num_external=4, filter_external=False),
@@ -38,7 +41,6 @@ SCENARIOS = (
     _split("skill-gap", 2),
     _split("homogeneous", 8),
     _split("homogeneous", 4),
-    Scenario(name="4/4 liars absent", num_local=4, num_external=4, absent=_LIARS),
     Scenario(name="4/4 signed advantages", num_local=4, num_external=4, external="signed"),
     _split("homogeneous", 6),
     _split("homogeneous", 2),
@@ -76,6 +78,8 @@ def run(
         )
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
+    if others := sum(line.get("version") != code_version() for line in lines(path)):
+        print(f"{path}: {others} lines were made by other code and count for nothing", flush=True)
     longest_s = 0.0
     with ProcessPoolExecutor(jobs, initializer=_one_thread) as pool:
         waiting, running = list(todo), dict[Future[Any], tuple[Scenario, int]]()
@@ -96,7 +100,8 @@ def run(
                 for seed in range(first, first + size):
                     of_seed = [node for node in nodes if node["seed"] == seed]
                     line = {"scenario": scenario.name, "seed": seed, "key": _key(scenario, settings, device)}
-                    file.write(json.dumps(line | {"seconds": seconds / size, "nodes": of_seed}) + "\n")
+                    line |= {"version": code_version(), "seconds": seconds / size, "nodes": of_seed}
+                    file.write(json.dumps(line) + "\n")
             print(f"{scenario.name}, seed {first}{'' if size == 1 else ' and on'}: {seconds:.0f} s", flush=True)
     return True
 
@@ -126,8 +131,9 @@ def _is_of(line: dict[str, Any], scenario: Scenario, settings: Settings, seed: i
 
 
 def _key(scenario: Scenario, settings: Settings, device: str) -> str:
-    """Return what tells apart results of other scenarios, settings or devices; more seeds add to the same."""
+    """Return what tells apart results of other scenarios, settings, devices or code; more seeds add to the same."""
     told = {"scenario": asdict(scenario), "settings": asdict(settings) | {"seeds": 0}, "device": device}
+    told["version"] = code_version()
     return hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -142,7 +148,7 @@ def _one(
     began = time.monotonic()
     swarms = Swarms(scenario, settings, first_seed=first_seed, device=torch.device(device))
     told = asdict(settings) | {"rounds": 0, "lr": 0, "group_size": 0, "groups": 0, "swarm": scenario.swarm}
-    name = hashlib.blake2b(json.dumps([told, first_seed, device]).encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(json.dumps([told, first_seed, device, code_version()]).encode(), digest_size=8).hexdigest()
     kept = folder / f"warm-{name}.pt"
     if kept.exists():
         swarms.load(torch.load(kept, weights_only=True))

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from trainsys.bench.swarms import alphabet
 from trainsys.bench.swarms.alphabet import SKILLS
-from trainsys.bench.swarms.attack import Believer, Liar
+from trainsys.bench.swarms.attack import Believer, Crowder, Liar
 from trainsys.bench.swarms.stack import PAD, Adam, Shape, Stack
 from trainsys.rl import questions, tasks
 from trainsys.rl.advantage import external_advantages, group_advantages
@@ -68,6 +68,8 @@ class Scenario:
     external: Literal["signed", "positive"] = "positive"
     liars: tuple[int, ...] = ()
     """Nodes that share a wrong answer as the right one."""
+    crowders: tuple[int, ...] = ()
+    """Nodes that share many true groups of one task, again and again."""
     validated: bool = True
     """Whether rewards are scored by who receives them, or believed."""
     absent: tuple[int, ...] = ()
@@ -138,7 +140,7 @@ class Swarms:
         name = f"node{number}"
         validator = Validator(name, Rules()) if scenario.validated else Believer(name, Rules())
         pace = Pace(deadline_s=600, pool_per_peer=2 * settings.groups)
-        kind = Liar if number in scenario.liars else Exchange
+        kind = Liar if number in scenario.liars else Crowder if number in scenario.crowders else Exchange
         return _Node(
             seed=seed,
             number=number,
