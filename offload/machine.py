@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -17,6 +18,7 @@ from offload.kernels import Kernel, KernelName, States, Step, make_kernel
 from offload.schedule import Budget, Interleave, Mode, Plan, Rates, cut, plan
 from offload.states import KINDS, StateStore, TierCache
 from offload.tier import Tier
+from offload.tracing import STALL, Trace
 from offload.transfer import TIMEOUT_S, HostMemory, Lanes, Ring, Ticket, finished, make_lanes
 from offload.updates import DeviceWorker, HostWorker, Round, Run, Task, Verdict, Worker, Workplace
 
@@ -51,6 +53,8 @@ class Tiering:
     """Threads of the CPU's updates; None: all CPUs of this process but two, which launch and copy."""
     link_bytes_per_s: float | None = None
     """Emulates a link of this rate, with parameters on a CPU."""
+    trace: Trace | None = None
+    """Gets transfers, updates and stalls."""
 
 
 def default_threads() -> int:
@@ -85,7 +89,8 @@ class Machine:
         self.plan = self._plan(tiering)
         is_cuda = self.device.type == "cuda"
         self.memory = HostMemory(pinned=is_cuda)
-        self.lanes: Lanes = make_lanes(self.device, bytes_per_s=tiering.link_bytes_per_s)
+        self._trace = tiering.trace
+        self.lanes: Lanes = make_lanes(self.device, bytes_per_s=tiering.link_bytes_per_s, trace=tiering.trace)
         self.tier = self._tier(tiering)
         self.store = StateStore(
             self.subgroups, self.plan.paths, self.device, self.memory, tier=self.tier, two_sides=mode == "spec"
@@ -112,7 +117,7 @@ class Machine:
             Task(group, path, host_gradient=self._gradients.get(group.index))
             for group, path in zip(self.subgroups, self.plan.paths, strict=True)
         ]
-        self.round = Round(tasks, speculates=self.mode == "spec")
+        self.round = Round(tasks, speculates=self.mode == "spec", is_early=self.mode in ("stream", "spec"))
         self.passed = set()
         if self.mode == "stream":
             self.round.verdict.set_result(Verdict(1.0))
@@ -138,7 +143,7 @@ class Machine:
             for piece in pieces:
                 target = task.host_gradient.narrow(0, piece.offset, piece.count)
                 source = flat.narrow(0, piece.start, piece.count)
-                copied = self.lanes.lane("gradients").run(
+                copied = self.lanes.lane("gradients down").run(
                     _copy(target, source), after=[arrived], num_bytes=source.nbytes, uses=[flat]
                 )
                 task.tickets.append(copied)
@@ -268,17 +273,30 @@ class Machine:
     def _pass(self, index: int, on_host: bool) -> None:
         assert self.round is not None
         task = self.round.tasks[index]
-        try:
-            ticket = task.updated.result(TIMEOUT_S)
-        except FutureTimeout as error:
-            if task.updated.done():
-                raise
-            raise OptimizerError(f"the update of subgroup {index} did not end in {TIMEOUT_S} s") from error
-        if on_host:
-            ticket.wait()
-        else:
-            self.lanes.hold(ticket)
+        with self._stall(task):
+            try:
+                ticket = task.updated.result(TIMEOUT_S)
+            except FutureTimeout as error:
+                if task.updated.done():
+                    raise
+                raise OptimizerError(f"the update of subgroup {index} did not end in {TIMEOUT_S} s") from error
+            if on_host:
+                ticket.wait()
+            else:
+                self.lanes.hold(ticket)
         self.passed.add(index)
+
+    def _stall(self, task: Task) -> contextlib.AbstractContextManager[None]:
+        """Record what is waited for a task, if anything is, under the name of where its states are."""
+        trace = self._trace
+        if trace is None or (task.updated.done() and not task.updated.exception() and task.updated.result().done()):
+            return contextlib.nullcontext()
+        where = "cpu" if task.path == "cpu" else "gpu"
+        if task.path == "tier" and self.tier is not None:
+            where = self.tier.tier.spec.label
+        if self.device.type == "cuda":
+            return trace.device_span(where, STALL, stream=torch.cuda.current_stream(self.device))
+        return trace.span(where, STALL)
 
     def _runs(self, task: Task, scale: float) -> list[Run]:
         runs: list[Run] = []
@@ -318,7 +336,7 @@ class Machine:
     def _tier(self, tiering: Tiering) -> TierCache | None:
         if tiering.tier is None:
             return None
-        cache = TierCache(tiering.tier, self.memory, tiering.num_tier_slots)
+        cache = TierCache(tiering.tier, self.memory, tiering.num_tier_slots, tiering.trace)
         for group, path in zip(self.subgroups, self.plan.paths, strict=True):
             if path == "tier":
                 first, last = group.pieces[0].parameter, group.pieces[-1].parameter
@@ -347,7 +365,7 @@ class Machine:
         return [host, device]
 
     def _make_workers(self, tiering: Tiering) -> list[Worker]:
-        place = Workplace(self.store, self.lanes, self._flat, self._runs)
+        place = Workplace(self.store, self.lanes, self._flat, self._runs, self._trace)
         largest = max(group.count for group in self.subgroups)
         width = max(parameter.element_size() for parameter in self._flat)
         outs = Ring([self.memory.empty(largest * width, torch.uint8) for _ in range(_NUM_OUTS)])

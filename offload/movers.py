@@ -8,6 +8,7 @@ libaio, and tells of no failed write, which only the digests of the blocks see t
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from typing import Any, Literal, Protocol
 
@@ -156,13 +157,18 @@ def refusal(io: IoName) -> str | None:
             UringMover().close()
         except (TierError, KernelError) as error:
             return str(error)
-    if io == "aio":
-        try:
-            from deepspeed.ops.op_builder import AsyncIOBuilder
-        except ImportError:
-            return "DeepSpeed is missing: pip install 'trainsys[train]'"
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            return "DeepSpeed's async_io does not build here: install libaio's headers (Debian: apt install libaio-dev)"
+    return _aio_refusal() if io == "aio" else None
+
+
+@functools.cache
+def _aio_refusal() -> str | None:
+    """Ask DeepSpeed once: it runs a compiler, and leaves a descriptor open each time."""
+    try:
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+    except ImportError:
+        return "DeepSpeed is missing: pip install 'trainsys[train]'"
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        return "DeepSpeed's async_io does not build here: install libaio's headers (Debian: apt install libaio-dev)"
     return None
 
 

@@ -97,7 +97,8 @@ class Rates:
     cpu_beside: float | None = None
     """Parameters updated by the CPU while states are streamed; None: from the bytes alone."""
     stream_beside: float | None = None
-    """Parameters streamed while the CPU updates others; None: from the bytes alone."""
+    """Parameters streamed while the CPU updates others, whose gradients and values do not move; None: from the bytes
+    alone."""
     tier_read: float = math.inf
     tier_write: float = math.inf
 
@@ -118,9 +119,10 @@ class Rates:
     def beside(self) -> tuple[float, float]:
         """Parameters a second of the CPU and of the stream while both run."""
         cpu = self.cpu_beside or self.cpu
-        way = min(self.up, self.down, self.both / 2)
-        stream = self.stream_beside or min(self.device, max(0.1 * way, way - 2 * cpu) / STATE_BYTES)
-        return cpu, stream
+        alone = min(self.up, self.down, self.both / 2)
+        way = STATE_BYTES * self.stream_beside if self.stream_beside else alone
+        # What the CPU updates takes its part of the link: gradients down, parameters up.
+        return cpu, min(self.device, max(0.1 * way, way - 2 * cpu) / STATE_BYTES)
 
     @property
     def tier(self) -> float:
@@ -250,7 +252,7 @@ def predict(
     """Return the timeline of a step whose forward and backward take so long on the device.
 
     Gradients arrive evenly in backward, the last subgroup's first. Updates start at their gradients' arrival in
-    `stream` and `spec` (latest arrived first; after backward in forward order), after backward otherwise. The forward
+    `stream` and `spec`, after backward otherwise; of what is there, what forward needs first is first. The forward
     of a subgroup's parameters starts when it is updated and the forward before it is done; in `sync` when all are.
     """
     total = sum(counts) or 1
@@ -263,7 +265,7 @@ def predict(
     done = [0.0] * len(counts)
     host = _Server([i for i, path in enumerate(paths) if path in ("cpu", "tier")])
     device = _Server([i for i, path in enumerate(paths) if path in ("stream", "resident")])
-    now = _serve(host, device, counts, paths, rates, ready, done, backward_s)
+    now = _serve(host, device, counts, paths, rates, ready, done)
     clock = max(now, backward_s) if mode == "sync" else backward_s
     for index, count in enumerate(counts):
         # The way up of a CPU subgroup's parameters.
@@ -288,14 +290,13 @@ def _serve(
     rates: Rates,
     ready: Sequence[float],
     done: list[float],
-    backward_s: float,
 ) -> float:
     """Fill in when each subgroup is updated; return when the last one is. Two servers that slow each other down."""
     now = 0.0
     while host.waiting or device.waiting or host.current is not None or device.current is not None:
         for server in (host, device):
             if server.current is None:
-                _start(server, counts, ready, now, backward_s)
+                _start(server, counts, ready, now)
         speeds = [_speed(server, other, paths, rates) for server, other in ((host, device), (device, host))]
         ends = [
             now + server.left / speed
@@ -318,10 +319,10 @@ def _serve(
     return now
 
 
-def _start(server: _Server, counts: Sequence[int], ready: Sequence[float], now: float, backward_s: float) -> None:
+def _start(server: _Server, counts: Sequence[int], ready: Sequence[float], now: float) -> None:
     arrived = [index for index in server.waiting if ready[index] <= now]
     if arrived:
-        server.current = min(arrived) if now >= backward_s else max(arrived)
+        server.current = min(arrived)
         server.waiting.remove(server.current)
         server.left = float(counts[server.current])
 

@@ -12,6 +12,7 @@ from offload.errors import OffloadError, TierError
 from offload.kernels import States
 from offload.schedule import Path, Subgroup
 from offload.tier import Block, Tier
+from offload.tracing import Trace
 from offload.transfer import TIMEOUT_S, HostMemory
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -130,6 +131,7 @@ class TierCache:
     tier: Tier
     memory: HostMemory
     num_slots: int
+    trace: Trace | None = None
     _entries: dict[int, _Entry] = field(default_factory=dict)
     _slots: list[_Slot] = field(default_factory=list)
     _clock: int = 0
@@ -155,7 +157,7 @@ class TierCache:
                 return False
             entry = self._entries[index]
             slot.holder, slot.is_dirty = None, False
-            slot.transfer = self.tier.read(entry.block, slot.buffer[: 3 * entry.count])
+            slot.transfer = self._seen(self.tier.read(entry.block, slot.buffer[: 3 * entry.count]), entry, "read")
             slot.holder = index
             self.num_reads += 1
         elif not slot.busy:
@@ -224,8 +226,18 @@ class TierCache:
     def _write(self, slot: _Slot) -> None:
         assert slot.holder is not None
         entry = self._entries[slot.holder]
-        slot.transfer = self.tier.write(entry.block, slot.buffer[: 3 * entry.count])
+        slot.transfer = self._seen(self.tier.write(entry.block, slot.buffer[: 3 * entry.count]), entry, "write")
         slot.is_dirty = False
+
+    def _seen(self, transfer: Future[None], entry: _Entry, verb: str) -> Future[None]:
+        """Let the trace have the transfer, from when it was asked for."""
+        if self.trace is not None:
+            trace, start_s = self.trace, self.trace.now_s()
+            lane = f"{self.tier.spec.label} {verb}"
+            transfer.add_done_callback(
+                lambda _: trace.add(entry.label, lane, start_s, trace.now_s(), entry.block.num_bytes)
+            )
+        return transfer
 
     def _finish(self, slot: _Slot) -> None:
         if slot.transfer is not None and slot.holder is not None:

@@ -146,8 +146,11 @@ class Trace:
         self._tiers.extend(tiers)
 
     def step(self) -> StepRecord:
-        """End a step and return what it did; with spans on a GPU it waits for those."""
-        self._resolve()
+        """End a step and return what it did; on a GPU it waits for phases and stalls.
+
+        What goes on in the background beyond that counts in the step in which it is found to have ended.
+        """
+        self._resolve(wait=(COMPUTE, STALL))
         end_s = self.now_s()
         with self._lock:
             running = self._running
@@ -163,8 +166,8 @@ class Trace:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """What has been recorded and not yet dropped, in the order in which it ended."""
-        self._resolve()
+        """What has been recorded and not yet dropped, in the order in which it ended; waits for a GPU."""
+        self._resolve(wait=None)
         with self._lock:
             return tuple(self._spans)
 
@@ -210,11 +213,17 @@ class Trace:
             torch.cuda.synchronize()
             self._origins[index] = _Origin(event, self.now_s())
 
-    def _resolve(self) -> None:
+    def _resolve(self, *, wait: tuple[str, ...] | None) -> None:
+        """Record the spans on a GPU that have ended; wait for those of some lanes, or of all (None)."""
         with self._lock:
             waiting, self._on_device = self._on_device, []
         for span in waiting:
-            span.end.synchronize()
+            if wait is None or span.lane in wait:
+                span.end.synchronize()
+            elif not span.end.query():
+                with self._lock:
+                    self._on_device.append(span)
+                continue
             origin = self._origins[span.start.device.index or 0]
             start_s, end_s = (origin.at_s + origin.event.elapsed_time(event) / 1e3 for event in (span.start, span.end))
             self.add(span.name, span.lane, start_s, end_s, span.num_bytes)

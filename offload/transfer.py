@@ -6,6 +6,7 @@ thread. Both keep one contract, so the optimizer is written once and its tests o
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from offload.errors import TierError, TierFull
+from offload.tracing import Trace
 
 TIMEOUT_S = 300.0
 """Longest time that anything here waits for a transfer or an update."""
@@ -77,11 +79,14 @@ class Lanes(Protocol):
         ...
 
 
-def make_lanes(device: torch.device, *, bytes_per_s: float | None = None) -> Lanes:
-    """Return lanes for a device; `bytes_per_s` slows each lane of a CPU down to it, to emulate a link."""
+def make_lanes(device: torch.device, *, bytes_per_s: float | None = None, trace: Trace | None = None) -> Lanes:
+    """Return lanes for a device; `bytes_per_s` slows each lane of a CPU down to it, to emulate a link.
+
+    A trace gets what each does, under its name.
+    """
     if device.type == "cuda":
-        return CudaLanes(device)
-    return ThreadLanes(bytes_per_s)
+        return CudaLanes(device, trace)
+    return ThreadLanes(bytes_per_s, trace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +101,10 @@ class _EventTicket:
 
 
 class _CudaLane:
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, trace: Trace | None) -> None:
         self.name = name
         self.num_bytes = 0
+        self._trace = trace
         with torch.cuda.device(device):
             # Small beside the model's kernels, and somebody waits for them.
             self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -115,7 +121,9 @@ class _CudaLane:
         with torch.cuda.stream(self.stream):
             for ticket in after:
                 _hold(self.stream, ticket)
-            work()
+            seen = self._trace.device_span(self.name, self.name, num_bytes) if self._trace else None
+            with seen or contextlib.nullcontext():
+                work()
         for tensor in uses:
             tensor.record_stream(self.stream)
         return _record(self.stream)
@@ -124,8 +132,8 @@ class _CudaLane:
 class CudaLanes:
     """Lanes that are streams of one CUDA device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
+        self._device, self._trace = device, trace
         self._lanes: dict[str, _CudaLane] = {}
         self._lock = threading.Lock()
 
@@ -133,7 +141,7 @@ class CudaLanes:
         """Return the lane of a name, made at the first call."""
         with self._lock:
             if name not in self._lanes:
-                self._lanes[name] = _CudaLane(name, self._device)
+                self._lanes[name] = _CudaLane(name, self._device, self._trace)
             return self._lanes[name]
 
     def now(self) -> Ticket:
@@ -193,10 +201,10 @@ def finished() -> Ticket:
 
 
 class _ThreadLane:
-    def __init__(self, name: str, bytes_per_s: float | None) -> None:
+    def __init__(self, name: str, bytes_per_s: float | None, trace: Trace | None) -> None:
         self.name = name
         self.num_bytes = 0
-        self._bytes_per_s = bytes_per_s
+        self._bytes_per_s, self._trace = bytes_per_s, trace
         self.pool = ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
 
     def run(
@@ -213,10 +221,11 @@ class _ThreadLane:
             for ticket in after:
                 ticket.wait()
             start_s = time.perf_counter()
-            with torch.no_grad():
+            seen = self._trace.span(self.name, self.name, num_bytes) if self._trace else contextlib.nullcontext()
+            with seen, torch.no_grad():
                 work()
-            if self._bytes_per_s and num_bytes:
-                time.sleep(max(0.0, start_s + num_bytes / self._bytes_per_s - time.perf_counter()))
+                if self._bytes_per_s and num_bytes:
+                    time.sleep(max(0.0, start_s + num_bytes / self._bytes_per_s - time.perf_counter()))
 
         return FutureTicket(self.pool.submit(run), f"lane {self.name}: {num_bytes} bytes")
 
@@ -224,8 +233,8 @@ class _ThreadLane:
 class ThreadLanes:
     """Lanes that are threads; with `bytes_per_s` each moves no faster than that."""
 
-    def __init__(self, bytes_per_s: float | None = None) -> None:
-        self._bytes_per_s = bytes_per_s
+    def __init__(self, bytes_per_s: float | None = None, trace: Trace | None = None) -> None:
+        self._bytes_per_s, self._trace = bytes_per_s, trace
         self._lanes: dict[str, _ThreadLane] = {}
         self._lock = threading.Lock()
 
@@ -233,7 +242,7 @@ class ThreadLanes:
         """Return the lane of a name, made at the first call."""
         with self._lock:
             if name not in self._lanes:
-                self._lanes[name] = _ThreadLane(name, self._bytes_per_s)
+                self._lanes[name] = _ThreadLane(name, self._bytes_per_s, self._trace)
             return self._lanes[name]
 
     def now(self) -> Ticket:

@@ -1,8 +1,9 @@
 """One optimizer step in flight, and the two threads that work on it.
 
 A `Round` has a task for every subgroup. The host's worker updates what is in DRAM or in a tier; the device's worker
-what is resident or streamed. Both take the lowest subgroup first once the step was asked for, because the next
-forward needs it first, and before that the highest, whose gradient came first.
+what is resident or streamed. Of what has arrived both take the lowest subgroup first, because the next forward needs it
+first; of what has not, the highest, whose gradient comes first. The host may ask for a step long before the device has
+come to the end of backward: nothing may wait for the last gradient then while others are there.
 
 What a task's gradient is multiplied with is the round's verdict, which exists when the norm of all gradients does. A
 speculative round does not wait for it: it takes 1, writes to the store's other side, and is right if the verdict says
@@ -11,6 +12,7 @@ the same; otherwise the subgroup is updated again from the side that still count
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import deque
@@ -25,6 +27,7 @@ from offload.errors import OptimizerError
 from offload.kernels import Kernel, States, Step
 from offload.schedule import Path, Piece, Subgroup
 from offload.states import StateStore, TierCache
+from offload.tracing import Trace
 from offload.transfer import TIMEOUT_S, Lanes, Ring, Ticket
 
 
@@ -69,6 +72,13 @@ class Task:
     """Whether a worker has got it."""
     wrote: bool = False
     """Whether a speculative update has changed the parameters."""
+    arrived: bool = False
+    """Whether the gradients were found to be there."""
+
+    def has_arrived(self) -> bool:
+        """Whether an update would not have to wait for its gradients."""
+        self.arrived = self.arrived or all(ticket.done() for ticket in self.tickets)
+        return self.arrived
 
     @property
     def index(self) -> int:
@@ -81,6 +91,8 @@ class Round:
 
     tasks: list[Task]
     speculates: bool
+    is_early: bool = False
+    """Whether updates begin in backward."""
     may_write: Ticket | None = None
     """Done when nothing on the device reads the parameters' old values any more; None: the gradients' tickets say."""
     verdict: Future[Verdict] = field(default_factory=Future)
@@ -107,7 +119,7 @@ class Backlog:
         self._closed = False
 
     def put(self, round_: Round, task: Task, order: int | None = None) -> None:
-        """Add a task; lower orders (default: the subgroup's index) are first once the round has stepped."""
+        """Add a task; of what can begin, lower orders (default: the subgroup's index) are first."""
         with self._changed:
             self._tasks.append((round_, task, task.index if order is None else order))
             self._changed.notify()
@@ -119,22 +131,33 @@ class Backlog:
                 self._changed.wait()
             if not self._tasks:
                 return None
-            stepped = self._tasks[0][0].has_stepped
-            entry = (min if stepped else max)(self._tasks, key=lambda found: found[2])
+            entry = self._ordered()[0]
             self._tasks.remove(entry)
             return entry[0], entry[1]
 
     def upcoming(self) -> list[Task]:
         """Return what waits, in the order in which it would be taken."""
         with self._changed:
-            stepped = bool(self._tasks) and self._tasks[0][0].has_stepped
-            return [task for _, task, _ in sorted(self._tasks, key=lambda found: found[2], reverse=not stepped)]
+            return [task for _, task, _ in self._ordered()]
 
     def close(self) -> None:
         """Let nobody wait any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _ordered(self) -> list[tuple[Round, Task, int]]:
+        """Return what waits, in the order in which to do it; all of it is of one round."""
+        waiting = sorted(self._tasks, key=lambda entry: entry[2])
+        if not waiting or not waiting[0][0].is_early:
+            return waiting
+        is_judged = waiting[0][0].verdict.done()
+        coming = [entry for entry in waiting if is_judged or entry[1].path in ("cpu", "stream")]
+        later = [] if is_judged else [entry for entry in waiting if entry[1].path not in ("cpu", "stream")]
+        there = []
+        while coming and coming[-1][1].has_arrived():  # the highest come first: nothing below is asked in vain
+            there.append(coming.pop())
+        return [*reversed(there), *reversed(coming), *later]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +170,7 @@ class Workplace:
     """Flat views of the parameters' values, which updates write."""
     runs: Callable[[Task, float], list[Run]]
     """Returns a task's runs, given what its gradients are multiplied with."""
+    trace: Trace | None = None
 
 
 class Worker:
@@ -221,7 +245,7 @@ def write_back(place: Workplace, task: Task, after: Sequence[Ticket]) -> Ticket:
             target = place.parameters[piece.parameter].narrow(0, piece.start, piece.count)
             target.copy_(master.narrow(0, piece.offset, piece.count))
 
-    return place.lanes.lane("parameters").run(write, after=after, num_bytes=4 * task.subgroup.count)
+    return place.lanes.lane("parameters up").run(write, after=after, num_bytes=4 * task.subgroup.count)
 
 
 def awaited(round_: Round, task: Task) -> list[Ticket]:
@@ -275,13 +299,15 @@ class HostWorker(Worker):
     def _compute(self, task: Task, runs: Sequence[Run], out: torch.Tensor, states: States, into: States) -> None:
         gradient = task.host_gradient
         assert gradient is not None
-        for run in runs:
-            target = into.narrow(run.offset, run.count)
-            mine = states.narrow(run.offset, run.count)
-            part = slice(run.offset, run.offset + run.count)
-            self._kernel.adamw(mine, gradient[part], out[part], run.step, None if into is states else target)
-        if into is not states:
-            _copy_rest(task, runs, states, into)
+        trace = self.place.trace
+        with trace.span(f"subgroup {task.index}", "cpu update") if trace else contextlib.nullcontext():
+            for run in runs:
+                target = into.narrow(run.offset, run.count)
+                mine = states.narrow(run.offset, run.count)
+                part = slice(run.offset, run.offset + run.count)
+                self._kernel.adamw(mine, gradient[part], out[part], run.step, None if into is states else target)
+            if into is not states:
+                _copy_rest(task, runs, states, into)
 
     def _send(self, round_: Round, task: Task, out: torch.Tensor) -> Ticket:
         pieces = [piece for piece in task.subgroup.pieces if piece.parameter in task.present]
@@ -291,7 +317,7 @@ class HostWorker(Worker):
                 target = self.place.parameters[piece.parameter].narrow(0, piece.start, piece.count)
                 target.copy_(out.narrow(0, piece.offset, piece.count), non_blocking=True)
 
-        return self.place.lanes.lane("parameters").run(write, after=awaited(round_, task), num_bytes=out.nbytes)
+        return self.place.lanes.lane("parameters up").run(write, after=awaited(round_, task), num_bytes=out.nbytes)
 
 
 def _copy_rest(task: Task, runs: Sequence[Run], states: States, into: States) -> None:
@@ -371,7 +397,7 @@ class DeviceWorker(Worker):
         runs = self.place.runs(task, used.scale)
         gradients = dict(task.gradients)  # the task's are dropped when it is done, which is before the device is
         after = [*([] if staged.up is None else [staged.up]), *awaited(round_, task)]
-        ticket = self.place.lanes.lane("device").run(
+        ticket = self.place.lanes.lane("gpu update").run(
             lambda: self._compute(task, gradients, runs, states), after=after, uses=list(gradients.values())
         )
         if staged.slot is not None and self._slots is not None:

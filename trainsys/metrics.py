@@ -94,13 +94,10 @@ def checkpoint_record(step: int, stats: SaveStats) -> Record:
     }
 
 
-def offload_record(step: StepRecord, waited_s: float) -> Record:
-    """Return what offload did since the last record: bytes moved and held, and what compute waited for.
-
-    `waited_s` is what it has waited for the tiered optimizer.
-    """
+def offload_record(step: StepRecord) -> Record:
+    """Return what offload did since the last record: bytes moved and held, and what compute waited for."""
     return {
-        "offload/stall_s": sum(step.stalls_s.values()) + waited_s,
+        "offload/stall_s": sum(step.stalls_s.values()),
         "offload/moved_bytes": sum(step.moved_bytes.values()),
         "offload/held_bytes": sum(step.held_bytes.values()),
         "memory/peak_host_bytes": step.peaks["rss_bytes"],

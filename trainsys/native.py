@@ -50,9 +50,9 @@ class TorchEngine:
         """Take over this rank's part of the model, which is on its device; masters start from its values.
 
         Raises:
-            ConfigError: a setting that only DeepSpeed has; naming each.
+            ConfigError: a setting that only DeepSpeed has, naming each; a parameter that cannot be sharded.
         """
-        _check(config)
+        _check(config, hybrid.tied_on_one_rank)
         module = hybrid.module
         self._hybrid, self._clip = hybrid, config.engine.gradient_clip_norm
         self._device = compute_device(config, next(module.parameters()).device)
@@ -77,13 +77,12 @@ class TorchEngine:
         self._masters: _Masters | TieredMasters = placed
         self._tiered: Tiered | None = None
         if config.offload.optimizer == "tiered":
-            self._tiered = Tiered(self._optimizer, module, self._data, config)
-            self._tiered.watch(self.trace)
+            self._tiered = Tiered(self._optimizer, module, self._data, config, self.trace)
             self._optimizer = self._tiered.optimizer
             separate = config.engine.precision != "fp32"
             self._masters = TieredMasters(hybrid, self._data, self._tiered, placed.place, separate=separate)
         self._elsewhere = elsewhere(self._masters.slices, hybrid.groups.get("pipeline"))
-        self._steps_taken = self._waited_s = 0.0
+        self._steps_taken = 0.0
         if isinstance(self._optimizer, Muon):
             self._describe_shards(self._optimizer)
 
@@ -175,12 +174,6 @@ class TorchEngine:
         if self._tiered is not None:
             self._tiered.close()
         self._data.close()
-
-    def waited_s(self) -> float:
-        """Return how long the host has waited for the tiered optimizer since the last call."""
-        before = self._waited_s
-        self._waited_s = self._tiered.optimizer.stall_s if self._tiered is not None else 0.0
-        return self._waited_s - before
 
     def _phase(self, phases: Phases) -> Callable[[str], AbstractContextManager[None]]:
         """Return what times a phase for the trainer, and for the trace of offload where there is one."""
@@ -359,8 +352,12 @@ def _refused(config: RunConfig) -> list[str]:
     return [reason for backend, reason in engine_refusals(config).items() if backend == "torch"]
 
 
-def _check(config: RunConfig) -> None:
+def _check(config: RunConfig, tied_on_one_rank: Sequence[str]) -> None:
     problems = []
+    if tied_on_one_rank and config.engine.zero_stage:  # what a folder's model ties is known no earlier
+        found = f"{config.engine.zero_stage}: two stages of a rank share {', '.join(tied_on_one_rank)}"
+        allowed = "0, backend = deepspeed with 1, or a stages.schedule other than zbv and dualpipev"
+        problems.append(f"config: engine.zero_stage: {found}, which FSDP2 cannot shard; allowed: {allowed}")
     if config.engine.precision == "fp16":
         problems.append(
             "config: engine.precision: fp16 needs the loss scaling of engine.backend = deepspeed; bf16, fp32"

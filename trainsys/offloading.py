@@ -188,8 +188,8 @@ def seen(engine: object) -> Record:
     """Return what an engine's offload did since the last call; nothing where it has none."""
     from trainsys.metrics import offload_record
 
-    trace, waited_s = getattr(engine, "trace", None), getattr(engine, "waited_s", None)
-    return {} if trace is None else offload_record(trace.step(), waited_s() if waited_s else 0.0)
+    trace = getattr(engine, "trace", None)
+    return {} if trace is None else offload_record(trace.step())
 
 
 def write_trace(engine: object, path: Path) -> None:

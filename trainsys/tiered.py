@@ -29,17 +29,23 @@ class Tiered:
     """The optimizer and what it lives in."""
 
     def __init__(
-        self, adopted: torch.optim.Optimizer, module: nn.Module, data: DataParallel, config: RunConfig
+        self,
+        adopted: torch.optim.Optimizer,
+        module: nn.Module,
+        data: DataParallel,
+        config: RunConfig,
+        trace: Trace | None = None,
     ) -> None:
         """Take over the parameter groups of an optimizer, which hold the masters of `data`.
 
-        Forward waits for the weights that it reads, module by module, while others are still being updated.
+        The trace gets what the optimizer moves, what is waited for it, and what the disk holds. Forward waits for the
+        weights that it reads, module by module, while others are still being updated.
         """
         settings = config.offload
         self._tier = _disk(Path(settings.nvme_dir)) if settings.host_bytes else None
         budget = Budget(device_bytes=settings.device_bytes or 2 << 30, host_bytes=settings.host_bytes or None)
         self.optimizer = TieredAdamW(
-            adopted.param_groups, mode="defer", tiering=Tiering(budget=budget, tier=self._tier)
+            adopted.param_groups, mode="defer", tiering=Tiering(budget=budget, tier=self._tier, trace=trace)
         )
         held = [holder for group in self.optimizer.param_groups for holder in group["params"]]
         by_tensor: dict[Tensor, Master] = {master.tensor: master for master in data.masters}
@@ -47,9 +53,6 @@ class Tiered:
         numbers = {master.name: number for number, master in enumerate(self.masters)}
         ids = {id(p): numbers[name] for name, p in module.named_parameters() if name in numbers}
         self._hooks = gates.attach(module, ids, self.optimizer)
-
-    def watch(self, trace: Trace | None) -> None:
-        """Let a trace tell what the disk holds."""
         if trace is not None and self._tier is not None:
             trace.watch(self._tier)
 

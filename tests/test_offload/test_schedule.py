@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import get_args
 
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.errors import SpecError
-from offload.schedule import STATE_BYTES, Budget, Mode, Rates, cut, plan, predict
+from offload.schedule import STATE_BYTES, Budget, Mode, Path, Rates, Subgroup, cut, plan, predict
+from offload.updates import Backlog, Round, Task, Verdict
 
 _H200 = Rates(cpu=5.0e9, device=1.2e11, up=55e9, down=55e9, both=101e9)
 _MODES: tuple[Mode, ...] = get_args(Mode)
@@ -171,3 +173,63 @@ def test_a_tier_is_as_fast_as_its_reads_and_writes_together() -> None:
     assert rates.tier == pytest.approx(1 / (12 / 2e9 + 12 / 1e9))
     assert math.isinf(_H200.tier_read)
     assert _H200.tier == pytest.approx(_H200.cpu)
+
+
+def test_what_the_cpu_updates_takes_its_part_of_the_link() -> None:
+    rates = Rates(cpu=5e9, device=1e11, up=5e10, down=5e10, both=1e11, cpu_beside=3e9, stream_beside=3.5e9)
+    assert rates.beside == (3e9, pytest.approx(3.5e9 - 2 * 3e9 / 12))
+    crowded = Rates(cpu=5e9, device=1e11, up=5e10, down=5e10, both=1e11, cpu_beside=30e9, stream_beside=3.5e9)
+    assert crowded.beside[1] == pytest.approx(0.1 * 3.5e9)
+
+
+class _Coming:
+    """A gradient on its way."""
+
+    def __init__(self, *, is_there: bool) -> None:
+        self.is_there = is_there
+
+    def wait(self) -> None: ...
+
+    def done(self) -> bool:
+        return self.is_there
+
+
+def _backlog(mode: Mode, paths: Sequence[Path], *, arrived: int) -> tuple[Backlog, Round, list[_Coming]]:
+    """Return a backlog of one task a path, of which the gradients of the last `arrived` are there."""
+    coming = [_Coming(is_there=index >= len(paths) - arrived) for index in range(len(paths))]
+    tasks = [Task(Subgroup(index, 0, index, 1, ()), path, tickets=[coming[index]]) for index, path in enumerate(paths)]
+    round_ = Round(tasks, speculates=mode == "spec", is_early=mode in ("stream", "spec"), has_stepped=True)
+    backlog = Backlog()
+    for task in tasks:
+        backlog.put(round_, task)
+    return backlog, round_, coming
+
+
+def _order(backlog: Backlog) -> list[int]:
+    """Take everything; return the subgroups in the order in which it came."""
+    return [taken[1].index for taken in iter(lambda: backlog.take(wait=False), None)]
+
+
+def test_early_updates_take_what_is_there_and_then_what_comes_next() -> None:
+    """Also once the step was asked for, which the host does long before the device has all gradients."""
+    backlog, round_, coming = _backlog("stream", ["cpu"] * 6, arrived=3)
+    round_.verdict.set_result(Verdict(1.0))
+    assert [task.index for task in backlog.upcoming()] == [3, 4, 5, 2, 1, 0]
+    taken = backlog.take(wait=False)
+    assert taken is not None
+    assert taken[1].index == 3
+    coming[2].is_there = True
+    assert _order(backlog) == [2, 4, 5, 1, 0]
+
+
+def test_speculation_leaves_what_needs_the_verdict_to_the_end() -> None:
+    paths: list[Path] = ["resident", "cpu", "cpu", "tier"]
+    backlog, _, _ = _backlog("spec", paths, arrived=4)
+    assert _order(backlog) == [1, 2, 0, 3]
+    backlog, round_, _ = _backlog("spec", paths, arrived=4)
+    round_.verdict.set_result(Verdict(1.0))
+    assert _order(backlog) == [0, 1, 2, 3]
+
+
+def test_deferred_updates_are_in_the_order_of_the_next_forward() -> None:
+    assert _order(_backlog("defer", ["cpu"] * 4, arrived=1)[0]) == [0, 1, 2, 3]

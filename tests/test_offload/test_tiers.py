@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
@@ -36,16 +35,10 @@ class TestNvmeTierByIoUring(TierContract):
         return NvmeTier(spec(), folder, num_threads=2, io="io_uring")
 
 
-@functools.cache
-def aio_problem() -> str | None:
-    """Return why DeepSpeed's handle does not run here; asked once, for it imports DeepSpeed and runs a compiler."""
-    return movers.refusal("aio")
-
-
 class TestNvmeTierByDeepSpeedsHandle(TierContract):
     def make(self, folder: Path) -> NvmeTier:
-        if aio_problem():
-            pytest.skip(str(aio_problem()))
+        if problem := movers.refusal("aio"):  # asked here: it imports DeepSpeed
+            pytest.skip(problem)
         return NvmeTier(spec(), folder, num_threads=2, io="aio")
 
 
@@ -147,7 +140,7 @@ def test_what_moves_the_bytes_is_told_and_what_cannot_is_refused(
 
 
 def test_deepspeeds_handle_is_refused_with_what_to_install(tmp_path: Path) -> None:
-    if not aio_problem():
+    if not movers.refusal("aio"):
         pytest.skip("DeepSpeed's async_io builds here")
     with pytest.raises(TierError, match=r"aio: DeepSpeed.*install"):
         NvmeTier(spec(), tmp_path, io="aio")

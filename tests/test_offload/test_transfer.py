@@ -86,7 +86,7 @@ def test_under_a_slow_link_the_caller_waits_for_the_first_module_alone() -> None
             optimizer.step()
             layers[0](torch.zeros(64))
             waits[mode] = optimizer.stall_s
-            lane = optimizer.machine.lanes.lane("parameters")
+            lane = optimizer.machine.lanes.lane("parameters up")
             optimizer.wait()
             assert lane.num_bytes == 8 * 4 * 4096
     # The first of 8 parameters against all 8, and gradients on their way down before in both.
