@@ -6,13 +6,14 @@ Exits with 0, with 1 if a checkpoint is damaged, with 2 if the request cannot be
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoint import access, catalog, exporting, importing
+from checkpoint import access, catalog, exporting, importing, retention
 from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
 from checkpoint.manifest import SHARED
 from checkpoint.reader import Reader
@@ -190,16 +191,10 @@ def _gc(options: argparse.Namespace) -> int:
     if options.keep_last is not None and options.keep_last < 1:
         raise ValueError(f"--keep-last: {options.keep_last}; allowed are integers from 1")
     storage = open_storage(options.path)
-    before_s = time.time() - options.idle_s
-    removals = catalog.removable(
-        storage,
-        keep_last=_NEVER if options.keep_last is None else options.keep_last,
-        keep_every=options.keep_every,
-        abandoned=lambda name: catalog.is_idle_since(storage, name, before_s),
-    )
-    for removal in removals:
-        if not options.dry_run:
-            catalog.remove(storage, removal)
+    keep_last = _NEVER if options.keep_last is None else options.keep_last
+    abandoned = functools.partial(retention.is_idle_since, storage, time_s=time.time() - options.idle_s)
+    find = retention.removable if options.dry_run else retention.collect
+    for removal in find(storage, keep_last=keep_last, keep_every=options.keep_every, abandoned=abandoned):
         print(f"{'would remove' if options.dry_run else 'removed'} {removal}")
     return 0
 

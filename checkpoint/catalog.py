@@ -1,14 +1,13 @@
-"""The checkpoints of one root: which exist, which is newest, which may go."""
+"""The checkpoints of one root: which exist, and which is newest."""
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from checkpoint.commit import COMMIT, PARTS, TABLE, AttemptName
+from checkpoint.commit import COMMIT, TABLE, AttemptName
 from checkpoint.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -199,132 +198,6 @@ def check(reader: Reader, verify: Verify) -> None:
     if verify == "deep":
         for problem in reader.problems():
             raise CorruptCheckpoint(problem)
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """A folder that goes, but for files that a checkpoint refers to which stays."""
-
-    folder: str
-    stays: tuple[str, ...] = ()
-    """Names of files, sorted."""
-
-    def __str__(self) -> str:
-        return f"{self.folder} but for {', '.join(self.stays)}" if self.stays else self.folder
-
-
-def removable(
-    storage: Storage,
-    *,
-    keep_last: int,
-    keep_every: int,
-    abandoned: Callable[[AttemptName], bool],
-    known: Known | None = None,
-) -> list[Removal]:
-    """Return what may go: superseded checkpoints, retired ones that nothing refers to, abandoned attempts.
-
-    A file stays while a checkpoint that stays refers to it, whatever became of the checkpoint that it was part of.
-    Raises ValueError if nothing at all were to stay.
-    """
-    if keep_last < 1:
-        raise ValueError(f"keep_last: {keep_last}; allowed are integers from 1")
-    found = scan(storage, known=known)
-    held = functools.partial(_is_held, storage)
-    gone = superseded(found.committed, is_sound, keep_last=keep_last, keep_every=keep_every, held=held)
-    referred = references(reader for reader in found.committed if reader not in gone)
-    removals = [Removal(reader.folder, referred.get(reader.folder, ())) for reader in gone]
-    for name in found.retired:
-        stays = referred.get(name.folder, ())
-        there = {entry.name for entry in storage.entries(name.folder)}
-        if not stays or there - {RETIRED, *stays}:
-            removals.append(Removal(name.folder, stays))
-    removals += [Removal(n.folder) for n in found.uncommitted if n.folder not in referred and abandoned(n)]
-    return removals
-
-
-def references(committed: Iterable[Reader]) -> dict[str, tuple[str, ...]]:
-    """Return which files of which other folders checkpoints refer to, sorted. Pure."""
-    found: dict[str, set[str]] = {}
-    for reader in committed:
-        for file in reader.record.files:
-            folder, _, name = file.path.rpartition("/")
-            if folder:
-                found.setdefault(folder, set()).add(name)
-    return {folder: tuple(sorted(names)) for folder, names in found.items()}
-
-
-def superseded(
-    committed: Sequence[Reader],
-    sound: Callable[[Reader], bool],
-    *,
-    keep_last: int,
-    keep_every: int,
-    held: Callable[[Reader], bool] = lambda reader: False,
-) -> list[Reader]:
-    """Return which checkpoints, given oldest commit first, may go. Pure.
-
-    The `keep_last` newest sound ones stay, and every newer one, sound or not: a broken checkpoint never
-    pushes a good one out. Of a step that `keep_every` divides, the newest sound commit stays. What is `held`
-    stays beside them.
-    """
-    milestones: set[int] = set()
-    num_kept = 0
-    gone = []
-    for reader in reversed(committed):
-        step = reader.record.step
-        is_milestone = keep_every > 0 and step % keep_every == 0 and step not in milestones
-        if num_kept >= keep_last and not is_milestone:
-            if not held(reader):
-                gone.append(reader)
-        elif sound(reader):
-            num_kept += 1
-            milestones.add(step)
-    return gone[::-1]
-
-
-def is_sound(reader: Reader) -> bool:
-    """Whether every file is there in its size and nobody found the checkpoint damaged."""
-    try:
-        check(reader, "quick")
-    except CorruptCheckpoint:
-        return False
-    return True
-
-
-def remove(storage: Storage, removal: Removal) -> None:
-    """Remove a checkpoint: its commit record first, so that no half of it is ever taken for one.
-
-    One whose files others need is retired: marked, so that what is left of it goes with the last of them.
-    """
-    folder = removal.folder
-    if not removal.stays:
-        storage.remove(f"{folder}/{COMMIT}")
-        storage.remove(folder)
-        return
-    storage.write(f"{folder}/{RETIRED}", b"{}")
-    storage.remove(f"{folder}/{COMMIT}")
-    for entry in storage.entries(folder):
-        if entry.name not in (RETIRED, *removal.stays):
-            storage.remove(f"{folder}/{entry.name}")
-
-
-def write_times(storage: Storage, folder: str) -> list[float | None]:
-    """Return when each file of an attempt was last written, by the storage's clock; None if it has none.
-
-    Where folders have a time too, theirs is among them: a folder just made may hold no file yet.
-    """
-    itself = [e for e in storage.entries("") if e.name == folder]
-    inside = [e for f in (folder, f"{folder}/{PARTS}") for e in storage.entries(f)]
-    return [e.modified_s for e in itself + inside if not (e.is_folder and e.modified_s is None)]
-
-
-def is_idle_since(storage: Storage, name: AttemptName, time_s: float) -> bool:
-    """Whether nothing in an attempt's folder was written at or after a Unix time."""
-    return all(t is not None and t < time_s for t in write_times(storage, name.folder))
-
-
-def _is_held(storage: Storage, reader: Reader) -> bool:
-    return any(storage.size(f"{reader.folder}/{name}") is not None for name in (PIN, PROMOTION))
 
 
 def _warn_broken(found: Scan) -> None:

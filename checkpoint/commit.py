@@ -42,6 +42,8 @@ COMMIT = "COMMIT.json"
 ABORT = "ABORT.json"
 TABLE = "slices.arrow"
 PARTS = "parts"
+REMOVAL = "REMOVAL.json"
+"""In a folder: it is being removed, or much of it, by somebody who has looked for references to it; none may follow."""
 
 _FIRST_PAUSE_S = 0.004
 
@@ -238,11 +240,14 @@ class Attempt:
         raise SaveAborted(f"{self.folder}: rank {record['rank']} failed: {record['reason']}", record["rank"])
 
     def _check_sizes(self, files: Sequence[FileRecord]) -> None:
-        """Raise StorageError unless the storage holds every file in its size, also those of other attempts."""
+        """Raise StorageError unless the storage holds every file in its size, also those of other attempts, to stay."""
         paths = {file: file.path if "/" in file.path else f"{self.folder}/{file.path}" for file in files}
         found: dict[str, int] = {}
         for folder in {path.rpartition("/")[0] for path in paths.values()}:
             found |= {f"{folder}/{name}": nbytes for name, nbytes in sizes(self._storage, folder).items()}
+        going = sorted(path.rpartition("/")[0] for path in found if path.endswith(f"/{REMOVAL}"))
+        if going:
+            raise StorageError(f"{self.folder}: cannot be committed: {', '.join(going)} is being removed (by gc?)")
         for file, path in paths.items():
             if found.get(path) != file.nbytes:
                 raise StorageError(

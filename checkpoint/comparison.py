@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from checkpoint import catalog
-from checkpoint.commit import COMMIT
+from checkpoint.commit import COMMIT, REMOVAL
 from checkpoint.delta import Narrowed, Parent, narrow
 from checkpoint.digest import CHUNK_BYTES, DIGEST_BYTES, digest
 from checkpoint.errors import CheckpointError
@@ -53,7 +53,8 @@ class Delta:
         """Return what to compare with: what this launch committed last, else the newest that stands."""
         parent = self._parent
         try:
-            return parent if parent is not None and self._stands(parent) else self._newest()
+            found = parent if parent is not None and self._stands(parent) else self._newest()
+            return found and found.without(self._going(found))
         except CheckpointError as error:
             _log.warning("all of the state is written: what was saved before cannot be used: %s", error)
             return None
@@ -62,6 +63,10 @@ class Delta:
         """Whether a checkpoint is still there, and nobody found it damaged."""
         there = self._storage.size(f"{parent.folder}/{COMMIT}") is not None
         return there and self._storage.size(f"{parent.folder}/{MARK}") is None
+
+    def _going(self, parent: Parent) -> set[str]:
+        """Return in which of its folders nothing may be referred to any more."""
+        return {f for f in parent.folders if self._storage.size(f"{f}/{REMOVAL}") is not None}
 
     def _newest(self) -> Parent | None:
         reader = catalog.latest(self._storage, "quick")

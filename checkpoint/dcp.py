@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.futures import Future
 
-from checkpoint import catalog, objects
+from checkpoint import catalog, objects, retention
 from checkpoint.access import open_reader
 from checkpoint.commit import ABORT, COMMIT, Attempt, AttemptName
 from checkpoint.distcp import own_name, own_tensor
@@ -166,10 +166,10 @@ class StorageWriter(dcp.StorageWriter):
             attempt.abandon(error)
             raise
         if self._keep_last is not None:
-            for removal in catalog.removable(
+            for removal in retention.removable(
                 storage, keep_last=self._keep_last, keep_every=0, abandoned=lambda name: False
             ):
-                catalog.remove(storage, removal)
+                retention.remove(storage, removal)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

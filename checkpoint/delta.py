@@ -12,7 +12,7 @@ Retention (see `catalog`) keeps the files that a kept checkpoint refers to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from checkpoint.format import CHUNK_BYTES, DIGEST_BYTES, DTYPES, chunk_count
@@ -59,6 +59,18 @@ class Parent:
                 place = (row.name, row.owner, row.dtype, row.global_shape, row.region.offset, row.region.shape)
                 self._rows.setdefault(place, []).append(replace(row, file=self._from_root(row.file)))
         self._files = {self._from_root(file.path): file for file in files}
+
+    @property
+    def folders(self) -> set[str]:
+        """The folders that its files lie in."""
+        return {path.rpartition("/")[0] for path in self._files}
+
+    def without(self, folders: Collection[str]) -> Parent:
+        """Return what of it lies in no such folder."""
+        if not folders:
+            return self
+        rows = [row for rows in self._rows.values() for row in rows if row.file.rpartition("/")[0] not in folders]
+        return Parent(self.folder, rows, self._files.values())
 
     def file(self, path: str) -> FileRecord:
         """Return a file's record as another checkpoint has it."""

@@ -15,15 +15,15 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
 import numpy as np
 
-from checkpoint import catalog, objects
+from checkpoint import catalog, objects, retention
 from checkpoint.catalog import PROMOTION, CheckpointInfo
-from checkpoint.commit import COMMIT, TABLE, AttemptName, brief
+from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName, brief
 from checkpoint.config import RemoteConfig
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, SaveFailed, StorageError
 from checkpoint.format import digest, fingerprint
@@ -238,18 +238,24 @@ class Promoter:
         proof = next(f.fingerprint for f in reader.record.files if f.path == TABLE)
         if fingerprint(table) != proof:
             raise CorruptCheckpoint(f"{reader.folder}/{TABLE}: the fingerprint does not match; {REMEDY}")
-        self._remote.write(f"{reader.folder}/{TABLE}", table)
+        self._remote.write(f"{reader.folder}/{TABLE}", table)  # says what is referred to, to who removes (`retention`)
+        going = _going(self._remote, {_place(reader.folder, file.path) for file in reader.record.files})
+        if going:
+            raise SaveFailed(
+                f"{reader.folder}: not copied, {', '.join(going)} in {self._remote.url} is going; if no gc runs "
+                "there any more, run it again"
+            )
         self._remote.write_new(f"{reader.folder}/{COMMIT}", record)
 
     def _collect(self) -> None:
         """Remove what the newest copy supersedes, and copies that were given up."""
         config = self._config
         try:
-            removals = catalog.removable(
+            removals = retention.removable(
                 self._remote, keep_last=config.keep_last, keep_every=config.keep_every, abandoned=self._is_abandoned
             )
             for removal in removals:
-                catalog.remove(self._remote, removal)
+                retention.remove(self._remote, removal)
         except CheckpointError as error:
             _log.warning("superseded copies stay in %s, the next one tries again: %s", self._remote.url, error)
 
@@ -376,6 +382,16 @@ def _missing(storage: Storage, wanted: Mapping[str, int]) -> set[str]:
     for folder in {path.rpartition("/")[0] for path in wanted}:
         found |= {f"{folder}/{name}": nbytes for name, nbytes in sizes(storage, folder).items()}
     return {path for path, nbytes in wanted.items() if found.get(path) != nbytes}
+
+
+def _going(storage: Storage, paths: Iterable[str]) -> list[str]:
+    """Return the folders of files that are being removed, and the files that are gone already, sorted."""
+    gone = []
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        there = sizes(storage, folder)
+        gone += [folder] if REMOVAL in there else []
+        gone += [p for p in paths if p.rpartition("/")[0] == folder and p.rpartition("/")[2] not in there]
+    return sorted(gone)
 
 
 def _state(local: Storage, folder: str) -> str | None:

@@ -24,6 +24,7 @@ from checkpoint import (
     SaveFailed,
     StorageError,
     catalog,
+    retention,
 )
 from checkpoint.catalog import PROMOTION
 from checkpoint.config import RemoteConfig
@@ -398,12 +399,12 @@ def test_retention_leaves_alone_what_is_being_copied(tmp_path: Path):
     one.announce(first)
     copy = one.submit(first)
     assert gate.reached.wait(20)
-    going = catalog.removable(local, keep_last=1, keep_every=0, abandoned=lambda name: False)
+    going = retention.removable(local, keep_last=1, keep_every=0, abandoned=lambda name: False)
     assert first not in [removal.folder for removal in going]
     gate.opened.set()
     copy.result(20)
     one.close(20)
-    going = catalog.removable(local, keep_last=1, keep_every=0, abandoned=lambda name: False)
+    going = retention.removable(local, keep_last=1, keep_every=0, abandoned=lambda name: False)
     assert [removal.folder for removal in going] == [first, folders(tmp_path / "local")[1]]
     assert folders(tmp_path / "local")[-1] == third
 

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint import CheckpointConfig, Checkpointer
-from checkpoint.catalog import PIN, PROMOTION, RETIRED, Known, is_sound, removable, remove, scan, superseded
+from checkpoint.catalog import PIN, PROMOTION, RETIRED, Known, scan
 from checkpoint.commit import COMMIT, AttemptName
 from checkpoint.dcp import StorageWriter
 from checkpoint.format import fingerprint
 from checkpoint.local import LocalStorage
 from checkpoint.manifest import CommitRecord, FileRecord
 from checkpoint.reader import Reader
+from checkpoint.retention import is_sound, removable, remove, superseded
 from tests.test_checkpoint.worlds import wait_until
 
 
@@ -198,7 +199,7 @@ def collect(storage: LocalStorage, keep_last: int, *, is_later_launch: bool = Fa
 @pytest.fixture
 def sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take tables for sound: those of these tests are empty."""
-    monkeypatch.setattr("checkpoint.catalog.is_sound", lambda reader: True)
+    monkeypatch.setattr("checkpoint.retention.is_sound", lambda reader: True)
 
 
 @pytest.mark.usefixtures("sound")

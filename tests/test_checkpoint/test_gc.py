@@ -1,0 +1,179 @@
+"""Collecting by hand beside a launch whose saves refer to what is collected."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointConfig, Checkpointer, SaveFailed, StorageError
+from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName
+from checkpoint.config import RemoteConfig
+from checkpoint.local import LocalStorage
+from checkpoint.promotion import Promoter
+from checkpoint.retention import Removal, collect
+from checkpoint.storage import Entry, Storage, open_storage
+
+
+def nothing(operation: str) -> None:
+    """Do nothing."""
+
+
+class Stepped(LocalStorage):
+    """Tells of each operation before it happens."""
+
+    before: Callable[[str], None] = staticmethod(nothing)
+
+    def entries(self, folder: str) -> list[Entry]:
+        self.before(f"entries {folder}")
+        return super().entries(folder)
+
+    def size(self, path: str) -> int | None:
+        self.before(f"size {path}")
+        return super().size(path)
+
+    def write(self, path: str, data: bytes) -> None:
+        self.before(f"write {path}")
+        super().write(path, data)
+
+    def show(self, path: str, data: bytes) -> None:
+        self.before(f"show {path}")
+        super().show(path, data)
+
+    def write_new(self, path: str, data: bytes) -> None:
+        self.before(f"write {path}")
+        super().write_new(path, data)
+
+    def remove(self, path: str) -> None:
+        self.before(f"remove {path}")
+        super().remove(path)
+
+
+def gc(storage: Storage) -> list[Removal]:
+    """Keep one checkpoint."""
+    return list(collect(storage, keep_last=1, keep_every=0, abandoned=lambda name: False))
+
+
+FIRST, SECOND = (AttemptName.of(step, 0, "run").folder for step in (1, 2))
+OF_A_SAVE = {
+    "compare": f"size {FIRST}/{REMOVAL}",
+    "vote": f"show {SECOND}",
+    "look": f"entries {FIRST}",
+    "table": f"write {SECOND}/{TABLE}",
+    "commit": f"write {SECOND}/{COMMIT}",
+}
+"""Operations of a save that refers to the first checkpoint: before them it stands still."""
+OF_A_COLLECTION = ("plan", "mark", "look", "remove")
+"""Before these of its operations the save goes on, and ends."""
+
+
+def moment_of(operation: str, is_marked: bool) -> str:
+    """Return which part of a collection an operation belongs to."""
+    if operation.startswith("write"):
+        return "mark"
+    return "remove" if operation.startswith("remove") else "look" if is_marked else "plan"
+
+
+def beside(root: Path, storage: Stepped, save_moment: str, gc_moment: str) -> BaseException | None:
+    """Let a save stand still at one moment, and go on at one of a collection; return its error."""
+    state = {"frozen": torch.arange(9.0), "other": torch.arange(5.0)}
+    collector = Stepped(root)
+    arrived, go = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def stand_still(operation: str) -> None:
+        if OF_A_SAVE[save_moment] in operation and not arrived.is_set():
+            arrived.set()
+            assert go.wait(20)
+
+    def go_on(operation: str) -> None:
+        seen.append(moment_of(operation, "mark" in seen))
+        if seen[-1] == gc_moment and not go.is_set():
+            go.set()
+            handle.exception(20)
+
+    with Checkpointer(root, config=CheckpointConfig(delta=True), run_id="run") as ck:
+        ck.save(1, state).result(20)
+        with Checkpointer(root, config=CheckpointConfig(keep_last=9), run_id="another launch") as another:
+            another.save(9, {"x": torch.ones(3)}).result(20)
+        storage.before, collector.before = stand_still, go_on
+        handle = ck.save(2, state)
+        assert arrived.wait(20)
+        gc(collector)
+        assert go.is_set()
+        storage.before = nothing
+        error = handle.exception(20)
+        if error is None:  # what it refers to is there
+            assert all(torch.equal(found, state[name]) for name, found in checkpoint.read(handle.result()).items())
+        assert not list(root.rglob(REMOVAL))
+        ck.save(3, state).result(20)
+    assert all(checkpoint.verify(info).ok for info in ck.list())
+    return error
+
+
+def test_a_collection_at_any_time_takes_nothing_from_what_a_save_refers_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    failed = {}
+    for save_moment, gc_moment in itertools.product(OF_A_SAVE, OF_A_COLLECTION):
+        root = tmp_path / f"{save_moment}-{gc_moment}"
+        storage = Stepped(root)
+        monkeypatch.setattr("checkpoint.checkpointer.open_storage", lambda *args, of=storage, **options: of)
+        error = beside(root, storage, save_moment, gc_moment)
+        assert error is None or isinstance(error, StorageError)
+        failed[save_moment, gc_moment] = error is not None
+    # Only a save that looks after it was marked fails, which is before it votes, or has not looked yet.
+    assert {moments for moments, is_failed in failed.items() if is_failed} == {
+        (save_moment, gc_moment) for save_moment in ("vote", "look") for gc_moment in ("look", "remove")
+    }
+
+
+def test_what_is_marked_is_written_again_not_referred_to(tmp_path: Path):
+    state = {"frozen": torch.arange(9.0)}
+    with Checkpointer(tmp_path, config=CheckpointConfig(delta=True)) as ck:
+        first = ck.save(1, state).result(20)
+        Path(first.path, REMOVAL).write_text("{}")  # by a gc that was killed
+        assert ck.save(2, state).stats(20).written_bytes == 36
+        assert ck.save(3, state).stats(20).written_bytes == 0
+
+
+def test_a_vote_that_cannot_be_read_keeps_nothing_and_what_cannot_be_looked_at_keeps_all(tmp_path: Path):
+    storage = Stepped(tmp_path)
+    with Checkpointer(tmp_path, config=CheckpointConfig(keep_last=9), run_id="run") as ck:
+        for step in (1, 2):
+            ck.save(step, {"w": torch.ones(3)}).result(20)
+    vote = f"{AttemptName.of(3, 0, 'run').folder}/parts/r00000.arrow"
+
+    def refuse(operation: str) -> None:
+        if operation == f"size {vote}":
+            raise StorageError("the disk does not answer")
+
+    storage.write(vote, b"no table")
+    storage.before = refuse
+    with pytest.raises(StorageError, match="does not answer"):
+        gc(storage)
+    assert [info.step for info in ck.list()] == [1, 2]
+    assert not list(tmp_path.rglob(REMOVAL))
+    storage.before = nothing
+    assert [removal.folder for removal in gc(storage)] == [FIRST]
+
+
+def test_a_copy_whose_files_are_being_removed_is_not_committed_and_the_next_one_is_whole(tmp_path: Path):
+    state = {"frozen": torch.arange(9.0)}
+    remote = open_storage(f"memory://{uuid.uuid4()}")
+    with Checkpointer(tmp_path, config=CheckpointConfig(delta=True), run_id="run") as ck:
+        mover = Promoter(ck._storage, remote, RemoteConfig(), rank=0, world_size=1)
+        mover.submit(ck.save(1, state).result(20).folder).result(20)
+        remote.write(f"{FIRST}/{REMOVAL}", b"{}")
+        second = ck.save(2, state).result(20)
+        with pytest.raises(SaveFailed, match=f"not copied, {FIRST} in memory://"):
+            mover.submit(second.folder).result(20)
+        remote.remove(FIRST)
+        assert checkpoint.verify(mover.submit(second.folder).result(20)).ok
+        mover.close()
