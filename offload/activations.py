@@ -6,11 +6,12 @@ once; weights are left alone. A storage leaves while forward goes on, and comes 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,7 @@ from offload.pinned import Pinned
 from offload.swap_plan import ActivationPlan, Choice, LayerActivations, Links, plan_activations
 from offload.tier import Block, Tier
 from offload.tracing import Trace
+from offload.transfer import TIMEOUT_S
 
 _MIN_BYTES = 1 << 16
 """Smaller storages are kept: moving one costs as much as moving this."""
@@ -69,45 +71,87 @@ class _Swapped:
 
 
 class _Buffers:
-    """Locked host memory by size, reused; never more than a limit."""
+    """Locked host memory, reused; never more than a limit, and never more than was in use at one time."""
 
     def __init__(self, device: torch.device, copier: Copier, limit_bytes: int | None) -> None:
         self._pinned = Pinned() if device.type == "cuda" else None
         self._copier, self._limit_bytes = copier, limit_bytes
-        self._free: dict[int, list[_Lent]] = defaultdict(list)
-        self._lock = threading.Lock()
+        self._idle: list[_Lent] = []  # the longest idle first
+        self._changed = threading.Condition()
+        self._lent_bytes = self._most_lent_bytes = 0
+        self._returning = 0
         self.num_bytes = 0
         """Taken from the system."""
 
-    def take(self, num_bytes: int) -> torch.Tensor:
-        with self._lock:
-            found = self._free[num_bytes].pop(0) if self._free[num_bytes] else None
+    def take(self, num_bytes: int, *, optional: bool = False) -> torch.Tensor | None:
+        """Return memory; waits for what is on its way to a tier where the limit is reached.
+
+        None, where it is `optional`: there is no room for it now. Raises StreamError where there will be none.
+        """
+        with self._changed:
+            while not self._has_room(num_bytes):
+                if optional:
+                    return None
+                if not self._returning or not self._changed.wait(TIMEOUT_S):
+                    raise StreamError(
+                        f"activations: no room for {num_bytes} bytes beside {self._lent_bytes} of {self._limit_bytes} "
+                        "in CPU memory; raise host_bytes, give a tier, or let layers compute again"
+                    )
+            self._lent_bytes += num_bytes
+            self._most_lent_bytes = max(self._most_lent_bytes, self._lent_bytes)
+            places = [place for place, (memory, _) in enumerate(self._idle) if memory.numel() == num_bytes]
+            found = self._idle.pop(places[0]) if places else None
+            if found is None:
+                self._drop_idle(self._most_lent_bytes - num_bytes)
+                self.num_bytes += num_bytes
         if found is not None:
-            memory, mark = found
-            self._copier.finish(mark)
-            return memory
-        with self._lock:
-            if self._limit_bytes is not None and self.num_bytes + num_bytes > self._limit_bytes:
-                raise StreamError(
-                    f"activations: no room for {num_bytes} bytes beside {self.num_bytes} of {self._limit_bytes} in CPU "
-                    "memory; raise host_bytes, give a tier, or let layers compute again"
-                )
-            self.num_bytes += num_bytes
+            self._copier.finish(found[1])
+            return found[0]
         memory = allocate_pages(num_bytes)
         if self._pinned is not None:
             self._pinned.lock(memory)
         return memory
 
     def give(self, box: list[_Lent]) -> None:
-        with self._lock:
+        """Take memory back that nothing uses behind its mark."""
+        with self._changed:
             for memory, mark in box:
-                self._free[memory.numel()].append((memory, mark))
+                self._idle.append((memory, mark))
+                self._lent_bytes -= memory.numel()
             box.clear()
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def returning(self) -> Iterator[None]:
+        """Give memory back in the block; see `expect`."""
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._returning -= 1
+                self._changed.notify_all()
+
+    def expect(self) -> None:
+        """Let others wait for memory that `returning` gives back without them."""
+        with self._changed:
+            self._returning += 1
 
     def close(self) -> None:
-        self._free.clear()
+        self._idle.clear()
         if self._pinned is not None:
             self._pinned.close()
+
+    def _has_room(self, num_bytes: int) -> bool:
+        return self._limit_bytes is None or self._lent_bytes + num_bytes <= self._limit_bytes
+
+    def _drop_idle(self, allowed_bytes: int) -> None:
+        """Give idle memory of other sizes back to the system until so much is held at most."""
+        while self._idle and self.num_bytes > allowed_bytes:
+            memory, mark = self._idle.pop(0)
+            self._copier.finish(mark)
+            if self._pinned is not None:
+                self._pinned.unlock(memory)
+            self.num_bytes -= memory.numel()
 
 
 class Activations:
@@ -197,7 +241,7 @@ class Activations:
         self._known.clear()
         for before in range(index, max(-1, index - 2), -1):
             for entry in list(self._of_layer[before]):
-                self._bring(entry)
+                self._bring(entry, ahead=True)
 
     def close(self) -> None:
         """Take hooks off and give memory back; no backward may be under way. A second call does nothing."""
@@ -259,7 +303,7 @@ class Activations:
     def _leave(self, index: int, storage: torch.UntypedStorage) -> _Storage:
         entry = _Storage(storage.nbytes(), index)
         flat = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-        entry.host = self._buffers.take(entry.num_bytes)
+        entry.host = self._taken(entry.num_bytes)
         entry.leaving = self._copier.down(entry.host, flat, name=f"activations of layer {index}")
         entry.box.append((entry.host, entry.leaving))
         self.swapped_bytes += entry.num_bytes
@@ -267,25 +311,35 @@ class Activations:
         weakref.finalize(entry, self._buffers.give, entry.box)
         if self._tier is not None:
             entry.block = self._tier.allocate(entry.num_bytes, f"activations of layer {index}")
+            self._buffers.expect()
             entry.stored = self._movers.submit(self._store, self._tier, entry.block, entry.host, entry.box)
             weakref.finalize(entry, self._tier.free, entry.block)
             entry.host = None
         return entry
 
+    def _taken(self, num_bytes: int) -> torch.Tensor:
+        memory = self._buffers.take(num_bytes)
+        assert memory is not None
+        return memory
+
     def _store(self, tier: Tier, block: Block, host: torch.Tensor, box: list[_Lent]) -> None:
         """Pass a storage on to the tier, and give its host memory to the next one."""
-        for _, leaving in box:
-            self._copier.finish(leaving)
-        tier.write(block, host).result()
-        self._buffers.give(box)
+        with self._buffers.returning():
+            for _, leaving in box:
+                self._copier.finish(leaving)
+            tier.write(block, host).result()
+            self._buffers.give(box)
 
-    def _bring(self, entry: _Storage) -> None:
-        """Start a storage on its way back, if it is not."""
+    def _bring(self, entry: _Storage, *, ahead: bool = False) -> None:
+        """Start a storage on its way back, if it is not; `ahead` of its use only where there is room for it."""
         if entry.on_device is not None:
             return
         if entry.stored is not None and entry.block is not None and self._tier is not None:
             entry.stored.result()
-            entry.host = self._buffers.take(entry.num_bytes)
+            host = self._buffers.take(entry.num_bytes, optional=True) if ahead else self._taken(entry.num_bytes)
+            if host is None:
+                return
+            entry.host = host
             self._tier.read(entry.block, entry.host).result()
         assert entry.host is not None
         # The copy begins behind what compute was asked for so far, which may still use this memory for something else.
@@ -293,6 +347,9 @@ class Activations:
         name = f"activations of layer {entry.index}"
         entry.arriving = self._copier.up(entry.on_device, entry.host, after=self._copier.mark(), name=name)
         entry.box[:] = [(entry.host, entry.arriving)]
+        if entry.block is not None:  # the tier has it, so its memory serves the next one at once
+            entry.host = None
+            self._buffers.give(entry.box)
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from offload.errors import OptimizerError
+
 _METADATA = (
     *("grad", "requires_grad", "shape", "device", "dtype", "layout", "is_leaf", "is_cuda", "is_cpu", "is_sparse"),
     *("is_quantized", "is_meta", "is_nested", "ndim", "grad_fn", "names", "nbytes", "itemsize", "retains_grad"),
@@ -138,7 +140,12 @@ def attach(model: nn.Module, numbers: Mapping[int, int], waiter: Waiter) -> list
 
 
 def _around_load(module: nn.Module, waiter: Waiter, direct: Sequence[int]) -> list[Hook]:
-    def before_load(*_: Any) -> None:
+    def before_load(module: nn.Module, state: Any, prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise OptimizerError(
+                f"load_state_dict: assign=True: it puts other parameters in the place of those of {prefix}"
+                f"{type(module).__name__} that the optimizer updates; load without it, or before the optimizer is made"
+            )
         waiter.wait()
 
     def after_load(*_: Any) -> None:

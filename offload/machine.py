@@ -22,7 +22,7 @@ from offload.tracing import STALL, Trace
 from offload.transfer import TIMEOUT_S, HostMemory, Lanes, Ring, Ticket, finished, make_lanes
 from offload.updates import DeviceWorker, HostWorker, Round, Run, Task, Verdict, Worker, Workplace
 
-_NUM_OUTS = 3
+NUM_OUTS = 3
 """Subgroups of new parameters on their way to the device at once."""
 _PAGE_NUMEL = 1024
 """fp32 elements of a page of memory, the least that can be pinned."""
@@ -368,7 +368,7 @@ class Machine:
         place = Workplace(self.store, self.lanes, self._flat, self._runs, self._trace)
         largest = max(group.count for group in self.subgroups)
         width = max(parameter.element_size() for parameter in self._flat)
-        outs = Ring([self.memory.empty(largest * width, torch.uint8) for _ in range(_NUM_OUTS)])
+        outs = Ring([self.memory.empty(largest * width, torch.uint8) for _ in range(NUM_OUTS)])
         slots = None
         if self.plan.num_slots:
             slots = Ring([States.empty(largest, self.device) for _ in range(self.plan.num_slots)])

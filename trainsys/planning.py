@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from offload import TierSpec
+from offload.machine import NUM_OUTS, Tiering
 from offload.placement import Placement, TensorUse, TierOffer, Walker, efficiency, place
-from offload.schedule import STATE_BYTES, Budget, Rates, cut, plan, predict
+from offload.schedule import STATE_BYTES, Budget, Interleave, Plan, Rates, Subgroup, cut, plan, predict
 from trainsys import models, offloading
 from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
@@ -21,7 +22,7 @@ from trainsys.errors import ConfigError
 
 _BYTE_VOCABULARY = 320
 """Rows of the embedding for tokenizer = bytes."""
-_SUBGROUP_NUMEL = 1 << 24
+_SUBGROUP_NUMEL = Tiering().subgroup_numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,23 @@ class Machine:
         cpu = self.figures.get("cpu.tiered_adamw", self.figures["cpu.adamw"])
         if self.has_gpu:
             up, down = self.figures["cuda.host_to_device"], self.figures["cuda.device_to_host"]
-            return Rates(cpu=cpu, device=self.figures["cuda.adamw"], up=up, down=down, both=self.figures["cuda.both"])
+            return Rates(
+                cpu=cpu,
+                device=self.figures.get("cuda.tiered_adamw", self.figures["cuda.adamw"]),
+                up=up,
+                down=down,
+                both=self.figures["cuda.both"],
+                cpu_beside=self.figures.get("cuda.cpu_beside"),
+                stream_beside=self.figures.get("cuda.stream_beside"),
+                **self._disk,
+            )
         copied = max(value for metric, value in self.figures.items() if metric.startswith("memory.copy_"))
-        return Rates(cpu=cpu, device=cpu, up=copied, down=copied, both=copied)
+        return Rates(cpu=cpu, device=cpu, up=copied, down=copied, both=copied, **self._disk)
+
+    @property
+    def _disk(self) -> dict[str, float]:
+        found = {"tier_read": self.figures.get("nvme.read"), "tier_write": self.figures.get("nvme.write")}
+        return {name: rate for name, rate in found.items() if rate is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +112,7 @@ def describe(config: RunConfig, machine: Machine, *, utilisation: float, sources
     """
     check(config, sources=sources)
     work = _workload(config)
-    placement = place(_tensors(config, work), machine.tiers)
+    placement = place(_tensors(config, work, machine), machine.tiers)
     step_s, parts = _times(config, work, machine, utilisation)
     compute_s = work.flops / (machine.flops_per_s * utilisation)
     settings = config.offload
@@ -145,14 +160,14 @@ def _workload(config: RunConfig) -> Workload:
     )
 
 
-def _tensors(config: RunConfig, work: Workload) -> list[TensorUse]:
+def _tensors(config: RunConfig, work: Workload, machine: Machine) -> list[TensorUse]:
     """Return what a rank keeps, by who goes through it."""
     offload, count = config.offload, work.num_parameters
     stage, shards = config.engine.zero_stage, data_ranks(config.parallel) * config.parallel.context
     streamed = offload.parameters != "none"
     states: Walker = "gpu" if offload.optimizer == "none" and not streamed else "cpu"
     weights: Walker = "dma" if streamed else "gpu"
-    own_master = 0 if work.weight_bytes == 4 and offload.optimizer != "tiered" else 4
+    own_master = 0 if work.weight_bytes == 4 else 4
     state_count = count // (shards if stage >= 1 else 1)
     found = [
         TensorUse(
@@ -168,8 +183,10 @@ def _tensors(config: RunConfig, work: Workload) -> list[TensorUse]:
             walker="cpu" if streamed else "gpu",
             when="backward",
         ),
-        TensorUse(name="optimizer moments", num_bytes=8 * state_count, walker=states),
     ]
+    if offload.optimizer == "tiered":
+        return [*found, *_tiered_tensors(config, work, machine), *_activations(config, work)]
+    found.append(TensorUse(name="optimizer moments", num_bytes=8 * state_count, walker=states))
     if own_master:
         found.append(TensorUse(name="fp32 masters", num_bytes=own_master * state_count, walker=states))
     if offload.optimizer.startswith("deepspeed"):
@@ -178,6 +195,38 @@ def _tensors(config: RunConfig, work: Workload) -> list[TensorUse]:
         window = (config.offload.window_layers + 1) * count * work.weight_bytes // max(1, work.num_layers)
         found.append(TensorUse(name="window of weights", num_bytes=window, walker="gpu", when="forward"))
     return [*found, *_activations(config, work)]
+
+
+def _tiered_plan(config: RunConfig, work: Workload, machine: Machine) -> tuple[list[Subgroup], Plan]:
+    """Return the subgroups of this rank's part of the states, and where each is updated, as the optimizer will."""
+    shards = data_ranks(config.parallel) * config.parallel.context if config.engine.zero_stage else 1
+    offload, groups = config.offload, cut([[work.num_parameters // shards]], _SUBGROUP_NUMEL)
+    budget = Budget(
+        device_bytes=(offload.device_bytes or 2 << 30) if machine.has_gpu else 0, host_bytes=offload.host_bytes or None
+    )
+    interleave: Interleave = "auto" if machine.has_gpu else "cpu"
+    return groups, plan([group.count for group in groups], machine.rates, interleave=interleave, budget=budget)
+
+
+def _tiered_tensors(config: RunConfig, work: Workload, machine: Machine) -> list[TensorUse]:
+    """Return the states of a tiered optimizer and the buffers through which they and gradients go."""
+    groups, chosen = _tiered_plan(config, work, machine)
+    on_host, on_disk = (chosen.numel(groups, path) for path in ("cpu", "tier"))  # type: ignore[arg-type]
+    largest = max(group.count for group in groups)
+    uses: list[tuple[str, int, Walker]] = [
+        ("optimizer states in host memory", STATE_BYTES * (on_host + chosen.numel(groups, "stream")), "cpu"),
+        ("optimizer states on the device", STATE_BYTES * chosen.numel(groups, "resident"), "gpu"),
+        ("optimizer states passing through the device", STATE_BYTES * largest * chosen.num_slots, "gpu"),
+        ("optimizer states out of core", STATE_BYTES * on_disk, "dma"),
+        ("gradients on the host", work.weight_bytes * (on_host + on_disk), "cpu"),
+        ("new weights on their way up", work.weight_bytes * largest * NUM_OUTS, "cpu"),
+        (
+            "optimizer states on their way to and from the disk",
+            STATE_BYTES * largest * Tiering().num_tier_slots if on_disk else 0,
+            "cpu",
+        ),
+    ]
+    return [TensorUse(name=name, num_bytes=size, walker=walker) for name, size, walker in uses if size]
 
 
 def _activations(config: RunConfig, work: Workload) -> list[TensorUse]:
@@ -211,9 +260,8 @@ def _times(config: RunConfig, work: Workload, machine: Machine, utilisation: flo
         forward_s, backward_s = max(forward_s, swapped / rates.down), max(backward_s, swapped / rates.up)
     parts = {"forward": forward_s, "backward": backward_s}
     if offload.optimizer == "tiered":
-        counts = [group.count for group in cut([[owned]], _SUBGROUP_NUMEL)]
-        budget = Budget(device_bytes=offload.device_bytes or 2 << 30, host_bytes=offload.host_bytes or None)
-        chosen = plan(counts, rates, interleave="auto" if machine.has_gpu else "cpu", budget=budget)
+        groups, chosen = _tiered_plan(config, work, machine)
+        counts = [group.count for group in groups]
         line = predict(counts, chosen.paths, rates, forward_s=forward_s, backward_s=backward_s, mode="defer")
         parts[f"update that no forward hides, of {line.update_s:.4g} s ({chosen.reason})"] = line.exposed_s
     elif offload.optimizer == "none" and offload.parameters == "none":

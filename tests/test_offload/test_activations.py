@@ -121,6 +121,38 @@ def test_host_memory_has_a_limit_that_is_told() -> None:
             model(torch.zeros(4, 8, dtype=torch.int64))
 
 
+def test_memory_of_sizes_that_are_not_needed_any_more_goes_back_to_the_system() -> None:
+    _, model = pair()
+    blocks = list(model.blocks)
+    with Activations(blocks, ["swap"] * 5, device=CPU, min_bytes=0) as activations:
+        activations.attach()
+        most = 0
+        for length in (8, 7, 6, 5, 4):
+            before = activations.swapped_bytes
+            model(torch.zeros(4, length, dtype=torch.int64)).sum().backward()
+            most = max(most, activations.swapped_bytes - before)
+            gc.collect()
+            assert activations._buffers.num_bytes <= most
+
+
+def test_at_the_limit_storages_wait_for_those_that_are_on_their_way_to_a_tier(tmp_path: Path) -> None:
+    plain, model = pair()
+    expected = train(plain)
+    slow = spec(1 << 24, rate=2e7, emulated=True)
+    limit = 60_000  # of 400 000 bytes a step, each of them 1 ms or more on its way
+    with (
+        NvmeTier(slow, tmp_path, direct=False) as tier,
+        Activations(
+            list(model.blocks), ["swap"] * 5, device=CPU, tier=tier, min_bytes=0, host_bytes=limit
+        ) as activations,
+    ):
+        activations.attach()
+        assert train(model) == expected
+        assert activations.swapped_bytes > 3 * limit
+        assert activations._buffers.num_bytes <= limit
+    assert not differing(model, plain)
+
+
 def test_automatic_choices_train_to_the_same_bits_within_the_budget() -> None:
     plain, model = pair()
     expected = train(plain)

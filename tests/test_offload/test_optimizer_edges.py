@@ -157,3 +157,15 @@ def test_a_model_that_was_loaded_after_attach_goes_on_from_what_was_loaded(whole
         optimizer.step()
         optimizer.wait()
         assert torch.allclose(next(model.parameters()).float(), torch.tensor(5.0), atol=0.1)
+
+
+def test_a_load_that_would_put_other_parameters_in_place_is_refused_before_it_does() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    before = list(model.parameters())
+    with TieredAdamW(model.parameters(), tiering=tiering()) as optimizer:
+        optimizer.attach(model)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(OptimizerError, match=r"assign=True: it puts other parameters .* 0\.Linear"):
+            model.load_state_dict(state, assign=True)
+        assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    model.load_state_dict(state, assign=True)
