@@ -171,11 +171,11 @@ def _by_class(report: Report, name: str, verdicts: Sequence[Verdict], what: str,
             report.gates.append(Gate(f"{name}: {metric}", value, limits[metric], value >= limits[metric]))
     if right:
         report.add(case, "found after", "s", *(v.after_s for v in right))
-    for rival in other.RIVALS:
+    for rival, how in other.RIVALS.items():
         said = [(v.rivals[rival], v.culprit) for v in of_class if rival in v.rivals]
         if said:
-            report.add(f"{case}, {rival}", "recall", "1", fmean(one[0] == name for one, _ in said))
-            report.add(f"{case}, {rival}", "culprit", "1", fmean(one[1] == culprit for one, culprit in said))
+            report.add(f"{case}, {rival} ({how})", "recall", "1", fmean(one[0] == name for one, _ in said))
+            report.add(f"{case}, {rival} ({how})", "culprit", "1", fmean(one[1] == culprit for one, culprit in said))
 
 
 def _by_magnitude(report: Report, verdicts: Sequence[Verdict]) -> None:
@@ -200,9 +200,9 @@ def _benign(report: Report, verdicts: Sequence[Verdict], what: str, *, is_gated:
     report.add(case, "suspicions that a probe dropped, and imbalances", "1", sum(v.suspicions for v in verdicts))
     if is_gated:
         report.gates.append(Gate("alarms in clean and benign runs", alarms, 0, alarms == 0))
-    for rival in other.RIVALS:
+    for rival, how in other.RIVALS.items():
         false = sum(v.rivals[rival][0] != "none" for v in verdicts if rival in v.rivals)
-        report.add(f"{case}, {rival}", "alarms", "1", false)
+        report.add(f"{case}, {rival} ({how})", "alarms", "1", false)
 
 
 def at_most(num: int, num_trials: int) -> float:

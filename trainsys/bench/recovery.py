@@ -322,23 +322,24 @@ def _measure(report: Report, arm: str, name: str, rank: int, options: Any) -> bo
         folder = Path(path)
         num_warm = options.ranks + (arm == _SPARE)
         striker = _Striker(folder, options.ranks, num_warm, rank, _SIGNALS[name])
-        waits_s = options.patience_s if arm == _RAY else options.frozen_s
+        is_ray = arm == _RAY
+        waits_s = options.patience_s if is_ray else options.frozen_s
         try:
             found_s = _ARMS[arm](folder, striker, options.ranks, waits_s)
         finally:
             striker.give_up()
         striker.join()
-        if arm == _RAY:
+        if is_ray:
             report.add(case, "not found", "1", float(found_s is None))
         if found_s is None:
-            return arm == _RAY
+            return is_ray
         begun, formed, stepped = (_notes(folder, what, 1) for what in ("begun", "formed", "stepped"))
-        first = {what: max(note["at_s"] for note in notes) for what, notes in (("formed", formed),)}
+        formed_s = max(note["at_s"] for note in formed)
         stepped_s = max(note["at_s"] for note in stepped if note["step"] == note["first"])
         restoring_s = max(note["restoring_s"] for note in stepped)
         report.add(case, "found", "s", found_s - striker.struck_s)
-        report.add(case, "formed", "s", first["formed"] - found_s)
-        report.add(case, "first step", "s", stepped_s - first["formed"] - restoring_s)
+        report.add(case, "formed", "s", formed_s - found_s)
+        report.add(case, "first step", "s", stepped_s - formed_s - restoring_s)
         report.add(case, "restoring", "s", restoring_s)
         report.add(case, "whole", "s", stepped_s - striker.struck_s - restoring_s)
         if arm == _SPARE:

@@ -37,7 +37,7 @@ TUNED_SEEDS = (0, 1, 2, 3, 4)
 """Whose trials may be looked at to make a rule better."""
 _GOLDEN = 0.6180339887
 """Multiples of it, less their whole parts, lie evenly between 0 and 1."""
-_BATCH = 4
+_BATCH = 8
 """So many trials follow each other in one job, if it lives as long; then comes another layout."""
 _NO_NUMERIC = {"fsdp": set(NUMERIC), "pipeline": {"bit_flip"}}
 """Sharded ranks have no replica to compare with and DDP's buckets alone have a hook before the reduction; the stages of

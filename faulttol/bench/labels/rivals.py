@@ -27,7 +27,14 @@ from faulttol.view import JobView, match
 
 SCORE = 0.75
 _WAITING = 0.2
-RIVALS = ("section score", "show_straggler", "process table", "flight recorder", "analyser on our records")
+RIVALS = {
+    "section score": "by its rule",
+    "show_straggler": "by its rule",
+    "process table": "by its rule",
+    "flight recorder": "ran",
+    "analyser on our records": "ran",
+}
+"""What others there are, and whether they ran or their rule was applied to our records."""
 Said = tuple[str, str]
 """Class, who; `none` and empty where nothing is said."""
 NOTHING: Said = ("none", "")

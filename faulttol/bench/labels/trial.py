@@ -100,6 +100,12 @@ class RunningJob:
         """The furthest step that a rank has begun."""
         return max((r.marks[-1].step for r in self.view.records.values() if r.marks), default=-1)
 
+    @property
+    def ended(self) -> dict[int, int]:
+        """Exit codes of the ranks whose process has ended; of a signal, less than 0."""
+        codes = {rank: process.exitcode for rank, process in enumerate(self._processes)}
+        return {rank: code for rank, code in codes.items() if code is not None}
+
     def wait_until_ready(self) -> None:
         """Wait for the ranks' groups, then watch their processes."""
         for rank, orders in enumerate(self._orders):
