@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -102,13 +102,18 @@ class Alive(Protocol):
 
 def wait_for_step(process: Alive, run_dir: Path, step: int, timeout_s: float = 120) -> None:
     """Return when the run has recorded `step`."""
+    wait_until(lambda: last_step(run_dir) >= step, process, run_dir, timeout_s)
+
+
+def wait_until(done: Callable[[], bool], process: Alive, run_dir: Path, timeout_s: float = 120) -> None:
+    """Return when `done` says so of what the run has written."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if last_step(run_dir) >= step:
+        if done():
             return
         assert process.poll() is None, f"ended early with {process.poll()}: {logs(run_dir)}"
         time.sleep(0.02)
-    raise AssertionError(f"step {step} not reached in {timeout_s} s: {logs(run_dir)}")
+    raise AssertionError(f"not reached in {timeout_s} s: {logs(run_dir)}")
 
 
 def last_step(run_dir: Path) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.test_trainsys import runs
+from tests.test_trainsys.test_hf import write_jsonl, write_llama
 from tests.test_trainsys.test_resume import assert_equal_state
 from trainsys import data, metrics, models
 from trainsys.report import summarise
@@ -100,6 +101,23 @@ def _assert_answers(run_dir: Path, accuracy: float) -> None:
         scores += [tasks.score(question, answer.text) for question, answer in zip(asked, answers, strict=True)]
     assert sum(scores) / len(scores) == pytest.approx(accuracy)
     assert torch.isfinite(next(model.parameters())).all()
+
+
+def test_someones_own_model_learns_by_rounds_in_its_own_tokens_and_goes_on(tmp_path: Path) -> None:
+    llama, run = write_llama(tmp_path / "llama", write_jsonl(tmp_path)), tmp_path / "run"
+    changed = ["--model.kind=hf", f"--model.path={llama}", f"--data.tokenizer={llama}", "--rl.warm_start.steps=2"]
+    changed += ["--schedule.warmup_steps=0", "--schedule.kind=constant", "--rl.evaluation_questions=2"]
+    words = [
+        word for word in _arguments(*changed) if not word.startswith(("--model.num", "--model.dim", "--model.ffn"))
+    ]
+    words = [word for word in words if not word.startswith("--steps")]
+    runs.succeed("train", *words, "--steps=4", f"--run_dir={run}", cwd=tmp_path)
+    runs.succeed("train", *words, "--steps=6", f"--run_dir={run}", "--resume", cwd=tmp_path)
+    assert [record["step"] for record in _records(run) if "rl/reward" in record] == [3, 4, 5, 6]
+    model = models.load_pretrained(run / "model").float()
+    (question,) = questions.draw([questions.parse_spec("largest:length=2")], 1, (1,), held_out=True)
+    policy = Policy(model, data.load_tokenizer(str(run / "model")), GenerationConfig(max_new_tokens=4))
+    assert policy.answer([question])[0].num_tokens <= 4
 
 
 @pytest.mark.slow

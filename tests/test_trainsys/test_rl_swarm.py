@@ -216,22 +216,6 @@ class _Drill:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _Again:
-    """A watcher that ends a swarm once every node has gone on from where it was, and learnt more from others."""
-
-    def __init__(self, stopped: list[NodeView]) -> None:
-        self._steps = {view.name: view.step for view in stopped}
-        self._until_s = time.monotonic() + 120
-
-    def begin(self, url: str, views: list[NodeView]) -> None:
-        self.url = url
-
-    def update(self, views: list[NodeView]) -> None:
-        has_more = all(_sources(view.folder, since=self._steps[view.name]) for view in views)
-        if has_more or time.monotonic() > self._until_s:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def _kill_writer_of(path: Path) -> None:
     """SIGKILL the process that has a file open."""
     killed = 0
@@ -259,25 +243,26 @@ def _sources(folder: Path, since: int = 0) -> Counter[str]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[str]:
     with launch.ray_cluster.joined(""):
-        yield
+        yield launch.ray_cluster.import_ray().get_runtime_context().gcs_address
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
 def test_a_killed_node_delays_nobody_and_comes_back_another_joins_late_and_all_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     variants = '--rl.swarm.variants=["model.dim=16", "model.dim=32 model.num_layers=2"]'
-    resolved = recipe.load(["rl_swarm"], [*_TINY, "--rl.swarm.nodes=2", variants, f"--run_dir={tmp_path / 'run'}"])
+    settings = (*_TINY, "--rl.swarm.nodes=2", variants, f"--run_dir={tmp_path / 'run'}")
+    resolved = recipe.load(["rl_swarm"], settings)
     with contextlib.ExitStack() as joining:
 
         def start_eve(url: str) -> Command:
-            own = (f"--rl.sharing.store={url}", "--rl.sharing.node=eve", "--run_dir=eve")
-            return joining.enter_context(runs.running("train", "rl_swarm", *_TINY, *own, cwd=tmp_path))
+            own = (f"--rl.sharing.store={url}", "--rl.sharing.node=eve", "--run_dir=eve")  # and the recipe's engine
+            words = [word for word in _TINY if not word.startswith("--engine.")]
+            return joining.enter_context(runs.running("train", "rl_swarm", *words, *own, cwd=tmp_path))
 
         drill = _Drill("node1", start_eve)
         run, stopped = run_swarm(resolved, resume=False, watch=drill)
@@ -295,13 +280,29 @@ def test_a_killed_node_delays_nobody_and_comes_back_another_joins_late_and_all_r
     assert [size["rl"]["warm_start"]["tasks"] for size in sizes] == [["largest:length=2"], ["sort:length=2"]]
     assert "node1" in report.summarise(run.path)
 
-    _, resumed = run_swarm(resolved, resume=True, watch=_Again(stopped))
-    for before, after in zip(stopped, resumed, strict=True):
-        assert after.state == "stopped"
-        assert after.step > before.step
-        assert _sources(after.folder, since=before.step)
-        steps = [record["step"] for record in _rounds(after.folder)]
-        assert steps == list(range(3, after.step + 1)), "each round once, through the kill and the resume"
+    # All of it again, from the command line: each node has its place, and the end is told.
+    words = ("rl_swarm", *settings, "--resume", f"--launch.ray_address={cluster}")
+    with runs.running("launch", *words, cwd=tmp_path) as command:
+        runs.wait_until(lambda: all(_sources(view.folder, since=view.step) for view in stopped), command, run.path)
+        command.send_signal(signal.SIGTERM)
+        assert command.wait(60) == EXIT_STOPPED
+    for view in stopped:
+        steps = [record["step"] for record in _rounds(view.folder)]
+        assert steps == list(range(3, len(steps) + 3)), "each round once, through the kill and the resume"
+        assert steps[-1] > view.step
+    printed = (tmp_path / "background.log").read_text()
+    assert f"report: {run.path / 'report' / 'index.html'}" in printed
+    assert "node0  stopped  step" in printed
+    assert len(list((run.path / "report").glob("*.png"))) == 5
+
+
+def test_a_node_whose_swarm_nobody_else_joins_trains_alone_and_says_so(tmp_path: Path) -> None:
+    own = ("--steps=24", f"--rl.sharing.store={tmp_path / 'store'}", "--rl.sharing.node=eve", "--run_dir=eve")
+    printed = runs.succeed("train", "rl_swarm", *_TINY[1:], *own, cwd=tmp_path)
+    (said, ended) = [line for line in printed.splitlines() if "trained on no group of others" in line]
+    assert "round 20 since the start: trained on no group of others: nobody else has anything in the store" in said
+    assert "round" not in ended
+    assert len(_rounds(tmp_path / "eve")) == 22
 
 
 def _view(folder: Path, **change: Any) -> NodeView:

@@ -8,14 +8,20 @@ import importlib.util
 import pytest
 
 from trainsys.errors import MissingExtraError
-from trainsys.rl import questions, tasks
+from trainsys.rl import questions, schema, tasks
 from trainsys.rl.errors import TaskError
-from trainsys.rl.rollout import Question
+from trainsys.rl.rollout import Completion, Group, Question
+from trainsys.rl.validation import Rules, Validator
 
 _HAS_GYM = importlib.util.find_spec("reasoning_gym") is not None
+_OF_GYM = [f"reasoning_gym.{name}" for name in ("leg_counting", "chain_sum", "letter_counting", "number_sorting")]
+_needs_gym = pytest.mark.skipif(not _HAS_GYM, reason="reasoning-gym is not installed (extra `rl`)")
+_every_task = pytest.mark.parametrize(
+    "name", [*sorted(tasks.BUILT_IN), *(pytest.param(name, marks=_needs_gym) for name in _OF_GYM)]
+)
 
 
-@pytest.mark.parametrize("name", sorted(tasks.BUILT_IN))
+@_every_task
 def test_a_question_is_made_again_from_its_seed_and_its_answer_scores_one(name: str) -> None:
     for seed in (0, 7, 2**63 - 1):
         question = tasks.ask(name, seed)
@@ -23,9 +29,24 @@ def test_a_question_is_made_again_from_its_seed_and_its_answer_scores_one(name: 
         assert tasks.regenerate(forged) == question
         answer = tasks.answer_of(question)
         assert tasks.score(question, answer) == tasks.score(question, f" {answer}\n") == 1
-        assert (
-            tasks.score(question, f"{answer}0") == tasks.score(question, "") == tasks.score(question, "x" * 9999) == 0
-        )
+        for wrong in (f"{answer}0", "", "\0", "é" * 100):
+            assert 0 <= tasks.score(question, wrong) < 1
+        assert tasks.score(question, "x" * 9999) == 0
+
+
+@_every_task
+def test_what_a_node_shares_of_a_task_is_made_again_and_scored_by_whoever_asks_it(name: str) -> None:
+    (question,) = questions.draw([questions.TaskSpec(name)], 1, (3,))
+    texts = (tasks.answer_of(question), "no")
+    rewards = tuple(tasks.score(question, text) for text in texts)
+    group = Group(question, tuple(Completion(text, 1, True) for text in texts), rewards, "anna", 1)
+    rules = Rules(asked=frozenset({(name, "{}")}))
+    for claimed, reasons in ((rewards, []), (rewards[::-1], ["reward"])):
+        sent = schema.row_of(dataclasses.replace(group, rewards=claimed), sequence=1, model="", created_ms=0)
+        encoded = schema.encode([sent])
+        accepted, rejected = Validator("me", rules).check(schema.name_of(encoded, node="anna", sequence=1), encoded)
+        assert [rejection.reason for rejection in rejected] == reasons
+        assert [found.group for found in accepted] == ([] if reasons else [group])
 
 
 def test_answers_are_right() -> None:
@@ -108,7 +129,7 @@ def test_reasoning_gym_says_what_to_install() -> None:
         tasks.find("reasoning_gym.leg_counting")
 
 
-@pytest.mark.skipif(not _HAS_GYM, reason="reasoning-gym is not installed")
+@_needs_gym
 def test_reasoning_gym_makes_and_scores_its_questions_again() -> None:
     spec = questions.parse_spec("reasoning_gym.leg_counting:min_animals=2,max_animals=4")
     question = tasks.ask(spec.name, 5, tasks.parse(spec.parameters))

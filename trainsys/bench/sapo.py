@@ -101,7 +101,8 @@ def markdown(report: Report) -> str:
     columns = ("accuracy, own skills", "accuracy, missing skills", "cumulative reward", "generated", "local signal")
     rows = ["| scenario | accuracy [95 %] | own skills | missing skills | reward | groups generated | signal |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for name in dict.fromkeys(case for case, metric, _ in report.samples if metric == "accuracy"):
+    names = list(dict.fromkeys(case for case, metric, _ in report.samples if metric == "accuracy"))
+    for name in names:
         values = _samples(report, name, "accuracy")
         low, high = interval(values)
         cells = [f"{fmean(values):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 1 else "")]
@@ -109,6 +110,11 @@ def markdown(report: Report) -> str:
             found = report.samples.get((name, column, "1"))
             cells.append(f"{fmean(found):.3g}" if found else "-")
         rows.append(f"| {name} | {' | '.join(cells)} |")
+    by_skill = {name: [report.samples.get((name, f"not shown: {skill}", "1")) for skill in SKILLS] for name in names}
+    rows += ["", f"| accuracy where not shown | {' | '.join(SKILLS)} |", f"|---|{'---|' * len(SKILLS)}"]
+    for name, found_of in by_skill.items():
+        if any(found_of):
+            rows.append(f"| {name} | {' | '.join(f'{fmean(found):.3f}' if found else '-' for found in found_of)} |")
     compared = [key for key in report.samples if " over " in key[1]]
     if compared:
         rows += ["", "| compared seed by seed | ratio [95 %] |", "|---|---|"]
@@ -149,6 +155,9 @@ def _add(report: Report, name: str, seeds: list[list[Node]]) -> None:
         report.add(name, "accuracy, own skills", "1", accuracy(nodes, of=_own))
         if any(map(_missing, nodes)):
             report.add(name, "accuracy, missing skills", "1", accuracy(nodes, of=_missing))
+        for skill in {skill for node in nodes for skill in _missing(node)}:
+            without = [node for node in nodes if skill in _missing(node)]
+            report.add(name, f"not shown: {skill}", "1", accuracy(without, of=lambda node, skill=skill: [skill]))
         report.add(name, "accuracy at the start", "1", fmean(fmean(node["start"].values()) for node in nodes))
         report.add(name, "accuracy, nodes 0 2 4", "1", accuracy(node for node in nodes if node["node"] in HONEST))
         for metric in ("cumulative_reward", "generated", "external", "local_signal", "mean_age"):

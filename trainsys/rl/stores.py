@@ -121,12 +121,15 @@ class FolderStore:
     def _compare_clocks(self, written: str) -> None:
         """Take the store's time from a file written just now: nodes whose clocks differ agree on it.
 
-        A file system that does not tell leaves each node to its own clock.
+        A file system that does not tell, or not in which time zone, leaves each node to its own clock.
         """
         try:
-            ahead_s = self._fs.modified(written).timestamp() - self._clock()
+            modified = self._fs.modified(written)
         except (NotImplementedError, OSError, KeyError):
             return
+        if modified.tzinfo is None:
+            return
+        ahead_s = modified.timestamp() - self._clock()
         if abs(ahead_s - self._ahead_s) > self._CLOCK_TOLERANCE_S:
             log.warning("%s: its clock is %.0f s ahead of this machine's, and counts", self._root, ahead_s)
             self._ahead_s = ahead_s

@@ -28,14 +28,17 @@ def _poisoned(group: Group) -> Group:
 
 
 class Crowder(Exchange):
-    """Shares nothing but the truth, and too much of it: of one task, every round as many groups as a node keeps."""
+    """Shares nothing but the truth, and too much of it: every round as many groups as others keep of a peer.
+
+    All are of the one task of the bench that policies of this size do not learn in a run, whoever shows it.
+    """
 
     _GROUPS = 16
 
     def share(self, groups: Sequence[Group]) -> None:
         first = groups[0]
-        key = (self._sequence, *first.node.encode())
-        asked = questions.draw([questions.TaskSpec("largest")], self._GROUPS, key)
+        key = (first.question.seed, *first.node.encode())
+        asked = questions.draw([questions.TaskSpec("add")], self._GROUPS, key)
         super().share([_easy(first, question) for question in asked])
 
 
@@ -43,7 +46,7 @@ def _easy(pattern: Group, question: Question) -> Group:
     """Return a group as large as another, half of it right."""
     half = len(pattern.completions) // 2
     right = tasks.answer_of(question)
-    texts = [right] * half + ["0123"] * (len(pattern.completions) - half)
+    texts = [right] * half + ["0"] * (len(pattern.completions) - half)
     completions = tuple(Completion(text, len(text) + 1, True) for text in texts)
     rewards = tuple(tasks.score(question, text) for text in texts)
     return Group(question, completions, rewards, pattern.node, pattern.policy_version)
