@@ -26,6 +26,7 @@ from faulttol.operations import BACKEND_METHODS, OPERATORS, Operation
 _PARTS = (
     ("torch._C._after_ADInplaceOrView_keyset", torch._C, "_after_ADInplaceOrView_keyset"),
     ("torch.library._scoped_library", torch.library, "_scoped_library"),
+    ("torch._C._is_key_in_tls", torch._C, "_is_key_in_tls"),
     ("torch.distributed.Work.unbox", getattr(dist, "Work", object), "unbox"),
     ("torch.distributed.ProcessGroup.unbox", getattr(dist, "ProcessGroup", object), "unbox"),
 )
@@ -146,6 +147,11 @@ def work_of(result: Any) -> Any:
 def group_of(boxed: Any) -> Any:
     """Return the process group among an operator's arguments; the same object as long as somebody holds it."""
     return dist.ProcessGroup.unbox(boxed)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs autograd's backward: what begins here keeps a Python object of it."""
+    return bool(torch._C._is_key_in_tls("context"))
 
 
 def _below() -> Any:

@@ -49,6 +49,7 @@ class Token:
         "channel",
         "device",
         "group",
+        "in_backward",
         "index",
         "is_over",
         "kind",
@@ -70,6 +71,8 @@ class Token:
         self.output = 0
         """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
         self.work: Any = None
+        self.in_backward = False
+        """Whether it was begun inside autograd's backward, on the CPU."""
         self.ref: Any = None
         self.channel: object = None
         """What the device runs one after the other, and this among it."""

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from faulttol.channels import Channels
-from faulttol.compat import Interception, group_of, work_of
+from faulttol.compat import Interception, group_of, in_backward, work_of
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
 from faulttol.ongoing import Group, Token
@@ -36,6 +36,8 @@ _IDLE_S = 0.1
 """Between two signs of life while nothing goes on."""
 _HELD_S = 1.0
 """How long a work is held that cannot be asked whether it is over; by then whoever waits for it has it."""
+_REST_S = 0.01
+"""How long the threads of a backend get to let go of what is over."""
 _MAX_OUTPUTS = 256
 """Results of functional reduce-scatters that are followed until somebody waits for them."""
 
@@ -54,6 +56,8 @@ class Recorder:
         self._stamped: dict[object, deque[Token]] = {}
         """By stream: what has no work, since it runs on the stream that it was called from."""
         self._outputs: OrderedDict[int, Token] = OrderedDict()
+        self._resting: deque[Any] = deque()
+        """Works on the CPU that are over, begun inside backward; see `_end`."""
         self._clocks: dict[int, DeviceClock] = {}
         self._channels = Channels(rank)
         self._follows_tensors = False
@@ -153,6 +157,7 @@ class Recorder:
             work = work_of(result)
             if work is not None:
                 token.work = work
+                token.in_backward = token.device is None and in_backward()
                 self._pending[id(work)] = token
             elif token.group.coalesces:
                 token.group.unfinished.append(token)
@@ -256,7 +261,10 @@ class Recorder:
         if os.getpid() == self._pid:  # a forked child has no such thread
             self._watcher.join()
             self._look_at_all()
+            if self._resting:
+                time.sleep(_REST_S)
         self._pending.clear()
+        self._resting.clear()
         self.ring.close()
 
     @property
@@ -274,6 +282,10 @@ class Recorder:
         if token.is_over:
             return
         token.is_over = True
+        if token.in_backward and token.work is not None:
+            # Whoever lets go of it last needs Python's lock. Were that gloo's thread, it could wait for a thread that
+            # holds the lock and waits for gloo's: DDP's reducer ends so when it outlives the process group.
+            self._resting.append(token.work)
         try:
             self.ring.end(token.index, time.monotonic_ns(), None, failed=failed, late=late)
             if self._outputs.get(token.output) is token:
@@ -359,7 +371,8 @@ class Recorder:
         is_ready = False
         while not self._closed.is_set():
             self._is_idle = True
-            if self.num_pending:
+            num_rested = len(self._resting)
+            if self.num_pending or num_rested:
                 self._is_idle = False
                 self._closed.wait(self._poll_s)
             elif self._wake.wait(_IDLE_S):
@@ -371,6 +384,8 @@ class Recorder:
                 if not leave_captures_alone():
                     _LOG.warning("no CUDA runtime found: a graph that is captured while collectives go on may fail")
             self.ring.sign()
+            for _ in range(num_rested):
+                self._resting.popleft()
             self._look_at_all()
 
     def _look_at_all(self) -> None:

@@ -170,6 +170,13 @@ def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes:
 def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> tuple[Pairs, float]:
     """By pair of blocks: seconds without the recorder, and with it; and how many collectives a step has."""
     join(rank, world_size, folder, device)
+    try:
+        return _ddp_steps(rank, folder, device, sizes, poll_s)
+    finally:  # after its reducer: one that ends last waits with Python's lock for threads that need it
+        dist.destroy_process_group()
+
+
+def _ddp_steps(rank: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> tuple[Pairs, float]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layers = (nn.Linear(sizes.width, sizes.width, device=device, dtype=dtype) for _ in range(_NUM_LAYERS))
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=sizes.bucket_mb)
@@ -190,7 +197,6 @@ def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes
     block()
     faulttol.uninstall()
     record = faulttol.read_ring(faulttol.ring_path(folder, rank, 1))
-    dist.destroy_process_group()
     return pairs, sum(event.step >= 0 for event in record.events) / sizes.steps
 
 

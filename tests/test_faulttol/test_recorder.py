@@ -6,12 +6,14 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import faulttol
 from faulttol import RecorderError
@@ -56,13 +58,30 @@ def test_collectives_of_deepspeed_and_of_inductor_are_recorded_too(tmp_path: Pat
 
 def _world_of_one(rank: int, world_size: int, folder: str) -> None:
     """What holds of the recorder in any process; one fork is cheaper than many."""
-    for check in (_marks, _restores, _never_raises, _failures_are_told, _groups_of_one_name, _one_at_a_time, _forks):
+    checks = (_marks, _restores, _never_raises, _failures_are_told, _groups_of_one_name, _one_at_a_time, _rests, _forks)
+    for check in checks:
         check(Path(folder) / check.__name__)
         faulttol.uninstall()
 
 
 def test_the_recorder_keeps_its_promises_in_a_process(tmp_path: Path) -> None:
     run_ranks(_world_of_one, 1, str(tmp_path))
+
+
+def _rests(folder: Path) -> None:
+    """Works begun in backward are let go of here, never by a thread of gloo's: it would need Python's lock for that."""
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), bucket_cap_mb=1e-4)
+    model(torch.ones(2, 8)).sum().backward()  # builds its buckets anew
+    recorder = faulttol.install(folder, poll_s=30)
+    dist.all_reduce(torch.ones(1))
+    model(torch.ones(2, 8)).sum().backward()
+    held = [token.work for token in recorder._pending.values() if token.in_backward] + list(recorder._resting)
+    assert len(held) >= 4
+    refs = [weakref.ref(work) for work in held]
+    held.clear()
+    assert all(ref() is not None for ref in refs)
+    faulttol.uninstall()
+    assert [ref for ref in refs if ref() is not None] == []
 
 
 def _marks(folder: Path) -> None:
