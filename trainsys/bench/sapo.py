@@ -7,16 +7,21 @@ Swarms of five small policies (character decoders, d = 64, two layers) train on 
 answers. In a `skill-gap` swarm each node was shown two of the five tasks before; in a `homogeneous` one all five. A
 round of a node trains on I groups of its own and J of others (I + J = 8, G = 8 completions each), every configuration
 for as many rounds; so 4/4 generates half of what 8/0 does. Rollouts go through the store, the validation and the
-selection of real nodes, advantages and losses are theirs; policies of a process are computed side by side.
+selection of real nodes, advantages and losses are theirs; policies of a process are computed side by side. Two of five
+nodes attack: `liars` claim that a wrong answer is right, `crowders` flood the others with true groups of one task that
+teach nothing.
 
 Baselines: the same nodes alone (8/0), and alone with twice the sampling and the filter that external groups go through,
 which tells sharing from filtering. Intervals are Student's, 95 %, over seeds; a figure of a seed is the mean over its
-nodes. Accuracy is greedy on held-out questions of all five tasks; cumulative reward sums over rounds the mean reward of
-a node's own completions at temperature 1. All runs of a seed begin with the same weights.
+nodes. What attacked swarms have is divided, seed by seed, by what the three honest nodes have alone and by what all
+five have when none attacks: the one tells what an attack costs, the other also what two teachers fewer cost. Accuracy
+is greedy on held-out questions of all five tasks; cumulative reward sums over rounds the mean reward of a node's own
+completions at temperature 1. All runs of a seed begin with the same weights.
 
-Each scenario and seed is a line of `--lines` when it is done, and is not run again; with `--budget-s` nothing is begun
-that would end later, and the exit code is 3 while lines are missing. The scenario of the dead node is measured with
-processes that are killed as well: rounds of those that live, before and after.
+Each scenario and seed is a line of `--lines` when it is done, and is not run again unless settings, device or the code
+that decides it are others; with `--budget-s` nothing is begun that would end later, and the exit code is 3 while lines
+are missing. The scenario of the dead node is measured with processes that are killed as well: rounds of those that
+live, before and after.
 """
 
 from __future__ import annotations
@@ -155,9 +160,9 @@ def _add(report: Report, name: str, seeds: list[list[Node]]) -> None:
         report.add(name, "accuracy, own skills", "1", accuracy(nodes, of=_own))
         if any(map(_missing, nodes)):
             report.add(name, "accuracy, missing skills", "1", accuracy(nodes, of=_missing))
-        for skill in {skill for node in nodes for skill in _missing(node)}:
-            without = [node for node in nodes if skill in _missing(node)]
-            report.add(name, f"not shown: {skill}", "1", accuracy(without, of=lambda node, skill=skill: [skill]))
+        for skill in SKILLS:
+            if without := [node["accuracy"][skill] for node in nodes if skill in _missing(node)]:
+                report.add(name, f"not shown: {skill}", "1", fmean(without))
         report.add(name, "accuracy at the start", "1", fmean(fmean(node["start"].values()) for node in nodes))
         report.add(name, "accuracy, nodes 0 2 4", "1", accuracy(node for node in nodes if node["node"] in HONEST))
         for metric in ("cumulative_reward", "generated", "external", "local_signal", "mean_age"):
@@ -195,7 +200,9 @@ def _compare(report: Report, found: dict[str, list[list[Node]]], *, is_small: bo
         for clean, text in _CLEAN.items():
             ratio = fmean(_over(report, name, clean))
             ok, limit = (ratio >= _CLOSE, _CLOSE) if "validated" in name else (ratio <= _COLLAPSE, _COLLAPSE)
-            report.gates.append(Gate(f"{name}: accuracy of honest nodes over {text}", ratio, limit, ok))
+            title = f"{name}: accuracy of honest nodes over {text}"
+            # That two peers fewer teach less is no fault of validation: told, but no error of the run.
+            report.gates.append(Gate(title, ratio, limit, ok, is_speed="five" in text))
             report.add(name, f"accuracy of honest nodes over {text}", "1", *_over(report, name, clean))
 
 
