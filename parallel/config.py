@@ -51,8 +51,8 @@ class ParallelConfig:
     """With tensor > 1: what lies between the shared matrices (norms, dropout, the residual stream) is shared along
     the sequence, which saves its memory; sums become reduce-scatter and all-gather of the same bytes."""
     attention: Literal["ring", "ulysses"] = "ring"
-    """With context > 1: `ring` passes keys and values around, `ulysses` exchanges sequence for heads, whose number
-    (of keys and values too) context x tensor must divide."""
+    """With context > 1: `ring` passes keys and values around, `ulysses` exchanges sequence for heads: context x tensor
+    divides the query heads, and divides or is a multiple of the heads of keys and values."""
     overlap: bool = True
     """Overlap communication with computation: matrix products in chunks, gradients reduced during backward, messages
     of a pipeline received before they are needed."""

@@ -83,6 +83,8 @@ class Hybrid:
     """Runs forward and backward of the stages; None where the module is called."""
     tied: Mapping[str, int] = field(default_factory=dict)
     """Parameters that the first and the last stage both have, on different ranks: which copy is here, 0 or 1."""
+    tied_on_one_rank: Sequence[str] = ()
+    """Parameters that the first and the last stage both have, on the same rank; all ranks know of them."""
 
     @property
     def copies_of_tied(self) -> frozenset[str]:
@@ -196,7 +198,8 @@ def _cut(
         timeout_s=timeout_s,
     )
     copies = {name: int(not each.is_counted) for name, each in tied.items()}
-    return Hybrid(module, groups, shards_of(module), context, stages, pipeline, copies)
+    together = tied_names if schedule.rank_of[0] == schedule.rank_of[-1] else ()
+    return Hybrid(module, groups, shards_of(module), context, stages, pipeline, copies, together)
 
 
 class Part(nn.Module):

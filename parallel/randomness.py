@@ -9,7 +9,8 @@ each seeded by the coordinates along which it differs, and lets the default gene
     what even pipeline stages do alike               replicate, shard, context
 
 Tensor ranks without a sequence shard drop the very elements that one process drops, if seeded alike. Where ranks see
-different elements (parts of sequences, heads, batches) what they drop is equal in distribution only.
+different elements (parts of sequences, heads, batches) what they drop is equal in distribution only. A model whose only
+dropout is of the residual stream needs one stream, that of `seeded_like`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from parallel.mesh import Coordinates
+from parallel.mesh import Coordinates, Mesh
+
+
+def seeded_like(mesh: Mesh, rank: int) -> int:
+    """Return the rank by which a rank's default generator is seeded, so that its residual stream drops what it must.
+
+    That is the rank itself; but without a sequence shard, where tensor ranks compute one stream, the first of these.
+    """
+    return rank if mesh.degrees.sequence else mesh.rank_of(mesh.coordinates(rank)._replace(tensor=0))
 
 
 def stream_seed(seed: int, coordinates: Coordinates, apart: Collection[str]) -> int:

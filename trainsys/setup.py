@@ -16,6 +16,7 @@ from torch import distributed as dist
 from launch import RankContext
 from parallel import Mesh, MeshGroups
 from parallel.hybrid import GROUPS
+from parallel.randomness import seeded_like
 from trainsys import data
 from trainsys.background import repeated
 from trainsys.config import RunConfig
@@ -58,12 +59,8 @@ class Setup:
 
     @property
     def seed_index(self) -> int:
-        """What tells this rank's generators from others': its rank.
-
-        Without `parallel.sequence` all tensor ranks compute the residual stream, and its dropout must be the same.
-        """
-        degrees, at = self.config.parallel, self.mesh.coordinates(self.rank)
-        return self.rank if degrees.sequence else self.mesh.rank_of(at._replace(tensor=0))
+        """What tells this rank's generators from others'; equal on ranks that must drop the same."""
+        return seeded_like(self.mesh, self.rank)
 
     @property
     def counts(self) -> bool:

@@ -221,6 +221,9 @@ def test_two_ranks_with_experts_equal_one_process() -> None:
             "z-loss": Case(degrees=two, routing=replace(PLAIN, z_weight=0.1)),
             "capacity": Case(degrees=two, routing=replace(PLAIN, capacity_factor=0.8), rows=(1, 3)),
             "bias": Case(degrees=two, routing=bias, steps=10),
+            "no token for most experts": Case(
+                degrees=two, routing=replace(PLAIN, top_k=1), rows=(1, 1), length=1, shared=False
+            ),
             "no token on a rank": Case(degrees=two, rows=(0, 3)),
             "capacity, no token on a rank": Case(
                 degrees=two, routing=replace(PLAIN, capacity_factor=0.5), rows=(3, 0), shared=False

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from parallel import Mesh, MeshGroups, hybrid
 from parallel.config import ParallelConfig
+from parallel.randomness import seeded_like
 from trainsys import meter, models, recipe, schedule
 from trainsys.check import accumulation_steps, data_ranks
 from trainsys.config import RunConfig
@@ -110,6 +111,7 @@ def reference(layout: Layout, steps: range = range(1, 11)) -> Report:
     model = build(config).to(layout.dtype)
     optimizer = build_optimizer(model, config.optim)
     losses, norms = [], []
+    torch.manual_seed(0)
     for step in steps:
         everyone = [_windows(config, step, rank) for rank in range(data_ranks(config.parallel))]
         micros = [
@@ -152,7 +154,9 @@ def open_layout(layout: Layout) -> tuple[Engine, hybrid.Hybrid]:
         place=lambda module: module.to(layout.dtype),
         timeout_s=60,
     )
-    return open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan)), part
+    engine = open_engine(part, config, lambda module: build_optimizer(module, config.optim, plan))
+    torch.manual_seed(seeded_like(part.mesh, part.rank))  # of dropout, as the trainer does
+    return engine, part
 
 
 def take_steps(engine: Engine, layout: Layout, part: hybrid.Hybrid, steps: range) -> tuple[list[float], list[float]]:

@@ -1,7 +1,7 @@
 """Every row of the table of layouts takes the steps of one process, on DeepSpeed's engine.
 
 Two micro-batches a step, packed documents of uneven length, heads of keys and values that are fewer than query heads,
-a tied embedding, a vocabulary and layers that do not divide evenly.
+a tied embedding, a vocabulary and layers that do not divide evenly, dropout where ranks drop what one process drops.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ ROWS_TESTED = [
     layout(0, context=2),
     layout(0, replicate=2, expert=2),
     layout(1, UNCLIPPED, pipeline=2),
+    layout(0, "--model.dropout=0.3", "--engine.recompute=full", tensor=2, sequence=False),
     layout(1, tensor=2, sequence=False),
-    layout(3, context=2, attention="ulysses"),
+    layout(3, "--model.num_kv_heads=1", context=2, attention="ulysses"),
     layout(1, "--optim.kind=muon", pipeline=2),
     layout(2, "--optim.kind=muon", replicate=2, expert=2),
     # 4 ranks
@@ -125,6 +126,17 @@ ROWS_TESTED = [
 ]
 
 
+def huggingface_stages(folder: Path) -> list[Layout]:
+    """A Qwen3 and a tied Llama in two stages a rank, the one in a V, the other in a loop."""
+    found = []
+    for name, kind, extra in (("qwen3", "zbv", ()), ("llama, tied", "interleaved", (UNCLIPPED,))):
+        path = write_config(folder / kind, name, num_hidden_layers=5)
+        settings = ("--engine.zero_stage=0", "--model.kind=hf", f"--model.path={path}", "--model.vocab_size=0", *extra)
+        degrees = ParallelConfig(pipeline=2, stages=StagesConfig(schedule=kind))  # type: ignore[arg-type]
+        found.append(Layout(degrees, settings))
+    return found
+
+
 def huggingface_experts(folder: Path) -> Layout:
     """Spread experts of a Qwen3-MoE, in fp32: transformers has no grouped product of float64.
 
@@ -139,7 +151,8 @@ def huggingface_experts(folder: Path) -> Layout:
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_row_of_the_table_takes_the_steps_of_one_process(world_size: int, tmp_path: Path) -> None:
     layouts = [each for each in ROWS_TESTED if each.world_size == world_size]
-    check([*layouts, *([huggingface_experts(tmp_path)] if world_size == 2 else [])])
+    folders = [huggingface_experts(tmp_path / "experts"), *huggingface_stages(tmp_path)] if world_size == 2 else []
+    check([*layouts, *folders])
 
 
 def test_every_row_of_the_table_is_tested() -> None:
