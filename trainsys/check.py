@@ -234,8 +234,17 @@ def backend_of(config: RunConfig) -> legal.Backend:
         others["deepspeed"] = f"its ZeRO 0 is numerically wrong in {engine.precision}"
     if engine.precision == "fp16":
         others["torch"] = "it does not scale losses, which fp16 needs"
+    if engine.zero_stage and _ties_stages_of_a_rank(config):
+        others["torch"] = "FSDP2 cannot shard an embedding that is the head (model.tied_head) of a rank's second stage"
     others |= engine_refusals(config)
     return legal.choose(config.parallel, engine.zero_stage, engine.backend, others)
+
+
+def _ties_stages_of_a_rank(config: RunConfig) -> bool:
+    """Return whether the embedding and the head are one parameter in two stages of one rank; of folders unknown."""
+    degrees, model = config.parallel, config.model
+    is_v = degrees.pipeline > 1 and degrees.stages.schedule in ("zbv", "dualpipev")
+    return is_v and model.kind == "decoder" and model.tied_head
 
 
 def _parallel(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
@@ -311,13 +320,16 @@ def _context(config: RunConfig) -> Iterator[Problem]:
             "data.sequence_length",
             f"{config.data.sequence_length} is not a multiple of 2 x parallel.context ({2 * degrees.context})",
         )
-    kv_heads = model.num_kv_heads or model.num_heads
-    if degrees.attention == "ulysses" and model.kind == "decoder" and kv_heads % (degrees.context * degrees.tensor):
-        yield (
-            "parallel.attention",
-            f"ulysses shares {kv_heads} key and value heads among context x tensor ranks "
-            f"({degrees.context} x {degrees.tensor}), which must divide them; allowed: ring",
-        )
+    if degrees.attention == "ulysses" and model.kind == "decoder" and model.num_heads >= 1:
+        kv_heads = model.num_kv_heads or model.num_heads
+        own_heads, own_kv_heads = model.num_heads // degrees.tensor, max(1, kv_heads // degrees.tensor)
+        if own_heads % degrees.context or (own_kv_heads % degrees.context and degrees.context % own_kv_heads):
+            yield (
+                "parallel.attention",
+                f"ulysses cannot share {model.num_heads} query and {kv_heads} key and value heads among context x "
+                f"tensor ranks ({degrees.context} x {degrees.tensor}), which must divide the query heads, and divide "
+                "or be a multiple of the others; allowed: ring",
+            )
 
 
 def _pipeline(config: RunConfig) -> Iterator[Problem]:

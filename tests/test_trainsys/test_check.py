@@ -78,8 +78,9 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
         ),
         (
             ["--parallel.context=4", "--parallel.attention=ulysses"],
-            "command line: parallel.attention: ulysses shares 2 key and value heads among context x tensor ranks "
-            "(4 x 1), which must divide them; allowed: ring",
+            "command line: parallel.attention: ulysses cannot share 6 query and 2 key and value heads among context x "
+            "tensor ranks (4 x 1), which must divide the query heads, and divide or be a multiple of the others; "
+            "allowed: ring",
         ),
         (
             ["--parallel.expert=2"],
@@ -167,6 +168,24 @@ def test_ranks_and_accumulation_follow_from_the_degrees() -> None:
 def test_a_conflict_gets_one_line(overrides: list[str], expected: str) -> None:
     found = problems(*overrides, "--steps=100") if "--steps=0" not in overrides else problems(*overrides)
     assert expected in found
+
+
+def test_ulysses_takes_fewer_key_heads_than_ranks() -> None:
+    heads = ("--model.num_heads=8", "--model.num_kv_heads=2", "--optim.kind=adamw", "--parallel.attention=ulysses")
+    assert problems(*heads, "--parallel.context=4") == []
+    assert problems(*heads, "--parallel.context=2", "--parallel.tensor=4") == []
+    assert any(
+        "ulysses cannot share" in line for line in problems(*heads, "--parallel.context=8", "--parallel.tensor=2")
+    )
+
+
+def test_an_embedding_tied_inside_a_rank_is_left_to_deepspeed() -> None:
+    """The V schedules put the first and the last stage on one rank."""
+    v = ("--parallel.pipeline=2", "--parallel.stages.schedule=zbv", "--optim.kind=adamw")
+    assert problems(*v, "--engine.zero_stage=1", "--model.tied_head=true") == []
+    (found,) = problems(*v, "--engine.zero_stage=2", "--model.tied_head=true")
+    assert "torch: FSDP2 cannot shard an embedding that is the head" in found
+    assert problems(*v, "--engine.zero_stage=2", "--model.tied_head=false") == []
 
 
 def test_the_number_of_ranks_must_be_the_product_of_the_degrees() -> None:
