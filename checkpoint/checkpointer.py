@@ -23,6 +23,7 @@ from checkpoint.copies import moments
 from checkpoint.errors import (
     CheckpointError,
     CommitTimeout,
+    CorruptCheckpoint,
     InvalidState,
     SaveAborted,
     SaveSkipped,
@@ -355,6 +356,26 @@ class Checkpointer:
         For a job that lost ranks: their votes will never come, and `close` need not wait for them.
         """
         self._saver.cancel_all(error)
+
+    def distrust(self, after_step: int, reason: str) -> int:
+        """Mark all checkpoints of later steps, in every tier, as wrong though whole; return how many there were.
+
+        `latest` and `recover` pass over them from then on; their files stay. For a run that learns late that it went
+        wrong. One rank calls it, before any loads.
+
+        Raises:
+            StorageError: one could not be marked, or a tier not be read.
+        """
+        found, reasons = self._tiers.candidates()
+        unseen = [str(one) for one in reasons if isinstance(one, StorageError)]
+        wrong = [one.reader for one in found if one.reader.record.step > after_step]
+        for reader in wrong:
+            reader.condemn(self._rank, CorruptCheckpoint(f"{reader.folder}: {reason}"))
+            if reader.mark() is None:
+                unseen.append(f"{reader.url} bears no mark")
+        if unseen:
+            raise StorageError(f"not all checkpoints after step {after_step} are marked as wrong: {'; '.join(unseen)}")
+        return len(wrong)
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for the pending saves, report their errors as `poll` does, release the staging memory. Idempotent.

@@ -116,6 +116,23 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CorruptionConfig:
+    """Looking for numbers that are wrong while nothing raises; see faulttol.sdc."""
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid", "strict": True}
+
+    replicas_every: int = 0
+    """Steps between two comparisons of the parameters of data-parallel replicas, to the bit, before the update; costs
+    one reading of the parameters and an exchange of 8 bytes. 0 never compares; needs parallel.replicate above 1, and
+    names the rank from 3 replicas on. A checkpoint counts as right once a comparison after it found nothing."""
+    products_every: int = 0
+    """Of each linear layer, every how-many-th product is checked against the sums of its factors; 0 checks none."""
+    gradient_norms: bool = False
+    """Whether each rank's gradient norm before the reduction is recorded, and one unlike the others' (from 3 ranks on,
+    by detector.gradient_deviations) is a fault of its rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FaultTolConfig:
     """Watching ranks, and what becomes of what is seen."""
 
@@ -134,5 +151,11 @@ class FaultTolConfig:
     """mode=observe, act: folder in which ranks record, in memory or on a local disk; empty takes `RUN/events`."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """mode=act: what recovery may cost."""
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    """mode=observe, act: which wrong numbers are looked for. Found ones are told and kept; in mode=act also the rank
+    is replaced, and the run goes on from the last checkpoint before them."""
+    ship_to: str = ""
+    """mode=observe, act: path or URL where all that ranks record is kept for good, as Arrow files; a ring keeps only
+    the newest. Empty keeps nothing more."""
     drill: bool = False
     """Whether faults that `RUN/drill.jsonl` orders strike this run, to practise on."""

@@ -6,6 +6,8 @@ FaultTolError
 ├── RingError           a file that is no ring of this version, or is damaged
 ├── RunError            a run of which nothing is recorded
 ├── ShipError           a place for events that no file system knows
+├── Corrupted           numbers of a rank are not what they must be; with the ranks that have them
+├── Fenced (fence)      a rank of an older generation wants to write
 └── InjectedFault       what a scheduled fault of kind `raise` raises
 """
 
@@ -34,6 +36,15 @@ class RunError(FaultTolError):
 
 class ShipError(FaultTolError):
     """Events cannot be shipped to, or read from, the place that was named."""
+
+
+class Corrupted(FaultTolError):
+    """Silent data corruption: what a rank computed or holds is not what it must be. Raised on every rank alike."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        """`ranks` have the wrong numbers; none where replicas differ and nobody can tell which is right."""
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class InjectedFault(FaultTolError):

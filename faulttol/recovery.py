@@ -21,10 +21,11 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from faulttol.abort import Connections, abort_devices, quiesce
+from faulttol.errors import Corrupted
 
 _AGAIN_S = 0.05  # between two attempts at freeing the work: groups may be in the making when the first one comes
 
@@ -53,13 +54,22 @@ class Standing:
     messages: tuple[str, ...] = ()
     """FAILED, and QUIESCED after it: `Type: text` of the error and of those it came from."""
     traceback: str = ""
+    corrupted: tuple[int, ...] | None = None
+    """FAILED, and QUIESCED after it, because wrong numbers were found: the ranks that have them; see `Corrupted`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Standing:
-        return cls(fields["generation"], fields["state"], tuple(fields["messages"]), fields["traceback"])
+        corrupted = fields["corrupted"]
+        return cls(
+            fields["generation"],
+            fields["state"],
+            tuple(fields["messages"]),
+            fields["traceback"],
+            None if corrupted is None else tuple(corrupted),
+        )
 
 
 class Member:
@@ -136,10 +146,10 @@ class Member:
                 log.info("generation %d: the work ended with %s: %s", self._generation, type(error).__name__, error)
                 result = None
                 messages, text = self._describe(error)
-                told = Standing(self._generation, "failed", messages, text)
+                told = Standing(self._generation, "failed", messages, text, _corrupted(error))
                 self._publish(told)
                 quiesce(error)
-                told = Standing(self._generation, "quiesced", messages, text)
+                told = replace(told, state="quiesced")
             self._rest(has_finished=told.state == "finished")
             self._publish(told)
         return result
@@ -186,3 +196,13 @@ class Member:
                 release()
             with self._changed:
                 self._changed.wait(_AGAIN_S)
+
+
+def _corrupted(error: BaseException) -> tuple[int, ...] | None:
+    """The ranks whose wrong numbers the error, or one that it came from, is about."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, Corrupted):
+            return link.ranks
+        link = link.__cause__
+    return None

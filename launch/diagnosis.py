@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from faulttol.detector import Memory, observe
 from faulttol.finding import Finding
 from faulttol.health import Vitals
 from faulttol.history import Follower
+from launch.records import append_line
 
 _LOOK_S = 0.5
 _KEPT_EVENTS = 512
@@ -28,6 +28,8 @@ class Observation:
     """File that gets a JSON line for each finding."""
     health: HealthConfig
     detector: DetectorConfig
+    ship_to: str = ""
+    """Path or URL where all that ranks record is kept; see `faulttol.ship`. Empty keeps nothing more than the rings."""
 
 
 class Diagnosis:
@@ -77,9 +79,7 @@ class Diagnosis:
 
     def _keep(self, finding: Finding) -> None:
         line = {"time": round(time.time(), 3), "generation": self._generation, **asdict(finding)}
-        self._observation.record.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._observation.record, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self._observation.record, line)
 
 
 def told(finding: Finding) -> str:

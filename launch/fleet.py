@@ -25,10 +25,17 @@ class Recovery:
     """File that gets a JSON line for each recovery."""
     smaller_sizes: tuple[int, ...] = ()
     """World sizes below the job's in which its entry can go on."""
+    first_generation: int = 0
+    """Number of the first one: above those of every earlier launch of the run, which the fence keeps out as well."""
     total_steps: int = 0
     """Steps of the whole job: a slow rank near the end is not worth replacing. 0 never replaces one."""
     saved_step: Callable[[], int] = lambda: -1
     """The newest step that the job could go on from; -1 before the first."""
+    acts_on_outliers: bool = False
+    """Whether a rank whose gradient was unlike the others' before they were added up is replaced."""
+    distrust: Callable[[int, str], object] = lambda step, why: None
+    """Is told the last step whose state is right, and why later ones may not be, before the job goes on: it must not
+    go on from those."""
     health: HealthConfig
     policy: PolicyConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 from faulttol.ring import remove_rings
@@ -59,14 +59,33 @@ def run(
         diagnosis = None
         if observation is not None:
             remove_rings(observation.rings)  # before a rank records: an earlier launch's would be taken for its own
+            stack.enter_context(_shipping(observation, lambda text: on_output(f"[{job.name}] {text}\n".encode())))
             diagnosis = stack.enter_context(contextlib.closing(Diagnosis(observation)))
-            diagnosis.begin(0, job.world_size)
+            diagnosis.begin(recovery.first_generation if recovery is not None else 0, job.world_size)
         if recovery is not None:
             fleet = stack.enter_context(_FLEET_BY_KIND[config.kind](job, config, heartbeat_interval_s))
             care = elastic.Care(limits, recovery, diagnosis)
             return elastic.supervise(fleet, job, care, stop_grace_s=grace_s, on_output=on_output)
         ranks = stack.enter_context(_START_BY_KIND[config.kind](job, config, heartbeat_interval_s))
         return supervise(ranks, job, limits, stop_grace_s=grace_s, on_output=on_output, diagnosis=diagnosis)
+
+
+@contextlib.contextmanager
+def _shipping(observation: Observation, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep all that ranks record while the block runs, where that is asked for; what cannot be kept ends no job."""
+    if not observation.ship_to:
+        yield
+        return
+    from faulttol.ship import Convoy
+
+    convoy = Convoy(observation.rings, observation.ship_to)
+    try:
+        yield
+    finally:
+        try:
+            convoy.close()
+        except OSError as error:
+            say(f"not all that ranks recorded could be kept in {observation.ship_to}: {error}")
 
 
 def _empty_logs(job: Job) -> None:

@@ -21,12 +21,16 @@ from launch.config import LaunchConfig
 from launch.fleet import MemberReport, member_log
 from launch.job import Job
 from launch.orders import Order
+from launch.placement import Home
 from launch.rankenv import RankEnv
 from launch.ray_actors import Actor, bury_all, cluster_errors
 from launch.verdict import Exit
 
 _LOOK_S = 0.02
 _END_TIMEOUT_S = 10.0
+_AGENT_PAUSE_S = 0.5  # until an agent that died is started again, doubled each time
+_LONGEST_AGENT_PAUSE_S = 60.0
+_SILENT_S = 2.0  # that an agent may owe an answer
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +143,7 @@ class RayFleet:
         if member in self._ended:
             return
         try:
-            agent = self._agents[self._node(member)]
-            is_gone = ray.get(agent.handle.end.remote(member), timeout=_END_TIMEOUT_S)
+            is_gone = self._agents[self._node(member)].end(member)
         except (KeyError, ray.exceptions.RayError) as error:
             log.warning("member %d: its node's agent could not end it: %s", member, error)
             is_gone = False
@@ -159,7 +162,7 @@ class RayFleet:
     def kill(self) -> None:
         actors, self._actors = self._actors, []
         for agent in self._agents.values():
-            self._ray.kill(agent.handle, no_restart=True)
+            agent.kill()
         self._agents.clear()
         for actor in actors:
             actor.kill()
@@ -176,7 +179,7 @@ class RayFleet:
         assert home is not None
         if home.node_id not in self._agents:
             self._agents[home.node_id] = _Agent(self._ray, home.node_id)
-        self._agents[home.node_id].handle.watch.remote(member, home)
+        self._agents[home.node_id].watch(member, home)
         env = RankEnv(store_host=self._store_host, store_port=self._store_port, store_is_served=True)
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(home.gpu_ids)} if home.gpu_ids else {}
         actor.run(
@@ -202,29 +205,70 @@ class RayFleet:
 
 
 class _Agent:
-    """A node's agent as the driver knows it."""
+    """A node's agent as the driver knows it.
+
+    One that dies or falls silent is replaced before anybody takes its node for lost: what it looks after may be well.
+    """
 
     def __init__(self, ray: Any, node_id: str) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        agent_class = ray.remote(num_cpus=0, max_restarts=0)(ray_rank.AgentActor)
-        self.handle = agent_class.options(scheduling_strategy=there).remote()
-        self._ray = ray
-        self._ref: Any = self.handle.look.remote()
+        self._ray, self._node_id = ray, node_id
+        self._homes: dict[int, Home] = {}
+        self._pause_s = _AGENT_PAUSE_S
         self._seen: list[Vitals] = []
         self._seen_at_s = time.monotonic()
+        self._handle: Any = None
+        self._ref: Any = None
+        self._has_answered = False
+        self._begun_s = self._asked_s = 0.0
+        self._begin()
+
+    def watch(self, member: int, home: Home) -> None:
+        """Let it look after one more member."""
+        self._homes[member] = home
+        self._handle.watch.remote(member, home)
+
+    def end(self, member: int) -> bool:
+        """Let it end a member, stopped or not; whether that is gone. Raises: ray.exceptions.RayError."""
+        self._homes.pop(member, None)
+        return bool(self._ray.get(self._handle.end.remote(member), timeout=_END_TIMEOUT_S))
+
+    def kill(self) -> None:
+        self._ray.kill(self._handle, no_restart=True)
 
     def look(self) -> list[Vitals]:
         """What it saw last, with the age of that."""
+        if self._ref is not None and self._has_answered and time.monotonic() > self._asked_s + _SILENT_S:
+            log.warning("the agent of node %s is silent, and is started again", self._node_id)
+            self.kill()
+            self._ref = None
+        if self._ref is None and time.monotonic() > self._begun_s + self._pause_s:
+            self._pause_s = min(2 * self._pause_s, _LONGEST_AGENT_PAUSE_S)  # its node may be gone, and not come back
+            self._begin()
         if self._ref is not None and self._ray.wait([self._ref], timeout=0)[0]:
             ref, self._ref = self._ref, None
             try:
                 self._seen, self._seen_at_s = self._ray.get(ref), time.monotonic()
-                self._ref = self.handle.look.remote()
+                self._has_answered, self._pause_s = True, _AGENT_PAUSE_S
+                self._ask()
             except self._ray.exceptions.ActorUnavailableError:  # the network hiccuped
-                self._ref = self.handle.look.remote()
+                self._ask()
             except self._ray.exceptions.RayError as error:
-                log.warning("the agent of a node is gone: %s", error)
+                log.warning("the agent of node %s is gone, and is started again: %s", self._node_id, error)
         age_s = time.monotonic() - self._seen_at_s
         return [replace(vitals, report_age_s=age_s) for vitals in self._seen]
+
+    def _begin(self) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
+        agent_class = self._ray.remote(num_cpus=0, max_restarts=0)(ray_rank.AgentActor)
+        self._handle = agent_class.options(scheduling_strategy=there).remote()
+        self._begun_s = time.monotonic()
+        for member, home in self._homes.items():
+            self._handle.watch.remote(member, home)
+        self._has_answered = False
+        self._ask()
+
+    def _ask(self) -> None:
+        self._ref = self._handle.look.remote()
+        self._asked_s = time.monotonic()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import get_args
 
+from faulttol.config import CorruptionConfig
 from parallel import legal
 from parallel.config import ParallelConfig
 from parallel.errors import ParallelError
@@ -39,6 +40,7 @@ def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[
         *_checkpoint(config),
         *rl_problems(config),
         *_faulttol(config),
+        *_corruption(config),
         *(_launch(config) if world_size is None else ()),
         *(_split(problem) for problem in schedule.check(config.schedule, config.steps)),
     ]
@@ -125,6 +127,8 @@ _AT_LEAST_ZERO = (
     "profile.start_step",
     "launch.gpus_per_rank",
     "launch.spares",
+    "faulttol.corruption.replicas_every",
+    "faulttol.corruption.products_every",
     "faulttol.policy.restarts_per_hour",
     "faulttol.policy.backoff_s",
     "faulttol.policy.spare_wait_s",
@@ -405,6 +409,16 @@ def _faulttol(config: RunConfig) -> Iterator[Problem]:
     watching, saving = config.faulttol, config.checkpoint
     if config.launch.spares and watching.mode != "act":
         yield "launch.spares", f"{config.launch.spares} would never step in; set faulttol.mode = 'act'"
+    if watching.ship_to:
+        from faulttol.errors import ShipError
+        from faulttol.ship import file_system
+
+        if watching.mode == "off":
+            yield "faulttol.ship_to", "nothing is recorded; set faulttol.mode = 'observe' or 'act'"
+        try:
+            file_system(watching.ship_to)
+        except ShipError as error:
+            yield "faulttol.ship_to", str(error)
     if watching.mode != "act":
         return
     if not saving.every and not saving.memory.every:
@@ -415,6 +429,52 @@ def _faulttol(config: RunConfig) -> Iterator[Problem]:
             f"{watching.health.stuck_after_s:g} s is under four heartbeats "
             f"(faulttol.heartbeat_interval_s = {watching.heartbeat_interval_s:g} s)",
         )
+
+
+def _corruption(config: RunConfig) -> Iterator[Problem]:
+    looked_for, saving, degrees = config.faulttol.corruption, config.checkpoint, config.parallel
+    if looked_for == CorruptionConfig():
+        return
+    if config.faulttol.mode == "off":
+        yield "faulttol.corruption", "nothing is looked for; set faulttol.mode = 'observe' or 'act'"
+    if config.rl.tasks:
+        yield "faulttol.corruption", "is for runs on text, not for rl.tasks"
+    if config.offload.parameters != "none":
+        yield "faulttol.corruption", "cannot see parameters that are elsewhere; allowed: offload.parameters = 'none'"
+    limit = 0 if _is_torch(config) else 2
+    if looked_for.gradient_norms and config.engine.zero_stage > limit:
+        yield (
+            "faulttol.corruption.gradient_norms",
+            f"sees no gradient of a rank alone at engine.zero_stage = {config.engine.zero_stage}; allowed: 0 with "
+            "engine.backend = 'torch', to 2 with 'deepspeed'",
+        )
+    every = looked_for.replicas_every
+    if not every:
+        return
+    if degrees.replicate < 2:
+        yield "faulttol.corruption.replicas_every", f"{every}: there are no replicas; needs parallel.replicate above 1"
+    if degrees.expert > 1:
+        yield "faulttol.corruption.replicas_every", f"{every}: replicas have experts of their own; allowed: 0"
+    if config.engine.zero_stage > limit:
+        yield (
+            "faulttol.corruption.replicas_every",
+            f"{every}: no rank keeps a replica of all parameters at engine.zero_stage = {config.engine.zero_stage}; "
+            "allowed: 0 with engine.backend = 'torch', to 2 with 'deepspeed'",
+        )
+    newer = math.ceil(every / saving.every) if saving.every else 0
+    if config.faulttol.mode == "act" and saving.keep_last <= newer:
+        yield (
+            "faulttol.corruption.replicas_every",
+            f"{every}: no checkpoint of before what is found would be left; needs checkpoint.keep_last (now "
+            f"{saving.keep_last}) above {newer}, or another checkpoint.every",
+        )
+
+
+def _is_torch(config: RunConfig) -> bool:
+    try:
+        return backend_of(config) == "torch"
+    except ParallelError:  # told elsewhere
+        return False
 
 
 def _launch(config: RunConfig) -> Iterator[Problem]:

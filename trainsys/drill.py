@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+
+from torch import Tensor
 
 from faulttol.inject import Fault, Injector, fired
 from trainsys.errors import ConfigError
@@ -47,6 +50,14 @@ class Drill:
         if size > self._read_bytes:
             self._take()
         self._injector.at(step)
+
+    def flip(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """Invert a bit of a parameter with what is ordered for this step; after `at`."""
+        self._injector.flip(step, parameters)
+
+    def corrupt(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
+        """Damage a gradient, before it is reduced, with what is ordered for this step; whether anything was."""
+        return self._injector.corrupt(step, gradients)
 
     def close(self) -> None:
         """Stop what still acts. Idempotent."""

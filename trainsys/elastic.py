@@ -7,15 +7,22 @@ import dataclasses
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import faulttol
 import launch
 from checkpoint.commit import COMMIT, AttemptName
+from checkpoint.reader import MARK
+from faulttol import fence
 from faulttol.fence import Fence
 from trainsys.check import backend_of, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
+from trainsys.corruption import distrust
 from trainsys.errors import ConfigError, RunError
 from trainsys.folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainsys.setup import Setup
 
 
 def recovery_of(config: RunConfig, folder: RunFolder) -> launch.Recovery | None:
@@ -26,16 +33,44 @@ def recovery_of(config: RunConfig, folder: RunFolder) -> launch.Recovery | None:
         fence=fence_path(folder),
         record=folder.path / "events" / "recoveries.jsonl",
         smaller_sizes=tuple(smaller_sizes(config)) if config.faulttol.policy.shrink else (),
+        first_generation=next_generation(folder),
         total_steps=config.steps,
         saved_step=lambda: saved_step(folder),
+        acts_on_outliers=config.faulttol.corruption.gradient_norms,
+        distrust=lambda after_step, why: distrust(folder, after_step, why),
         health=config.faulttol.health,
         policy=config.faulttol.policy,
     )
 
 
+def promise(config: RunConfig) -> str:
+    """Return what becomes of the run when a rank is at fault, in one line for a person."""
+    watching = config.faulttol
+    if watching.mode == "off":
+        return "faulttol.mode = off: a rank that dies, freezes or stands still ends the run; --resume continues it"
+    looked_for = watching.corruption
+    numbers = [
+        f"replicas every {looked_for.replicas_every} steps" if looked_for.replicas_every else "",
+        f"every {looked_for.products_every}. product of a layer" if looked_for.products_every else "",
+        "gradient norms" if looked_for.gradient_norms else "",
+    ]
+    compared = f", and wrong numbers by {', '.join(filter(None, numbers))}" if any(numbers) else ""
+    if watching.mode == "observe":
+        return f"faulttol.mode = observe: faults{compared} are told and kept in RUN/events; a lost rank ends the run"
+    shrink = "fewer ranks" if watching.policy.shrink and any(smaller_sizes(config)) else "nothing less than all ranks"
+    return (
+        f"faulttol.mode = act: a rank at fault{compared} is replaced, by {config.launch.spares} spare(s) that wait or "
+        f"one that is started, else the run goes on with {shrink}"
+    )
+
+
 def saved_step(folder: RunFolder) -> int:
-    """Return the newest step with a committed checkpoint on the local tier; -1 before the first."""
-    names = (AttemptName.parse(path.parent.name) for path in folder.checkpoints.glob(f"*/{COMMIT}"))
+    """Return the newest step with a committed checkpoint on the local tier that nobody distrusts; -1 before the first.
+
+    Looking costs the supervisor two names a checkpoint.
+    """
+    found = (path.parent for path in folder.checkpoints.glob(f"*/{COMMIT}") if not (path.parent / MARK).exists())
+    names = (AttemptName.parse(path.name) for path in found)
     return max((name.step for name in names if name is not None), default=-1)
 
 
@@ -48,6 +83,7 @@ def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation |
         record=folder.path / "events" / "findings.jsonl",
         health=config.faulttol.health,
         detector=config.faulttol.detector,
+        ship_to=config.faulttol.ship_to,
     )
 
 
@@ -75,6 +111,29 @@ def rings_path(config: RunConfig, folder: RunFolder) -> Path:
 def fence_path(folder: RunFolder) -> Path:
     """Return where the number of the run's current generation is."""
     return folder.path / "generation"
+
+
+def next_generation(folder: RunFolder) -> int:
+    """Return the number that the run's next start begins with: above those of every earlier one; 0 in a new run.
+
+    Raises:
+        RunError: the number of the last one cannot be read.
+    """
+    try:
+        return fence.current_generation(fence_path(folder)) + 1
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{fence_path(folder)}: cannot tell the last generation of the run: {error}; write the largest number of a "
+            "generation that its events name there"
+        ) from error
+
+
+def keep_out_earlier(folder: RunFolder) -> None:
+    """Let no rank of an earlier start of the run write any more, where any of those heeds a fence."""
+    if fence_path(folder).exists():
+        fence.publish(fence_path(folder), next_generation(folder))
 
 
 def fence_of(config: RunConfig, folder: RunFolder, generation: int) -> Fence | None:
@@ -117,6 +176,19 @@ def with_ranks(config: RunConfig, world_size: int) -> RunConfig:
     return dataclasses.replace(config, parallel=changed)
 
 
+def check_links(shared: Setup) -> None:
+    """See that all ranks can exchange messages about equally fast, before they train; every rank calls it.
+
+    Raises:
+        RunError: they cannot; naming the ranks at the slowest link. On every rank alike.
+    """
+    from faulttol import preflight
+
+    check = preflight.check_links(device=shared.device.type)
+    if not check.ok:
+        raise RunError(f"preflight failed:\n{preflight.summary([check])}")
+
+
 def warm_up(config: RunConfig, folder: RunFolder) -> None:
     """Check this machine, and do what a first start of training would do, so that a generation begins at once.
 
@@ -138,6 +210,6 @@ def warm_up(config: RunConfig, folder: RunFolder) -> None:
         rehearse(config)
     elif backend_of(config) == "deepspeed":
         # On a GPU it ends here: a spare does not know yet which one will be its own.
-        from trainsys.engine import import_deepspeed
+        from trainsys.deepspeed_setup import import_deepspeed
 
         import_deepspeed("cuda")

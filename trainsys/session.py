@@ -35,11 +35,19 @@ def train_here(resolved: Resolved, *, resume: bool) -> str:
     with contextlib.ExitStack() as stack:
         context = stack.enter_context(RankContext.open(os.environ))
         check(resolved.config, world_size=context.env.world_size, sources=resolved.sources)
+        if resolved.config.faulttol.mode == "act":
+            source = resolved.sources.get("faulttol.mode", "config")
+            raise ConfigError(
+                [
+                    f"{source}: faulttol.mode: 'act' needs the launcher that replaces ranks (`trainsys launch`); "
+                    "allowed here: 'off', 'observe'"
+                ]
+            )
         os.environ.update(context.env.to_environ())
         return train(
             context,
             resolved.config,
-            lambda: stack.enter_context(folder.open_run(resolved, resume=resume)),
+            lambda: _opened(stack.enter_context(folder.open_run(resolved, resume=resume))),
             resume=resume,
             threads=threads_per_rank(resolved.config),
         ).outcome
@@ -56,6 +64,9 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
     check(resolved.config, sources=resolved.sources)
     config = _with_console(resolved.config)
     with folder.open_run(resolved, resume=resume) as run:
+        if config.faulttol.mode != "act":  # where it is, recovery does
+            elastic.keep_out_earlier(run)
+        on_output(f"[{config.name}] {elastic.promise(config)}\n".encode())
         job = Job(
             entry=ENTRY,
             payload=rank_payload(config, run, resume=resume, threads=threads_per_rank(config)),
@@ -87,6 +98,11 @@ def outcome_of(result: JobResult) -> str:
 def threads_per_rank(config: RunConfig) -> int:
     """Return the CPU threads one rank computes with: what the launcher reserves for it."""
     return max(1, int(config.launch.cpus_per_rank))
+
+
+def _opened(run: folder.RunFolder) -> folder.RunFolder:
+    elastic.keep_out_earlier(run)
+    return run
 
 
 def _with_console(config: RunConfig) -> RunConfig:

@@ -8,7 +8,7 @@ micro-batches weigh every token the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,11 +60,12 @@ def train_step(
     lr: tuple[float, float],
     control: dist.ProcessGroup,
     phases: Phases,
+    inspect: Callable[[], object] = lambda: None,
 ) -> StepStats:
     """Run forward, backward and update over this rank's micro-batches of one step.
 
     `total_targets` counts the targets of all ranks (from `agree`), `data_ranks` the ranks that have sequences of their
-    own; `lr` is (factor of the peak, rate to report).
+    own; `lr` is (factor of the peak, rate to report). `inspect` is called before anything is updated.
 
     Raises:
         NumericsError: the loss is not finite; on every rank alike.
@@ -78,6 +79,7 @@ def train_step(
         mean = float(sums[0]) / max(total_targets, 1)
         if not torch.isfinite(sums).all():
             raise NumericsError(f"the loss is {mean}; lower the learning rate, or inspect the batch of this step")
+        inspect()
         update = engine.update(lr[0])
     return StepStats(
         loss=mean,

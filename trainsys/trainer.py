@@ -17,11 +17,13 @@ import torch
 
 import checkpoint as ck
 import faulttol
+from faulttol.config import CorruptionConfig
 from launch import RankContext
 from parallel import hybrid
 from trainsys import data, elastic, meter, metrics, models, offloading, recipe, schedule, setup, snapshot
 from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
+from trainsys.corruption import Inspector, heed
 from trainsys.drill import Drill
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.export import export_model, sample_text
@@ -66,9 +68,10 @@ def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]
         elastic.warm_up(recipe_config, folder)
 
     def work() -> dict[str, Any]:
-        config = elastic.with_ranks(recipe_config, context.env.world_size) if context.generation else recipe_config
+        is_again = context.generation > payload["first_generation"]
+        config = elastic.with_ranks(recipe_config, context.env.world_size) if is_again else recipe_config
         check(config, world_size=context.env.world_size)
-        resume = payload["resume"] or context.generation > 0
+        resume = payload["resume"] or is_again
         with elastic.recorded(config, folder, context):
             summary = train(context, config, lambda: folder, resume=resume, threads=payload["threads"])
         return dataclasses.asdict(summary)
@@ -96,6 +99,8 @@ def train(
         node, join = config.rl.sharing.node, joining(config)
         return train_policy(context, config, choose_folder, resume=resume, node=node, join=join)
     shared = setup.build(config, choose_folder, context)
+    if config.faulttol.mode == "act":
+        elastic.check_links(shared)
     with Trainer(shared, resume=resume) as trainer:
         return trainer.run()
 
@@ -106,6 +111,7 @@ def rank_payload(config: RunConfig, folder: RunFolder, *, resume: bool, threads:
         "config": recipe.to_tree(config),
         "folder": str(folder.path),
         "resume": resume,
+        "first_generation": elastic.next_generation(folder),
         "threads": threads,
         "cwd": os.getcwd(),
     }
@@ -162,6 +168,12 @@ class Trainer:
             self._resume()
         self._metrics = self._open_metrics()
         stack.callback(self._metrics.close)
+        self._inspector: Inspector | None = None
+        if config.faulttol.corruption != CorruptionConfig():
+            self._inspector = Inspector(
+                self._engine, shared, right_step=self._place.step, drill=self._drill, say=self._metrics.say
+            )
+            stack.callback(self._inspector.close)
         self._saver = Saver(
             self._checkpointer,
             self._engine,
@@ -226,6 +238,9 @@ class Trainer:
         config, step = self._config, self._place.step + 1
         self._beat("train", step)
         faulttol.mark_step(step, tokens=batch.num_targets)
+        inspector = self._inspector
+        if inspector is not None:
+            inspector.begin(step)
         factor = schedule.factor(config.schedule, step, config.steps)
         stats = train_step(
             self._engine,
@@ -235,13 +250,14 @@ class Trainer:
             lr=(factor, factor * config.optim.lr),
             control=self._shared.control,
             phases=self._phases,
+            inspect=inspector.before_update if inspector is not None else lambda: None,
         )
         self._place = Place(
             step=step,
             data=replace(self._place.data, position=self._place.data.position + config.batch.global_sequences),
             tokens_seen=self._place.tokens_seen + targets,
         )
-        faulttol.mark_step_end(loss=stats.loss)
+        faulttol.mark_step_end(loss=stats.loss, grad_norm=inspector.take_norm() if inspector is not None else None)
         self._throughput.mark(targets)
         if _due(step, config.metrics.every) or step == config.steps:
             seen = offloading.seen(self._engine)
@@ -269,7 +285,11 @@ class Trainer:
         self._metrics.write(self._place.step, metrics.validation_record(loss, tokens, seconds))
 
     def _resume(self) -> None:
-        self._shared.context.heartbeat.beat(step=0, phase="load")
+        shared = self._shared
+        shared.context.heartbeat.beat(step=0, phase="load")
+        setup.all_or_none(
+            lambda: heed(shared.folder, self._checkpointer) if shared.rank == 0 else 0, control=shared.control
+        )
         found = snapshot.load_newest(self._checkpointer, self._engine, self._dataset, self._order, self._shared.control)
         if found is not None:
             self._place, self._resumed_from = found[0], found[1].info.tier

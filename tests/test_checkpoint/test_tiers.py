@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoint import (
     CheckpointConfig,
@@ -400,3 +401,20 @@ def test_marked_checkpoints_are_not_recovered(places: Places):
     assert taken.value == "local 2"
     assert all("a test says so" in reason for reason in taken.skipped)
     assert os.path.isdir(places.local_root / places.folder(3))
+
+
+def test_distrusted_checkpoints_are_passed_over_in_every_tier_and_stay(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep_last=5)
+    with Checkpointer(tmp_path / "root", config=config) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"w": torch.full((4,), float(step))}).result()
+        assert checkpointer.distrust(1, "a bit had flipped") == 2
+        restored = torch.zeros(4)
+        loaded = checkpointer.recover({"w": restored})
+        assert loaded is not None
+        assert (loaded.step, float(restored[0])) == (1, 1.0)
+        assert [info.step for info in checkpointer.list()] == [1, 2, 3]
+        checkpointer.save(2, {"w": torch.full((4,), 2.0)}).result()
+        latest = checkpointer.latest()
+        assert latest is not None
+        assert latest.step == 2, "made anew"

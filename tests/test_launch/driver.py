@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import launch
+from faulttol.config import HealthConfig, PolicyConfig
 from launch import ray_cluster
 
 _SPEAKING = threading.Lock()
@@ -37,6 +38,7 @@ def run(request: dict[str, Any]) -> None:
             config,
             heartbeat_interval_s=request["heartbeat_interval_s"],
             on_output=lambda output: say(event="output", job=job.name, text=output.decode()),
+            recovery=_recovery(request["recovery"]) if "recovery" in request else None,
         )
     except launch.RankFailed as error:
         say(
@@ -57,6 +59,16 @@ def run(request: dict[str, Any]) -> None:
         raise
     else:
         say(event="ended", **{"job": job.name, **dataclasses.asdict(result)})
+
+
+def _recovery(folder: str) -> launch.Recovery:
+    """Going on, with notes in a folder, and patience for a busy machine."""
+    return launch.Recovery(
+        fence=Path(folder) / "generation",
+        record=Path(folder) / "recoveries.jsonl",
+        health=HealthConfig(frozen_after_s=20.0, stuck_after_s=20.0),
+        policy=PolicyConfig(abort_timeout_s=20.0),
+    )
 
 
 def serve(kind: str) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faulttol import fence
 from faulttol.config import HealthConfig, PolicyConfig
+from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.recovery import Standing
-from launch import elastic
+from launch import LaunchError, RankFailed, elastic, roster, slowness
 from launch.entry import Outcome, Raised
 from launch.fleet import MemberReport, Recovery, member_log
 from launch.job import Job
@@ -113,6 +117,24 @@ def _care(folder: Path, saved_step: Callable[[], int] = lambda: -1, **policy: An
     return elastic.Care(_LIMITS, recovery)
 
 
+class _Records:
+    """What a `Diagnosis` is to the supervisor; `current` is what the test lets it find."""
+
+    def __init__(self) -> None:
+        self.current: tuple[Finding, ...] = ()
+
+    def begin(self, generation: int, world_size: int) -> None:
+        self.current = ()
+
+    def look(self, vitals: object) -> Sequence[Finding]:
+        return ()
+
+
+def _losses(care: elastic.Care) -> list[list[tuple[int, str]]]:
+    lines = care.recovery.record.read_text().splitlines()
+    return [[(loss["rank"], loss["kind"]) for loss in json.loads(line)["losses"]] for line in lines]
+
+
 def _supervise(fleet: _Fleet, job: Job, care: elastic.Care) -> str:
     return elastic.supervise(fleet, job, care, stop_grace_s=1.0, on_output=lambda _: None).outcome
 
@@ -171,7 +193,7 @@ def test_a_loss_while_a_generation_loads_makes_no_earlier_recovery_fruitless(job
 def test_a_spare_that_fails_at_its_start_is_replaced_but_not_in_haste(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elastic, "_REFILL_S", 0.3)
+    monkeypatch.setattr(roster, "_REFILL_S", 0.3)
     added_s: list[float] = []
 
     def script(fleet: _Fleet) -> None:
@@ -215,3 +237,156 @@ def test_a_member_that_raised_but_lingers_is_ended_before_its_successor_starts(j
     fleet = _Fleet(job, 2, script)
     assert _supervise(fleet, job, _care(tmp_path, shrink=False)) == "completed"
     assert fleet.most_alive == 2
+
+
+def test_two_ranks_lost_at_once_are_both_replaced_though_one_spare_is_still_to_start(job: Job, tmp_path: Path) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(0)
+            fleet.end(1)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet, care = _Fleet(job, 3, script), _care(tmp_path, shrink=False)
+    assert _supervise(fleet, job, care) == "completed"
+    assert _losses(care) == [[(0, "dead"), (1, "dead")]]
+
+
+def test_a_survivor_that_dies_while_its_generation_ends_is_replaced_as_well(job: Job, tmp_path: Path) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+            if fleet.orders[-1][1]["order"] == "abort":
+                fleet.end(0)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet, care = _Fleet(job, 4, script), _care(tmp_path, shrink=False)
+    assert _supervise(fleet, job, care) == "completed"
+    assert [member for member, order in fleet.orders if order["order"] == "assign"][2:] == [2, 3]
+
+
+@pytest.mark.parametrize(("accused", "expected"), [((1,), [(1, "numeric")]), ((), [])])
+def test_a_rank_with_wrong_numbers_is_ended_whoever_tells_of_it_and_nobody_where_none_can_be_named(
+    job: Job, tmp_path: Path, accused: tuple[int, ...], expected: list[tuple[int, str]]
+) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.standings[0] == Standing(0, "working"):
+            told = Standing(0, "failed", ("Corrupted: a bit",), "", accused)
+            fleet.standings[0] = Standing.from_json(told.to_json())
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet, care = _Fleet(job, 3, script), _care(tmp_path)
+    assert _supervise(fleet, job, care) == "completed"
+    assert _losses(care) == [expected]
+    assert (1 in fleet.ended and fleet.ended[1].detail == "ended") == bool(accused)
+
+
+def test_a_gradient_unlike_the_others_replaces_its_rank_from_before_that_step(job: Job, tmp_path: Path) -> None:
+    records, distrusted = _Records(), []
+    outlier = Finding(kind=FindingKind.NUMERIC, suspects=(Suspect(1, 1.0),), summary="its norm is 1e9", step=7)
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            records.current = (outlier,)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    care: Any = _care(tmp_path)
+    recovery = replace(care.recovery, acts_on_outliers=True, distrust=lambda step, why: distrusted.append((step, why)))
+    care = replace(care, recovery=recovery, diagnosis=records)
+    assert _supervise(_Fleet(job, 3, script), job, care) == "completed"
+    assert _losses(care) == [[(1, "numeric")]]
+    assert distrusted == [(6, "its norm is 1e9")]
+
+
+def test_a_slow_rank_is_borne_then_isolated_at_the_next_checkpoint(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slowness, "_LOOK_S", 0.0)
+    records, saved, seen = _Records(), [100], dict[str, int]()
+    slow = Finding(kind=FindingKind.STRAGGLER, suspects=(Suspect(1, 1.0),), summary="late", slowdown=3.0, step=20)
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        looks = fleet.num_looks
+        if fleet.generation == 0:
+            # 200 steps since the checkpoint, 20 ms each: to do them again costs far more than a recovery.
+            fleet.pulse = Pulse(looks, looks, 300 + looks, "train")
+            records.current = (slow,) if looks > 4 else ()
+            if looks == 60:
+                saved[0] = 360
+        elif fleet.generation == 1:
+            seen.setdefault("replaced", looks)
+            fleet.finish()
+
+    care: Any = _care(tmp_path, lambda: saved[0], recovery_cost_s=0.3)
+    care = replace(care, recovery=replace(care.recovery, total_steps=100_000), diagnosis=records)
+    assert _supervise(_Fleet(job, 3, script), job, care) == "completed"
+    assert _losses(care) == [[(1, "slow")]]
+    assert 60 <= seen["replaced"] < 70, "not before the checkpoint, and at once after it"
+
+
+def test_a_later_launch_begins_above_the_generations_of_earlier_ones(job: Job, tmp_path: Path) -> None:
+    fence.publish(tmp_path / "fence", 4)
+    zombie = fence.Fence(tmp_path / "fence", 4)
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 5:
+            fleet.finish()
+
+    fleet, care = _Fleet(job, 2, script), _care(tmp_path)
+    care = replace(care, recovery=replace(care.recovery, first_generation=5))
+    assert _supervise(fleet, job, care) == "completed"
+    with pytest.raises(fence.Fenced, match="generation 4 is over, the job is in generation 5"):
+        zombie.check()
+
+
+def test_a_record_that_cannot_be_written_ends_no_job_but_a_fence_does(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "full").touch()  # no folder: nothing can be written in it, as on a full disk
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    care = _care(tmp_path)
+    unrecorded = replace(care, recovery=replace(care.recovery, record=tmp_path / "full" / "recoveries.jsonl"))
+    assert _supervise(_Fleet(job, 3, script), job, unrecorded) == "completed"
+    assert "recoveries.jsonl: could not be written" in caplog.text
+    unfenced = replace(care, recovery=replace(care.recovery, fence=tmp_path / "full" / "fence"))
+    with pytest.raises(LaunchError, match="cannot fence generation 0"):
+        _supervise(_Fleet(job, 3, script), job, unfenced)
+
+
+def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_ends_the_run(
+    job: Job, tmp_path: Path
+) -> None:
+    fenced = ("Fenced: generation 0 is over",)
+
+    def script(fleet: _Fleet, at_once: bool) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            if not at_once:
+                fleet.end(1)
+            if at_once or fleet.orders[-1][1]["order"] == "abort":
+                fleet.standings[0] = Standing(0, "failed" if at_once else "quiesced", fenced)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    care = _care(tmp_path)
+    assert _supervise(_Fleet(job, 3, lambda fleet: script(fleet, False)), job, care) == "completed"
+    assert _losses(care) == [[(1, "dead")]]
+    with pytest.raises(RankFailed, match="raised: Fenced: generation 0 is over"):
+        _supervise(_Fleet(job, 3, lambda fleet: script(fleet, True)), job, care)
+    assert len(_losses(care)) == 1, "it did not fight for the run"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faulttol import fence
 from faulttol.inject import Fault, fired
 from tests.test_trainsys import runs
 from trainsys import ConfigError, drill, recipe
@@ -72,6 +74,65 @@ def test_losing_a_rank_and_then_rank_0_changes_no_bit_of_the_run(tmp_path: Path,
     assert runs.losses(run) == runs.losses(undisturbed)
     model = "model/model.safetensors"
     assert (run / model).read_bytes() == (undisturbed / model).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_is_found_its_rank_replaced_and_the_run_goes_on_from_before_it(
+    tmp_path: Path, text: Path
+) -> None:
+    """Then two ranks are stopped at once; there is one spare, and another on its way."""
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    flip = Fault(kind="bit_flip", rank=1, step=5, element=7, bit=22)
+    _order(run, flip, *(Fault(kind="freeze", rank=rank, step=8) for rank in (0, 2)))
+    whole = ("--engine.backend=torch", "--engine.zero_stage=0")
+    runs.succeed("launch", *_arguments(text, undisturbed, *whole), cwd=tmp_path)
+    looked_for = ("--faulttol.corruption.replicas_every=1", "--faulttol.corruption.products_every=5")
+    settings = _arguments(text, run, *whole, *looked_for, *_RECOVERING)
+    output = runs.succeed("launch", *settings, "--launch.spares=1", "--checkpoint.keep_last=3", cwd=tmp_path)
+    assert _faults(run)[0] == ("bit_flip", 1)
+    first, *others = _recoveries(run)
+    assert [(loss["rank"], loss["kind"]) for loss in first["losses"]] == [(1, "numeric")]
+    assert "differs on rank 1 in bits 22; the state after step 3 was right" in first["losses"][0]["detail"]
+    assert {(loss["rank"], loss["kind"]) for one in others for loss in one["losses"]} == {(0, "frozen"), (2, "frozen")}
+    assert "resumes after step 3" in output, "the copy of step 4 may have been made after the bit had flipped"
+    assert not (run / "distrusted.json").exists(), "it was heeded"
+    assert runs.losses(run) == runs.losses(undisturbed)
+    model = "model/model.safetensors"
+    assert (run / model).read_bytes() == (undisturbed / model).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_replaced_once_it_has_cost_as_much_as_that(tmp_path: Path, text: Path) -> None:
+    """Its gradient goes wrong before that, which replaces it as well, from before that step."""
+    run = tmp_path / "run"
+    _order(run, Fault(kind="gradient", rank=2, step=9, factor=1e6), Fault(kind="slow", rank=1, step=20, seconds=0.3))
+    settings = runs.arguments(
+        *(f"--data.path={text}", f"--run_dir={run}", *_SETTINGS[1:], "--steps=60", "--launch.spares=1"),
+        *("--engine.backend=torch", "--engine.zero_stage=0", "--faulttol.corruption.gradient_norms=true"),
+        "--faulttol.corruption.replicas_every=10",
+        *(*_RECOVERING, "--faulttol.policy.recovery_cost_s=0.5", "--faulttol.detector.warmup_steps=2"),
+    )
+    runs.succeed("launch", *settings, "--checkpoint.keep_last=20", cwd=tmp_path)
+    losses = [(loss["rank"], loss["kind"]) for recovery in _recoveries(run) for loss in recovery["losses"]]
+    assert losses == [(2, "numeric"), (1, "slow")]
+    assert sorted(runs.losses(run)) == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_launch_that_was_killed_is_resumed_behind_a_fence_that_keeps_its_ranks_out(
+    tmp_path: Path, text: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = _arguments(text, run, "--engine.backend=torch", *_RECOVERING)
+    with runs.running("launch", *settings, cwd=tmp_path) as launcher:
+        runs.wait_for_step(launcher, run, 4)
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait(30)
+    assert fence.current_generation(run / "generation") == 0
+    runs.succeed("launch", *settings, "--resume", cwd=tmp_path)
+    with pytest.raises(fence.Fenced, match="generation 0 is over, the job is in generation 1"):
+        fence.Fence(run / "generation", 0).check()
+    assert runs.losses(run) == runs.losses(undisturbed)
 
 
 @pytest.mark.slow

@@ -2,6 +2,10 @@
 
     python -m trainsys.bench.soak [--minutes M] [--every-s S] [--seed N] [--json FILE] [--smoke] [RECIPE… --key=value…]
 
+The run that the results beside this file are of:
+
+    python -m trainsys.bench.soak --minutes 15 --every-s 20 --json trainsys/bench/results/soak-tiny-cpu.json
+
 trains a recipe (by default `tiny` on 3 local ranks and 1 spare) twice, for the same number of steps, chosen so that the
 second run lasts about M minutes: once undisturbed, the baseline, and once with a fault of random kind in a random rank
 every S seconds. Kinds: SIGKILL, exit, abort, segmentation fault, SIGSTOP, a sleep and an endless loop outside of any
@@ -9,8 +13,15 @@ collective, the GIL held by native code, an exception. The second run recovers i
 
     effective training time = 1 - sum over recoveries of (time between the two steps around it - usual time) / wall time
 
-Steps done again, waiting for a spare, and detection all count as lost. `recovery` is from the moment that the launcher
-noticed until all ranks had their new places, `lost` from the last step before to the first after, less the usual time.
+Steps done again, waiting for a spare, and detection all count as lost. `lost` is from the last step before to the first
+after, less the usual time; where it went, by recovery, in seconds:
+
+    detection   from the strike until the launcher had noticed
+    recovery    from there until all ranks had their new places: leaving collectives, waiting for a spare
+    restore     from there until the first step was done, less the usual time: groups, engine, checkpoint, data
+    done again  steps that were done before and are not kept, at the usual time each
+
+A collective counts as hanging after 5 s here, or ten times what such ones usually take; the default is a minute.
 
 Bound: 1, no time lost. Gates: every loss and the model at the end equal the undisturbed run's to the bit; every fault
 that was ordered struck, and was recovered from.
@@ -34,7 +45,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from faulttol.inject import Fault, fired
+from faulttol.inject import Fault, Strike, fired, strikes
 from trainsys import drill, metrics
 from trainsys.bench import training
 from trainsys.folder import RunFolder
@@ -52,7 +63,7 @@ _SMOKE = (
     *("--faulttol.health.stalled_after_s=2", "--faulttol.health.stuck_after_s=2"),
 )
 _RECOVERING = (
-    *("--faulttol.mode=act", "--faulttol.drill=true", "--launch.spares=1"),
+    *("--faulttol.mode=act", "--faulttol.drill=true", "--launch.spares=1", "--faulttol.detector.hang_after_s=5"),
     # Faults are the point here; and with fewer ranks sums are rounded otherwise.
     *("--faulttol.policy.restarts_per_hour=100000", "--faulttol.policy.no_progress_limit=20"),
     "--faulttol.policy.shrink=false",
@@ -141,6 +152,25 @@ def _usual_s(times: Mapping[int, float]) -> float:
     return statistics.median(after - before for before, after in pairwise(times.values()))
 
 
+def _parts(
+    times: Mapping[int, float], recoveries: Sequence[Mapping[str, Any]], struck: Sequence[Strike], usual_s: float
+) -> dict[str, list[float]]:
+    """Return where the time of each recovery went, beside the recovery itself."""
+    to_wall_s = time.time() - time.monotonic()  # the ranks run on this machine
+    at_s = [strike.at_ns / 1e9 + to_wall_s for strike in struck if not strike.is_over]
+    parts: dict[str, list[float]] = {"detection": [], "restore": [], "done again": []}
+    for recovery in recoveries:
+        noticed_s = recovery["time"] - recovery["after_s"]["rejoined"]
+        cause_s = max((one for one in at_s if one <= noticed_s), default=None)
+        if cause_s is not None:
+            parts["detection"].append(noticed_s - cause_s)
+        first = min((step for step, done_s in times.items() if done_s > recovery["time"]), default=None)
+        if first is not None:  # of what was lost again before it got a step further, only the last is kept
+            parts["restore"].append(max(0.0, times[first] - recovery["time"] - usual_s))
+            parts["done again"].append(max(0, recovery["step"] - first) * usual_s)
+    return parts
+
+
 def _describe(settings: Sequence[str], calm: Path, rough: Path, wall_s: float) -> dict[str, Any]:
     start = json.loads((rough / "config.json").read_text(encoding="utf-8"))
     recoveries = [json.loads(line) for line in (rough / "events" / "recoveries.jsonl").read_text().splitlines()]
@@ -153,6 +183,7 @@ def _describe(settings: Sequence[str], calm: Path, rough: Path, wall_s: float) -
         for before, after in pairwise(times.values())
         if any(before < recovery["time"] <= after for recovery in recoveries)
     ]
+    parts = _parts(times, recoveries, strikes(drill.record(RunFolder(rough))), usual_s)
     calm_s = max(undisturbed.values()) - min(undisturbed.values())
     expected, found = _losses(calm), _losses(rough)
     different = [step for step in expected if expected[step] != found.get(step)]
@@ -168,6 +199,7 @@ def _describe(settings: Sequence[str], calm: Path, rough: Path, wall_s: float) -
         ("faults", "1"): [len(struck)],
         ("recovery", "s"): [recovery["after_s"]["rejoined"] for recovery in recoveries],
         ("lost", "s"): lost,
+        **{(part, "s"): taken for part, taken in parts.items()},
     }
     for kind in sorted({fault.kind for fault in struck}):
         samples[f"faults of kind {kind}", "1"] = [sum(fault.kind == kind for fault in struck)]

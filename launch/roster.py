@@ -1,0 +1,112 @@
+"""All processes of a job that outlives its ranks: who is there, who is ready, and spares for those who left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from faulttol.config import HealthConfig
+from faulttol.health import Vitals
+from launch.fleet import Fleet
+from launch.member import Member
+from launch.supervisor import LONGEST_TICK_S, STACKS_S
+from launch.verdict import RankStatus
+
+POLL_S = 0.02
+_REFILL_S = 10.0  # until another spare is started for one that ended soon after its start
+
+
+class Roster:
+    """The members of one job, on a clock that stands still while the supervisor itself is suspended."""
+
+    def __init__(self, fleet: Fleet, health: HealthConfig) -> None:
+        self.fleet = fleet
+        self.now_s = 0.0
+        self.members: list[Member] = []
+        self.num_kept = 0
+        """Processes that there are to be."""
+        self._health = health
+        self._num_before_refill = 0
+        self._refilled_s = -_REFILL_S
+        self._looked_s = time.monotonic()
+
+    @property
+    def ranks(self) -> list[Member]:
+        """The members that have a place in the current generation, by rank."""
+        placed = [member for member in self.members if member.rank is not None]
+        return sorted(placed, key=lambda member: member.rank or 0)
+
+    @property
+    def ready(self) -> list[Member]:
+        """Members that wait for a place, in the order of their start."""
+        return [member for member in self.members if member.is_ready]
+
+    @property
+    def step(self) -> int:
+        """The furthest step that a rank has begun; -1 before the first."""
+        pulses = (member.status.pulse for member in self.ranks)
+        return max((pulse.step for pulse in pulses if pulse is not None), default=-1)
+
+    def look(self) -> None:
+        """Bring what is known up to date."""
+        reports = self.fleet.look()
+        looked_s = time.monotonic()
+        self.now_s += min(looked_s - self._looked_s, LONGEST_TICK_S)
+        self._looked_s = looked_s
+        for index, report in enumerate(reports):
+            if index == len(self.members):
+                self.members.append(Member(index, RankStatus(rank=index)))
+            self.members[index].learn(report, self.now_s, self._health)
+
+    def since_s(self, began_s: float) -> float:
+        """Seconds from a time of this clock until now, which is later than the last look."""
+        return time.monotonic() - self._looked_s + self.now_s - began_s
+
+    def vitals(self, generation: int, placed_s: float) -> list[Vitals]:
+        """Of the ranks that have not finished, under their numbers in this generation."""
+        since_s = self.now_s - placed_s
+        return [
+            replace(vitals, rank=member.rank, progress_age_s=min(vitals.progress_age_s or 0.0, since_s))
+            for member in self.ranks
+            if (vitals := member.vitals) is not None and member.rank is not None and not member.is_done(generation)
+        ]
+
+    def seats(self, before: dict[int, Member], size: int) -> list[Member]:
+        """Who is which rank now: survivors stay where they were, spares fill the gaps; with fewer ranks all move up."""
+        staying = {rank: member for rank, member in before.items() if not member.is_gone}
+        spares = self.ready
+        if size < len(before):
+            return [*(staying[rank] for rank in sorted(staying)), *spares][:size]
+        rest = iter(spares)
+        return [staying[rank] if rank in staying else next(rest) for rank in range(size)]
+
+    def refill(self) -> bool:
+        """Start new spares for the members that are gone; not at once again when one of the last ones is.
+
+        Returns whether there were any to start.
+        """
+        missing = self.num_kept - sum(not member.is_gone for member in self.members)
+        has_failed = any(member.is_gone for member in self.members[self._num_before_refill :])
+        if missing <= 0 or (has_failed and self.now_s < self._refilled_s + _REFILL_S):
+            return False
+        for member in self.members:
+            if member.is_gone and not member.is_ended and member.status.exit is None:
+                self.end(member)  # its process lingers in the place that its successor takes
+        self._refilled_s, self._num_before_refill = self.now_s, len(self.members)
+        for _ in range(missing):
+            self.fleet.add()
+        return True
+
+    def end(self, member: Member) -> None:
+        """End a member, whatever state it is in."""
+        self.fleet.end(member.index)
+        member.is_ended = True
+
+    def collect_stacks(self, members: Sequence[Member]) -> None:
+        """Have members say where they are, in their logs."""
+        self.fleet.dump_stacks([member.index for member in members if not member.is_gone])
+        until_s = self.now_s + STACKS_S
+        while self.now_s < until_s:
+            time.sleep(POLL_S)
+            self.look()
