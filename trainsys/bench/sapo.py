@@ -113,7 +113,8 @@ def markdown(report: Report) -> str:
         cells = [f"{fmean(values):.3f}" + (f" [{low:.3f}, {high:.3f}]" if len(values) > 1 else "")]
         for column in columns:
             found = report.samples.get((name, column, "1"))
-            cells.append(f"{fmean(found):.3g}" if found else "-")
+            mean = fmean(found) if found else float("nan")
+            cells.append("-" if not found else f"{mean:,.0f}" if mean >= 1000 else f"{mean:.3g}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
     by_skill = {name: [report.samples.get((name, f"not shown: {skill}", "1")) for skill in SKILLS] for name in names}
     rows += ["", f"| accuracy where not shown | {' | '.join(SKILLS)} |", f"|---|{'---|' * len(SKILLS)}"]

@@ -2,7 +2,7 @@
 
 Follows SAPO (arXiv 2509.08721): groups whose rewards are all equal are dropped, the rest are chosen at random. Differs:
 what is too old is dropped, and peers are drawn from evenly, whatever they offer. Where all groups are drawn alike, who
-offers most fills the round: two peers that send many true groups of one easy task take the places of all others.
+offers most gets most places, up to `per_peer`: two peers that send many true groups of one task may hold half a round.
 """
 
 from __future__ import annotations
