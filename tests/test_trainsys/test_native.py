@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from checkpoint import Checkpointer
 from checkpoint.state import pieces_of
 from parallel.config import ParallelConfig, StagesConfig
-from tests.ranks import run_ranks
+from tests.ranks import RankFailed, run_ranks
 from tests.test_trainsys.layouts import Layout, Report, open_layout, reference, take_steps
+from tests.test_trainsys.test_models_huggingface import write_config
 
 TORCH = "--engine.backend=torch"
 
@@ -93,6 +95,17 @@ def test_pipelines_shard_gradients_and_weights() -> None:
             layout(3, "--model.tied_head=false", pipeline=2, stages=StagesConfig(schedule="zbv")),
         ],
     )
+
+
+def test_what_a_folders_model_ties_on_one_rank_is_refused_on_every_rank(tmp_path: Path) -> None:
+    write_config(tmp_path, "llama, tied", num_hidden_layers=4)
+    folder = ("--model.kind=hf", f"--model.path={tmp_path}", "--model.vocab_size=0")
+    tied = layout(1, *folder, pipeline=2, stages=StagesConfig(schedule="zbv"))
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(engine_ranks, 2, [tied], timeout_s=120)
+    assert sorted(caught.value.reports) == [0, 1]
+    for report in caught.value.reports.values():
+        assert "engine.zero_stage: 1: two stages of a rank share causal_lm.model.embed_tokens.weight" in report
 
 
 def test_pipelines_shard_over_data_ranks() -> None:
