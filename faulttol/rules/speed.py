@@ -147,12 +147,13 @@ def _without_tokens(found: Window, config: DetectorConfig) -> tuple[dict[int, li
     """Each rank's local times as if all had the same tokens, and whether tokens explain what they differ by."""
     locals_s = found.locals_s()
     tokens = {rank: [own[step].tokens for step in found.steps] for rank, own in found.paces.items()}
-    pairs = [
-        (float(count), local_s)
-        for rank, counts in tokens.items()
-        for count, local_s in zip(counts, locals_s[rank], strict=True)
-        if count is not None
-    ]
+    groups: dict[tuple[int, int], list[float]] = {}
+    for rank, counts in tokens.items():
+        for count, local_s in zip(counts, locals_s[rank], strict=True):
+            if count is not None:
+                groups.setdefault((rank, count), []).append(local_s)
+    # Medians of a rank's steps of as many tokens: what held up a single step says nothing of tokens.
+    pairs = [(float(count), median(values)) for (_, count), values in groups.items() for _ in values]
     if len(pairs) < len(found.steps) * len(tokens):
         return locals_s, False
     x, y = [count for count, _ in pairs], [local_s for _, local_s in pairs]

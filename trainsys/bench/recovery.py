@@ -11,7 +11,7 @@ SIGKILL or SIGSTOP. Timed, from the signal on:
     restoring      the slowest rank's reading of its state
     whole          from the signal to the first step, without restoring
 
-Arms, alternating, each with a job of its own per sample, the same ranks, the same steps and the same state:
+Arms, alternating, each with a job of its own that is struck by both signals, the same ranks, steps and state:
 
     warm spare       `launch.run` with recovery and one spare
     restart of all   baseline: `launch.run` without; when it says that a rank failed, it is called again. It takes a
@@ -52,6 +52,8 @@ _WIDTH, _ROWS, _SAVE_STEPS = 256, 32, 5
 _STEPS_BEFORE = 20
 _START_S, _AGAIN_S = 120.0, 60.0
 _POLL_S = 0.002
+_Strike = tuple[int, str]
+"""Rank, key of _SIGNALS."""
 _SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 
 
@@ -173,14 +175,16 @@ def _notes(folder: Path, what: str, generation: int) -> list[dict[str, Any]]:
 
 
 class _Striker:
-    """Strikes one rank of a job once it runs, waits until it runs again, and then ends it; in a thread of its own."""
+    """Strikes ranks of a job, the next once it runs again, and then ends it; in a thread of its own."""
 
-    def __init__(self, folder: Path, num_ranks: int, num_warm: int, rank: int, number: int) -> None:
-        self.struck_s = 0.0
-        self.victim = 0
+    def __init__(
+        self, folder: Path, num_ranks: int, strikes: Sequence[_Strike], num_warm: Callable[[int], int]
+    ) -> None:
+        """`num_warm`: how many processes have to have been ready, before the strike of this index."""
+        self.struck_s: list[float] = []
+        self.victims: list[int] = []
         self.error: TimeoutError | None = None
-        self._folder, self._num_ranks, self._num_warm = folder, num_ranks, num_warm
-        self._rank, self._number = rank, number
+        self._folder, self._num_ranks, self._strikes, self._num_warm = folder, num_ranks, strikes, num_warm
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="striker")
         self._thread.start()
@@ -197,13 +201,14 @@ class _Striker:
 
     def _run(self) -> None:
         try:
-            self._await("warm", -1, self._num_warm, _START_S)
-            self._await("stepped", 0, 2 * self._num_ranks, _START_S)
-            begun = _notes(self._folder, "begun", 0)
-            self.victim = next(int(note["pid"]) for note in begun if note["rank"] == self._rank)
-            self.struck_s = time.monotonic()
-            os.kill(self.victim, self._number)
-            self._await("stepped", 1, self._num_ranks, _AGAIN_S)
+            for index, (rank, name) in enumerate(self._strikes):
+                self._await("warm", -1, self._num_warm(index), _START_S)
+                self._await("stepped", index, 2 * self._num_ranks, _START_S)
+                begun = _notes(self._folder, "begun", index)
+                self.victims.append(next(int(note["pid"]) for note in begun if note["rank"] == rank))
+                self.struck_s.append(time.monotonic())
+                os.kill(self.victims[-1], _SIGNALS[name])
+                self._await("stepped", index + 1, self._num_ranks, _AGAIN_S)
         except TimeoutError as error:
             self.error = error
         finally:
@@ -217,31 +222,34 @@ class _Striker:
             time.sleep(_POLL_S)
 
 
-# ---- the arms: each makes a job, has it struck, and returns when that was found, on the clock of the notes
+# ---- the arms: each makes a job, has it struck, and returns when each strike was found, on the clock of the notes
 
 
-def _with_spare(folder: Path, striker: _Striker, num_ranks: int, frozen_s: float) -> float | None:
+def _with_spare(folder: Path, striker: _Striker, num_ranks: int, frozen_s: float) -> list[float | None]:
     recovery = launch.Recovery(
         fence=folder / "fence",
         record=folder / "recoveries",
         health=HealthConfig(),
-        policy=PolicyConfig(shrink=False),
+        policy=PolicyConfig(shrink=False, restarts_per_hour=1000),
     )
-    config = launch.LaunchConfig(spares=1, frozen_timeout_s=frozen_s)
-    _launch(folder, num_ranks, 0, config, recovery)
-    line = json.loads((folder / "recoveries").read_text().splitlines()[0])
-    return float(line["time"] - time.time() + time.monotonic() - line["after_s"]["rejoined"])
+    _launch(folder, num_ranks, 0, launch.LaunchConfig(spares=1, frozen_timeout_s=frozen_s), recovery)
+    since_s = time.time() - time.monotonic()
+    lines = [json.loads(line) for line in (folder / "recoveries").read_text().splitlines()]
+    return [float(line["time"] - since_s - line["after_s"]["rejoined"]) for line in lines]
 
 
-def _restarted(folder: Path, striker: _Striker, num_ranks: int, frozen_s: float) -> float | None:
+def _restarted(folder: Path, striker: _Striker, num_ranks: int, frozen_s: float) -> list[float | None]:
     config = launch.LaunchConfig(frozen_timeout_s=frozen_s)
-    try:
-        _launch(folder, num_ranks, 0, config, None)
-    except launch.RankFailed:
-        found_s = time.monotonic()
-        _launch(folder, num_ranks, 1, config, None)
-        return found_s
-    return None
+    found_s: list[float | None] = []
+    while True:
+        try:
+            _launch(folder, num_ranks, len(found_s), config, None)
+        except launch.RankFailed:
+            found_s.append(time.monotonic())
+            if len(found_s) > len(striker.struck_s):
+                raise  # nobody struck it
+        else:
+            return found_s
 
 
 def _launch(
@@ -250,39 +258,36 @@ def _launch(
     payload = {"folder": str(folder), "attempt": attempt}
     entry = "trainsys.bench.recovery:work"
     job = launch.Job(entry=entry, payload=payload, world_size=num_ranks, log_dir=folder / "logs", name="job")
-    launch.run(job, config, heartbeat_interval_s=0.2, on_output=lambda _: None, recovery=recovery)
+    result = launch.run(job, config, heartbeat_interval_s=0.2, on_output=lambda _: None, recovery=recovery)
+    if result.outcome == "stopped":
+        raise SystemExit("stopped")
 
 
-def _on_ray(folder: Path, striker: _Striker, num_ranks: int, patience_s: float) -> float | None:
+def _on_ray(folder: Path, striker: _Striker, num_ranks: int, patience_s: float) -> list[float | None]:
     import ray
 
     make: Any = ray.remote(num_cpus=0, max_restarts=0)(_Worker)
-    found_s: float | None = None
-    for attempt in itertools.count():
+    found_s: list[float | None] = []
+    while True:
+        attempt = len(found_s)
         actors = [make.remote() for _ in range(num_ranks)]
         works = [actor.train.remote(str(folder), rank, num_ranks, attempt) for rank, actor in enumerate(actors)]
-        while True:
-            done, _ = ray.wait(works, timeout=0.05)
-            if done:
+        while not (done := ray.wait(works, timeout=0.05)[0]):
+            if len(striker.struck_s) > attempt and time.monotonic() > striker.struck_s[attempt] + patience_s:
+                os.kill(striker.victims[attempt], signal.SIGKILL)
                 break
-            if found_s is None and striker.struck_s and time.monotonic() > striker.struck_s + patience_s:
-                striker.give_up()
-                os.kill(striker.victim, signal.SIGKILL)
-                for actor in actors:
-                    ray.kill(actor)
-                return None
         try:
             ray.get(done)
-            ray.get(works)
+            if done:
+                ray.get(works)
+                return found_s
+            found_s.append(None)
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError):
-            if found_s is not None:
-                raise
-            found_s = time.monotonic()
+            found_s.append(time.monotonic())
+            if len(found_s) > len(striker.struck_s):
+                raise  # nobody struck it
         for actor in actors:
             ray.kill(actor)
-        if (folder / "over").exists():
-            break
-    return found_s
 
 
 # ---- the measurement
@@ -307,45 +312,51 @@ def main(words: list[str]) -> int:
     with ExitStack() as stack:
         if _RAY in options.arms:
             stack.enter_context(_own_ray())
-        for repeat in range(options.repeats):
-            for name, arm in itertools.product(signals, options.arms):
-                not_again += not _measure(report, arm, name, repeat % options.ranks, options)
+        for repeat, arm in itertools.product(range(options.repeats), options.arms):
+            strikes = [((repeat + index) % options.ranks, name) for index, name in enumerate(signals)]
+            not_again += len(strikes) - _measure(report, arm, strikes, options)
+            if options.json:
+                report.write(options.json)  # what there is, should it be ended
     _gate(report, not_again, options.smoke)
     return report.finish(options)
 
 
-def _measure(report: Report, arm: str, name: str, rank: int, options: Any) -> bool:
-    """Take one sample; return whether the job went on, or could not know that it had to."""
-    case = f"{arm}, {name}"
+def _measure(report: Report, arm: str, strikes: Sequence[_Strike], options: Any) -> int:
+    """Take a sample of each strike in one job; return after how many it went on."""
     shared = Path("/dev/shm")
+    num, is_ray, has_spare = options.ranks, arm == _RAY, arm == _SPARE
     with tempfile.TemporaryDirectory(prefix="recovery-", dir=shared if shared.is_dir() else None) as path:
         folder = Path(path)
-        num_warm = options.ranks + (arm == _SPARE)
-        striker = _Striker(folder, options.ranks, num_warm, rank, _SIGNALS[name])
-        is_ray = arm == _RAY
-        waits_s = options.patience_s if is_ray else options.frozen_s
+        striker = _Striker(folder, num, strikes, lambda index: num + 1 + index if has_spare else num * (index + 1))
         try:
-            found_s = _ARMS[arm](folder, striker, options.ranks, waits_s)
+            found = _ARMS[arm](folder, striker, num, options.patience_s if is_ray else options.frozen_s)
         finally:
             striker.give_up()
         striker.join()
-        if is_ray:
-            report.add(case, "not found", "1", float(found_s is None))
-        if found_s is None:
-            return is_ray
-        begun, formed, stepped = (_notes(folder, what, 1) for what in ("begun", "formed", "stepped"))
-        formed_s = max(note["at_s"] for note in formed)
-        stepped_s = max(note["at_s"] for note in stepped if note["step"] == note["first"])
-        restoring_s = max(note["restoring_s"] for note in stepped)
-        report.add(case, "found", "s", found_s - striker.struck_s)
-        report.add(case, "formed", "s", formed_s - found_s)
-        report.add(case, "first step", "s", stepped_s - formed_s - restoring_s)
-        report.add(case, "restoring", "s", restoring_s)
-        report.add(case, "whole", "s", stepped_s - striker.struck_s - restoring_s)
-        if arm == _SPARE:
+        for index, ((_, name), found_s) in enumerate(zip(strikes, found, strict=True)):
+            _add(report, f"{arm}, {name}", folder, index + 1, (striker.struck_s[index], found_s))
+            if is_ray:
+                report.add(f"{arm}, {name}", "not found", "1", float(found_s is None))
+        if has_spare:
             start = [max(note["at_s"] for note in _notes(folder, what, 0)) for what in ("begun", "formed")]
             report.add("start", "forming the group", "s", start[1] - start[0])
-        return len(begun) == options.ranks
+        return sum(len(_notes(folder, "formed", index + 1)) == num for index in range(len(strikes)))
+
+
+def _add(report: Report, case: str, folder: Path, generation: int, at_s: tuple[float, float | None]) -> None:
+    """Add one strike's times: when it was, and when it was found, if it was."""
+    struck_s, found_s = at_s
+    if found_s is None:
+        return
+    formed_s = max(note["at_s"] for note in _notes(folder, "formed", generation))
+    firsts = [note for note in _notes(folder, "stepped", generation) if note["step"] == note["first"]]
+    stepped_s, restoring_s = (max(note[what] for note in firsts) for what in ("at_s", "restoring_s"))
+    print(f"{case}: a step {stepped_s - struck_s:.2f} s after it", flush=True)
+    report.add(case, "found", "s", found_s - struck_s)
+    report.add(case, "formed", "s", formed_s - found_s)
+    report.add(case, "first step", "s", stepped_s - formed_s - restoring_s)
+    report.add(case, "restoring", "s", restoring_s)
+    report.add(case, "whole", "s", stepped_s - struck_s - restoring_s)
 
 
 def _gate(report: Report, not_again: int, is_smoke: bool) -> None:
@@ -368,7 +379,7 @@ def _own_ray() -> Iterator[None]:
 
 
 _SPARE, _RAY = "warm spare", "Ray alone"
-_ARMS: Mapping[str, Callable[[Path, _Striker, int, float], float | None]] = {
+_ARMS: Mapping[str, Callable[[Path, _Striker, int, float], list[float | None]]] = {
     _SPARE: _with_spare,
     "restart of all": _restarted,
     _RAY: _on_ray,
