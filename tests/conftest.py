@@ -20,6 +20,11 @@ settings.register_profile("project", parent=settings.default, deadline=None, dat
 settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what takes too long to be asked for each time."""
+    parser.addoption("--every-cell", action="store_true", help="train in all cells of the table of layouts")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Let the fork server import torch while tests are collected."""
     if not session.config.option.collectonly:

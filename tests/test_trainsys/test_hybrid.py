@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from parallel.config import ParallelConfig, StagesConfig
-from parallel.legal import ROWS
+from parallel.legal import ROWS, refusals
 from parallel.shards import whole
 from tests.ranks import run_ranks
 from tests.test_trainsys.layouts import Layout, Report, reference, train_rank
@@ -45,7 +45,7 @@ def expected(settings: tuple[str, ...], dtype: torch.dtype, data_ranks: int) -> 
 
 def check(layouts: Sequence[Layout]) -> None:
     """Run the layouts one after the other on as many ranks as each needs."""
-    reports = run_ranks(train_rank, layouts[0].world_size, list(layouts), timeout_s=240)
+    reports = run_ranks(train_rank, layouts[0].world_size, list(layouts), timeout_s=60 + 20 * len(layouts))
     for index, each in enumerate(layouts):
         # Only experts' balance depends on what is in a micro-batch together.
         data_ranks = each.degrees.replicate * each.degrees.shard if each.degrees.expert > 1 else 1
@@ -126,6 +126,13 @@ ROWS_TESTED = [
 ]
 
 
+def every_cell() -> list[Layout]:
+    """Every row of the table under every stage of ZeRO that DeepSpeed runs it with."""
+    axes = ("pipeline", "replicate", "shard", "context", "tensor", "expert")
+    cells = [(row, stage) for row in ROWS for stage in range(4) if "deepspeed" not in refusals(row, stage)]
+    return [layout(stage, **{axis: getattr(row, axis) for axis in axes}) for row, stage in cells]
+
+
 def huggingface_stages(folder: Path) -> list[Layout]:
     """A Qwen3 and a tied Llama in two stages a rank, the one in a V, the other in a loop."""
     found = []
@@ -149,8 +156,12 @@ def huggingface_experts(folder: Path) -> Layout:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_every_row_of_the_table_takes_the_steps_of_one_process(world_size: int, tmp_path: Path) -> None:
-    layouts = [each for each in ROWS_TESTED if each.world_size == world_size]
+def test_every_row_of_the_table_takes_the_steps_of_one_process(
+    world_size: int, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """With `--every-cell` under all stages of ZeRO, without it under some of each."""
+    chosen = [*ROWS_TESTED, *(every_cell() if pytestconfig.getoption("--every-cell") else ())]
+    layouts = [each for each in chosen if each.world_size == world_size]
     folders = [huggingface_experts(tmp_path / "experts"), *huggingface_stages(tmp_path)] if world_size == 2 else []
     check([*layouts, *folders])
 
