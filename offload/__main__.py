@@ -10,14 +10,15 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
+from offload.calibrate import KEPT
 from offload.errors import OffloadError
+from offload.movers import IoName
 from offload.numa import memory_only
 from offload.probe import Measurement, Report, probe
 from offload.tier import TierSpec
 
-KEPT = Path.home() / ".cache" / "trainsys" / "probe.json"
-"""Where the figures of the last probe are kept, for plans."""
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if not options.path.is_dir():
             raise OffloadError(f"--path: {options.path} is not a folder; name one on the disk to measure")
-        report = probe(options.path, size_bytes=options.size, repeats=options.repeats, cxl=options.emulate_cxl)
+        report = probe(
+            options.path, size_bytes=options.size, repeats=options.repeats, cxl=options.emulate_cxl, io=options.io
+        )
         text = json.dumps(as_json(report), indent=1) + "\n"
         for path in (options.keep, options.json):
             if path:
@@ -61,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_emulated,
         metavar="SIZE,GB/s,us",
         help="without CXL memory measure a stand-in of this size, rate each way and latency, e.g. 64GiB,20,0.5",
+    )
+    command.add_argument(
+        "--io",
+        choices=get_args(IoName),
+        default="auto",
+        help="what moves the disk's bytes: io_uring where the kernel allows it, else threads (auto); aio is DeepSpeed's "
+        "handle, which takes minutes to build at its first use",
     )
     command.add_argument(
         "--size", type=_num_bytes, default="512MiB", help="bytes moved per repeat, e.g. 1GiB; default 512MiB"
@@ -115,6 +125,9 @@ def _table(report: Report) -> str:
     machine = report.machine
     memory = f"{int(machine['memory_bytes']) / (1 << 30):.1f} GiB"
     lines.append(f"machine: {machine['cpus']} CPUs, {memory}, GPU {machine['gpu']}, {machine['system']}")
+    lines.append(
+        f"disk by {machine['nvme_io']}; io_uring: {machine['nvme_io_io_uring']}; aio: {machine['nvme_io_aio']}"
+    )
     found = memory_only(report.numa_nodes)
     lines += [f"tier {spec.label}: {spec.capacity_bytes / 1e9:.1f} GB" for spec in report.tiers]
     nodes = ", ".join(f"node {node.index} ({node.memory_bytes / (1 << 30):.1f} GiB)" for node in found)

@@ -87,25 +87,37 @@ class Machine:
                 self.subgroups_of[piece.parameter].append(subgroup.index)
         self.rates = tiering.rates
         self.plan = self._plan(tiering)
-        is_cuda = self.device.type == "cuda"
-        self.memory = HostMemory(pinned=is_cuda)
+        self.memory = HostMemory(pinned=self.device.type == "cuda")
         self._trace = tiering.trace
         self.lanes: Lanes = make_lanes(self.device, bytes_per_s=tiering.link_bytes_per_s, trace=tiering.trace)
-        self.tier = self._tier(tiering)
-        self.store = StateStore(
-            self.subgroups, self.plan.paths, self.device, self.memory, tier=self.tier, two_sides=mode == "spec"
-        )
+        self.tier: TierCache | None = None
         self._flat = [parameter.detach().view(-1) for parameter in flat]
         self.steps = [0] * len(flat)
         self._groups: list[Group] = []
-        self._gradients = self._host_gradients()
         self.mode = mode
-        self._load_masters()
-        self._kernels = self._make_kernels(tiering)
-        self.workers = self._make_workers(tiering)
+        self.workers: list[Worker] = []
+        self._kernels: list[Kernel] = []
         self.round: Round | None = None
         self.passed: set[int] = set()
         self._num_rounds = 0
+        try:
+            self._furnish(tiering)
+        except BaseException:
+            self.close()
+            raise
+
+    def _furnish(self, tiering: Tiering) -> None:
+        """Make what holds memory, room in a tier, and threads."""
+        if tiering.tier is not None:
+            self.tier = TierCache(tiering.tier, self.memory, tiering.num_tier_slots, tiering.trace)
+            self._reserve(self.tier)
+        self.store = StateStore(
+            self.subgroups, self.plan.paths, self.device, self.memory, tier=self.tier, two_sides=self.mode == "spec"
+        )
+        self._gradients = self._host_gradients()
+        self._load_masters()
+        self._kernels = self._make_kernels(tiering)
+        self.workers = self._make_workers(tiering)
         for worker in self.workers:
             worker.start()
 
@@ -262,12 +274,14 @@ class Machine:
                 self._device_worker.returned(subgroup.index)
 
     def close(self) -> None:
-        """End threads, lanes and pinning; a second call does nothing."""
+        """End threads, lanes and pinning, give room in a tier back; a second call does nothing."""
         for worker in self.workers:
             worker.close()
         self.lanes.close()
         for kernel in self._kernels:
             kernel.close()
+        if self.tier is not None:
+            self.tier.close()
         self.memory.close()
 
     def _pass(self, index: int, on_host: bool) -> None:
@@ -322,7 +336,10 @@ class Machine:
             interleave, budget = "cpu", dataclasses.replace(budget, device_bytes=0)
         if interleave == "auto" and self.rates is None:
             self.rates = calibrate.calibrate(
-                self.device, num_threads=tiering.num_threads or default_threads(), kernel=tiering.kernel
+                self.device,
+                num_threads=tiering.num_threads or default_threads(),
+                kernel=tiering.kernel,
+                tier=tiering.tier,
             )
         found = plan([group.count for group in self.subgroups], self.rates, interleave=interleave, budget=budget)
         if "tier" in found.paths and tiering.tier is None:
@@ -333,15 +350,11 @@ class Machine:
             )
         return found
 
-    def _tier(self, tiering: Tiering) -> TierCache | None:
-        if tiering.tier is None:
-            return None
-        cache = TierCache(tiering.tier, self.memory, tiering.num_tier_slots, tiering.trace)
+    def _reserve(self, cache: TierCache) -> None:
         for group, path in zip(self.subgroups, self.plan.paths, strict=True):
             if path == "tier":
                 first, last = group.pieces[0].parameter, group.pieces[-1].parameter
                 cache.add(group.index, group.count, f"states of parameters {first} to {last} (subgroup {group.index})")
-        return cache
 
     def _host_gradients(self) -> dict[int, torch.Tensor]:
         return {
@@ -366,7 +379,7 @@ class Machine:
 
     def _make_workers(self, tiering: Tiering) -> list[Worker]:
         place = Workplace(self.store, self.lanes, self._flat, self._runs, self._trace)
-        largest = max(group.count for group in self.subgroups)
+        largest = max((group.count for group in self.subgroups), default=0)
         width = max(parameter.element_size() for parameter in self._flat)
         outs = Ring([self.memory.empty(largest * width, torch.uint8) for _ in range(NUM_OUTS)])
         slots = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 import weakref
@@ -16,15 +15,14 @@ from torch import nn
 
 from offload import gates, norms
 from offload.errors import OptimizerError
-from offload.kernels import States
 from offload.machine import Group, Machine, Tiering
+from offload.optimizer_checks import check_parameters, check_settings
+from offload.optimizer_load import load
 from offload.schedule import Mode
 from offload.states import KINDS
 from offload.updates import Verdict
 
 __all__ = ["TieredAdamW", "Tiering"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TieredAdamW(torch.optim.Optimizer):
@@ -67,20 +65,21 @@ class TieredAdamW(torch.optim.Optimizer):
         tiering: Tiering | None = None,
     ) -> None:
         self.tiering = tiering or Tiering()
-        _check(mode, max_norm, self.tiering)
+        check_settings(mode, max_norm, self.tiering)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.mode: Mode = mode
         self.max_norm = max_norm
         self._step_supports_amp_scaling = True
         self._machine: Machine | None = None
         self._hooks: list[Any] = []
-        self._is_attached = False
+        self._attached: list[tuple[nn.Module, list[gates.Hook]]] = []
         self._closed = False
         self._failure: BaseException | None = None
         self._judge = ThreadPoolExecutor(1, thread_name_prefix="offload-judge")
         self._arrived: dict[int, int] = {}
         self._taken: set[int] = set()
         self._norms: dict[int, torch.Tensor] = {}
+        self._listened: set[int] = set()
         self._last_norm: float | None = None
         self.num_skipped = 0
         """Steps that were not made because something was not finite."""
@@ -106,8 +105,26 @@ class TieredAdamW(torch.optim.Optimizer):
         """
         assert self.machine, "made now, not under the first step"
         numbers = {id(parameter): number for number, parameter in enumerate(self._parameters())}
-        self._hooks += gates.attach(model, numbers, self)
-        self._is_attached = True
+        self._attached.append((model, gates.attach(model, numbers, self)))
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, also while training: states are laid out anew, after all updates."""
+        if getattr(self, "_machine", None) is None:
+            super().add_param_group(param_group)
+            return
+        saved = self.state_dict()["state"]
+        super().add_param_group(param_group)
+        self.machine.close()
+        self._at_end.detach()
+        self._machine = None
+        if self.tiering.accumulation_steps is not None:
+            self._register_arrivals()
+        self.load_state_dict({"state": saved, "param_groups": torch.optim.Optimizer.state_dict(self)["param_groups"]})
+        models = [model for model, _ in self._attached]
+        self._detach()
+        for model in models:
+            self.attach(model)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -145,7 +162,7 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def switch(self, mode: Mode, max_norm: float | None) -> None:
         """Change the mode and the clipping, between two steps. To and from `spec` only before the first step."""
-        _check(mode, max_norm, self.tiering)
+        check_settings(mode, max_norm, self.tiering)
         if self._machine is not None:
             self.wait()
             if "spec" in (mode, self.mode) and mode != self.mode:
@@ -218,34 +235,7 @@ class TieredAdamW(torch.optim.Optimizer):
         """
         self.wait()
         super().load_state_dict({**state_dict, "state": {}})
-        machine = self.machine
-        parameters = self._parameters()
-        values: list[dict[str, torch.Tensor]] = []
-        for number, parameter in enumerate(parameters):
-            entry = state_dict["state"].get(number, {})
-            mine = norms.local(parameter).detach()
-            master = entry.get("master", mine)
-            machine.steps[number] = int(entry.get("step", 0))
-            zeros = torch.zeros_like(mine, dtype=torch.float32)
-            values.append(
-                {"master": master, "exp_avg": entry.get("exp_avg", zeros), "exp_avg_sq": entry.get("exp_avg_sq", zeros)}
-            )
-            if "master" in entry:
-                mine.copy_(norms.local(master))
-        for subgroup in machine.subgroups:
-            parts = {
-                kind: torch.cat(
-                    [
-                        norms.local(values[piece.parameter][kind])
-                        .detach()
-                        .reshape(-1)[piece.start : piece.start + piece.count]
-                        .to(device=machine.device, dtype=torch.float32)
-                        for piece in subgroup.pieces
-                    ]
-                )
-                for kind in KINDS
-            }
-            machine.store.write(subgroup.index, States(*(parts[kind] for kind in KINDS)))
+        load(self.machine, self._parameters(), state_dict["state"])
 
     def states(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         """Yield every parameter's step count and fp32 states, in the parameter's shape, after all updates.
@@ -276,6 +266,7 @@ class TieredAdamW(torch.optim.Optimizer):
             self._judge.shutdown()
             for hook in self._hooks:
                 hook.remove()
+            self._detach()
             try:
                 if self._machine is not None:
                     self._machine.close()
@@ -289,6 +280,11 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _detach(self) -> None:
+        while self._attached:
+            for hook in self._attached.pop()[1]:
+                hook.remove()
 
     def _refuse_early_read(self) -> None:
         """Raise where updates begin in backward: what is read may be of this step, or of the next one."""
@@ -314,7 +310,7 @@ class TieredAdamW(torch.optim.Optimizer):
 
     def _build(self) -> Machine:
         parts = [[norms.local(parameter).detach() for parameter in g["params"]] for g in self.param_groups]
-        _check_parameters(parts)
+        check_parameters(parts)
         if self.tiering.subgroup_numel % 1024 and parts[0][0].is_cuda:
             raise OptimizerError(f"subgroup_numel: {self.tiering.subgroup_numel}; a multiple of 1024 with CUDA")
         machine = Machine(parts, self.tiering, self.mode)
@@ -325,6 +321,9 @@ class TieredAdamW(torch.optim.Optimizer):
     def _register_arrivals(self) -> None:
         this = weakref.ref(self)
         for number, parameter in enumerate(self._parameters()):
+            if number in self._listened or not parameter.requires_grad:
+                continue  # what is frozen now and trained later is taken in step()
+            self._listened.add(number)
 
             def arrived(parameter: torch.Tensor, number: int = number) -> None:
                 optimizer = this()
@@ -423,7 +422,7 @@ class TieredAdamW(torch.optim.Optimizer):
         parameters = self._parameters()
         for number, parameter in enumerate(parameters):
             self._guard(number, parameter)
-        return self._is_attached or all(gates.can_guard(parameter) for parameter in parameters)
+        return bool(self._attached) or all(gates.can_guard(parameter) for parameter in parameters)
 
     def _guard(self, number: int, parameter: torch.Tensor) -> None:
         if gates.can_guard(parameter):
@@ -484,36 +483,3 @@ def _close_later(machine: Machine) -> None:
     """Close a machine that nobody has closed, in a thread: a collector may run in any, also in the machine's own."""
     with contextlib.suppress(RuntimeError):  # the interpreter ends
         threading.Thread(target=machine.close, name="offload-close", daemon=True).start()
-
-
-def _check(mode: Mode, max_norm: float | None, tiering: Tiering) -> None:
-    problems = []
-    if mode not in ("sync", "defer", "stream", "spec"):
-        problems.append(f"mode: {mode!r}; allowed: sync, defer, stream, spec")
-    if max_norm is not None and not (max_norm > 0 and math.isfinite(max_norm)):
-        problems.append(f"max_norm: {max_norm}; above 0, or None not to clip")
-    if mode == "stream" and max_norm is not None:
-        problems.append("mode: stream; it updates before the norm is known: max_norm needs spec, defer or sync")
-    steps = tiering.accumulation_steps
-    if steps is not None and steps < 1:
-        problems.append(f"accumulation_steps: {steps}; at least 1")
-    if mode in ("stream", "spec") and steps is None:
-        problems.append(f"mode: {mode}; tiering.accumulation_steps is needed: how many backwards precede a step()")
-    if problems:
-        raise OptimizerError("\n".join(problems))
-
-
-def _check_parameters(groups: list[list[torch.Tensor]]) -> None:
-    problems = []
-    devices = {parameter.device for group in groups for parameter in group}
-    if len(devices) > 1:
-        problems.append(f"parameters: on {', '.join(sorted(map(str, devices)))}; all of them on one device")
-    for index, group in enumerate(groups):
-        found = {parameter.dtype for parameter in group}
-        if len(found) > 1 or not found <= set(_DTYPES):
-            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-            problems.append(f"param_groups[{index}]: {names}; one of float32, bfloat16, float16 a group")
-        if any(not parameter.is_contiguous() for parameter in group):
-            problems.append(f"param_groups[{index}]: a parameter is not contiguous; call contiguous() on it first")
-    if problems:
-        raise OptimizerError("\n".join(problems))

@@ -21,9 +21,11 @@ from statistics import median
 
 import torch
 
+from offload import movers
 from offload.cpu import CpuTier
 from offload.cxl import CxlTier
 from offload.errors import OffloadError, TierError
+from offload.movers import IoName
 from offload.numa import NumaNode, memory_only, numa_nodes
 from offload.nvme import NvmeTier
 from offload.tier import Tier, TierSpec
@@ -63,20 +65,21 @@ class Report:
     numa_nodes: list[NumaNode]
 
 
-def probe(folder: Path, *, size_bytes: int, repeats: int, cxl: TierSpec | None = None) -> Report:
+def probe(folder: Path, *, size_bytes: int, repeats: int, cxl: TierSpec | None = None, io: IoName = "auto") -> Report:
     """Measure this machine, and its disk in `folder`; needs 2 x `size_bytes` of memory and one of disk.
 
+    `io` is what moves the bytes of the disk; the report's machine says what `auto` was, and why others cannot run here.
     CXL memory is every NUMA node that has memory and no CPU, or without any the emulated tier that `cxl` describes.
     """
     clock = Clock(repeats)
     memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cpu, cpu_rows = _tier(clock, _blank("cpu", memory_bytes), CpuTier, size_bytes)
     nvme, nvme_rows = _tier(
-        clock, _blank("nvme", shutil.disk_usage(folder).free), lambda spec: NvmeTier(spec, folder), size_bytes
+        clock, _blank("nvme", shutil.disk_usage(folder).free), lambda spec: NvmeTier(spec, folder, io=io), size_bytes
     )
     cards = [_tier(clock, spec, make, size_bytes) for spec, make in _cards(cxl)]
     return Report(
-        machine=_machine(),
+        machine=_machine() | _nvme_io(io),
         versions={"python": platform.python_version(), "torch": torch.__version__},
         parameters={"path": str(folder), "size_bytes": size_bytes, "repeats": repeats},
         measurements=[
@@ -219,7 +222,8 @@ def _tier(
             for future in moves:
                 future.result()
 
-        what = type(tier).__name__ + (", past the page cache" if isinstance(tier, NvmeTier) else "")
+        what = type(tier).__name__
+        what += f" by {tier.io}, past the page cache" if isinstance(tier, NvmeTier) else ""
         what += ", emulated" if tier.spec.emulated else ""
         how = f"{what}, {_NUM_BLOCKS} blocks of {_mib(part_bytes)} at once"
         total = _NUM_BLOCKS * part_bytes
@@ -283,7 +287,27 @@ def _cuda(clock: Clock, size_bytes: int) -> list[Measurement]:
         how = f"pinned, {_mib(size_bytes)} {'each way at once, sum' if all(ways) else 'one way'}, {name}"
         amount = size_bytes * sum(ways)
         rows.append(clock.rate(f"cuda.{metric}", "B/s", amount, functools.partial(move, *ways), how))
+    rows += _beside_one_another()
     return [*rows, _adamw(clock, "cuda", size_bytes), _matmul(clock, "cuda", torch.bfloat16, 8192)]
+
+
+def _beside_one_another() -> list[Measurement]:
+    """Return what the tiered optimizer's kernels and copies do, also of both at once."""
+    from offload import calibrate
+    from offload.machine import default_threads
+
+    names = ("cpu_beside", "stream_beside", "device")
+    metrics = ("cuda.cpu_beside", "cuda.stream_beside", "cuda.tiered_adamw")
+    threads = default_threads()
+    try:
+        rates = calibrate.calibrate(torch.device("cuda", torch.cuda.current_device()), num_threads=threads)
+    except OffloadError as error:
+        return [Measurement(metric, "parameters/s", [], str(error)) for metric in metrics]
+    how = f"the tiered optimizer's calibration, {threads} threads"
+    return [
+        Measurement(metric, "parameters/s", [getattr(rates, name)], how)
+        for metric, name in zip(metrics, names, strict=True)
+    ]
 
 
 def _matmul(clock: Clock, device: str, dtype: torch.dtype, side: int) -> Measurement:
@@ -322,6 +346,13 @@ def _machine() -> dict[str, str | int]:
     if torch.cuda.is_available():
         found["gpu_bytes"] = torch.cuda.mem_get_info()[1]
     return found
+
+
+def _nvme_io(io: IoName) -> dict[str, str | int]:
+    """Return what moves the bytes of a disk here, and why others do not."""
+    found: dict[str, str | int] = {"nvme_io": movers.chosen(io)}
+    others: tuple[IoName, ...] = ("io_uring", "aio")
+    return found | {f"nvme_io_{name}": movers.refusal(name) or "runs here" for name in others}
 
 
 def _mib(num_bytes: int) -> str:

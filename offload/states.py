@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -202,6 +203,13 @@ class TierCache:
         buffer = torch.cat([tensor.cpu() for tensor in values.tensors])
         self._wait(self.tier.write(entry.block, buffer), entry)
 
+    def close(self) -> None:
+        """Give the room in the tier back, which may have failed or be closed; a second call does nothing."""
+        while self._entries:
+            _, entry = self._entries.popitem()
+            with contextlib.suppress(OffloadError):
+                self.tier.free(entry.block)
+
     def _find(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.holder == index), None)
 
@@ -254,7 +262,8 @@ class TierCache:
         except TimeoutError as error:
             raise TierError(f"{entry.label}: no answer from tier {self.tier.spec.name} in {TIMEOUT_S} s") from error
         except OffloadError as error:
-            raise TierError(f"{entry.label} in tier {self.tier.spec.name}: {error}") from error
+            kind = type(error) if isinstance(error, TierError) else TierError
+            raise kind(f"{entry.label} in tier {self.tier.spec.name}: {error}") from error
 
 
 def _views(buffer: torch.Tensor, count: int) -> States:

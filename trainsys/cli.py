@@ -163,7 +163,7 @@ def plan_run(
 ) -> None:
     """Predict what a run needs of this machine and how long a step takes, without starting it."""
     with _reported():
-        from offload.__main__ import KEPT
+        from offload.calibrate import KEPT
         from trainsys import planning
 
         if not offload:

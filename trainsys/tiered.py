@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint.state import TensorLike
-from offload import NvmeTier, Tier, TierSpec, Trace, gates
+from offload import NvmeTier, Tier, TierSpec, Trace, calibrate, gates
 from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget
 from parallel.data import DataParallel, Master
@@ -44,8 +45,13 @@ class Tiered:
         settings = config.offload
         self._tier = _disk(Path(settings.nvme_dir)) if settings.host_bytes else None
         budget = Budget(device_bytes=settings.device_bytes or 2 << 30, host_bytes=settings.host_bytes or None)
+        # Ranks that share a machine measure together, as they will train; one alone can use what its probe has kept.
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+        rates = calibrate.kept() if is_alone and torch.cuda.is_available() else None
         self.optimizer = TieredAdamW(
-            adopted.param_groups, mode="defer", tiering=Tiering(budget=budget, tier=self._tier, trace=trace)
+            adopted.param_groups,
+            mode="defer",
+            tiering=Tiering(budget=budget, tier=self._tier, rates=rates, trace=trace),
         )
         held = [holder for group in self.optimizer.param_groups for holder in group["params"]]
         by_tensor: dict[Tensor, Master] = {master.tensor: master for master in data.masters}

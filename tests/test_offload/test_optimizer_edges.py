@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import gc
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from offload import NvmeTier, TierError, TierSpec
+from offload import Corrupted, NvmeTier, TierError, TierFull, TierSpec
 from offload.errors import OptimizerError
 from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget, Mode
+from tests.test_offload.test_faults import open_file
+
+_SPEC = TierSpec(name="disk", capacity_bytes=1 << 24, read_bytes_per_s=1e9, write_bytes_per_s=1e9, latency_s=0.0)
 
 
 def tiering(**more: object) -> Tiering:
@@ -169,3 +175,119 @@ def test_a_load_that_would_put_other_parameters_in_place_is_refused_before_it_do
             model.load_state_dict(state, assign=True)
         assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
     model.load_state_dict(state, assign=True)
+
+
+def test_parameters_added_while_training_go_on_as_with_torch(tmp_path: Path) -> None:
+    found = []
+    for tiered in (False, True):
+        torch.manual_seed(0)
+        model, added = nn.Linear(64, 32, bias=False), nn.Linear(32, 32, bias=False)
+        with NvmeTier(_SPEC, tmp_path, direct=False) as tier:
+            budget = Budget(device_bytes=0, host_bytes=12 * 1024)
+            settings = tiering(accumulation_steps=1, tier=tier, budget=budget)
+            optimizer: Any = (
+                TieredAdamW(model.parameters(), mode="stream", tiering=settings)
+                if tiered
+                else torch.optim.AdamW(model.parameters(), fused=True)
+            )
+            whole = nn.Sequential(model, added)
+            if tiered:
+                optimizer.attach(whole)
+            for number in range(4):
+                if number == 2:
+                    optimizer.add_param_group({"params": list(added.parameters()), "weight_decay": 0.0})
+                whole(torch.ones(2, 64)).square().sum().backward()
+                if number < 2:
+                    added.weight.grad = None
+                optimizer.step()
+                optimizer.zero_grad()
+            if tiered:
+                optimizer.wait()
+                assert tier.used_bytes > 0
+                optimizer.close()
+                assert tier.used_bytes == 0, "room in the tier goes back"
+            found.append([parameter.detach().clone() for parameter in whole.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["sync", "defer", "stream", "spec"])
+def test_frozen_and_empty_parameters_are_left_alone(mode: Mode) -> None:
+    parameters = [nn.Parameter(torch.randn(2048)), nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.randn(1024))]
+    parameters[2].requires_grad_(False)
+    frozen = parameters[2].clone()
+    plain = [parameters[0].detach().clone().requires_grad_()]
+    theirs = torch.optim.AdamW(plain, fused=True)
+    with TieredAdamW(parameters, mode=mode, tiering=tiering(accumulation_steps=1)) as optimizer:
+        optimizer.step()  # nobody has a gradient
+        for _ in range(2):
+            (parameters[0].square().sum() + parameters[1].sum()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            plain[0].square().sum().backward()  # type: ignore[no-untyped-call]
+            theirs.step()
+            theirs.zero_grad()
+        state = optimizer.state_dict()
+        optimizer.load_state_dict(state)
+        assert set(state["state"]) == {0}
+    assert torch.equal(parameters[0], plain[0])
+    assert torch.equal(parameters[2], frozen)
+    with TieredAdamW([nn.Parameter(torch.zeros(0))], mode="sync", tiering=tiering()) as optimizer:
+        optimizer.param_groups[0]["params"][0].sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["sync", "defer", "spec"])
+def test_fp16_that_overflows_in_the_first_step_makes_no_step(mode: Mode) -> None:
+    model = nn.Linear(64, 64).half()
+    before = model.weight.detach().clone()
+    settings = tiering(accumulation_steps=1 if mode == "spec" else None)
+    with TieredAdamW(model.parameters(), mode=mode, max_norm=1.0, tiering=settings) as optimizer:
+        optimizer.attach(model)
+        (model(torch.ones(1, 64).half()).float().sum() * 1e30).backward()
+        optimizer.step()
+        optimizer.wait()
+        assert torch.equal(model.weight, before)
+        assert optimizer.num_skipped == 1
+        assert not optimizer.state_dict()["state"]
+        model(torch.ones(1, 64).half()).float().sum().backward()
+        optimizer.step()
+        optimizer.wait()
+        assert float(optimizer.state_dict()["state"][0]["step"]) == 1.0
+        assert not torch.equal(model.weight, before)
+
+
+def test_a_block_that_rots_between_two_steps_ends_the_training_with_its_name(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.randn(8192))
+    with contextlib.ExitStack() as stack:
+        tier = stack.enter_context(NvmeTier(_SPEC, tmp_path, direct=False))
+        path = open_file(tmp_path)
+        other = stack.enter_context(NvmeTier(_SPEC, tmp_path, direct=False))
+        settings = tiering(tier=tier, budget=Budget(device_bytes=0, host_bytes=0))
+        optimizer = TieredAdamW([parameter], mode="sync", tiering=settings)
+        block = other.allocate(4096)  # of another process, as it were: files do not meet
+        other.write(block, torch.ones(4096, dtype=torch.uint8)).result(60)
+        (parameter * 2).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with open(path, "r+b") as file:
+            file.seek(3 * 12288 + 5)
+            file.write(b"rot")
+        (parameter * 2).sum().backward()  # type: ignore[no-untyped-call]
+        with pytest.raises(Corrupted, match=r"states of parameters 0 to 0 \(subgroup 3\) in tier disk: .* different"):
+            optimizer.step()
+        with pytest.raises(OptimizerError, match="the states are not to be relied on"):
+            optimizer.state_dict()
+        optimizer.close()
+
+
+def test_a_tier_without_room_for_the_states_is_left_as_it_was(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.randn(4096))
+    small = dataclasses.replace(_SPEC, capacity_bytes=20_000)
+    others = threading.active_count()
+    with NvmeTier(small, tmp_path, direct=False) as tier:
+        settings = tiering(tier=tier, budget=Budget(device_bytes=0, host_bytes=0))
+        with (
+            TieredAdamW([parameter], tiering=settings) as optimizer,
+            pytest.raises(TierFull, match=r"no room for 12288 bytes of states of parameters 0 to 0"),
+        ):
+            optimizer.attach(nn.Module())
+        assert tier.used_bytes == 0
+    assert threading.active_count() <= others

@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from offload import TierSpec
+from offload import NvmeTier, TierSpec, calibrate, movers
 from offload.__main__ import main
 from offload.numa import NumaNode, memory_only, numa_nodes
 from offload.probe import Clock, Measurement
+from tests.contracts.tier import spec as tier_spec
 
 _ALWAYS = {
     "memory.copy_1",
@@ -63,6 +65,9 @@ def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
     assert math.isclose(tiers["nvme"].read_bytes_per_s, rows["nvme.read"]["value"])
     assert [name for name, tier in tiers.items() if tier.emulated] == ["cxl"]
     assert "tier cxl (emulated): 2.1 GB" in done.stdout
+    io = movers.chosen("auto")
+    assert f"\ndisk by {io}; io_uring: " in done.stdout
+    assert f"NvmeTier by {io}, past the page cache" in rows["nvme.read"]["how"]
     assert all("emulated" in row["how"] for metric, row in rows.items() if metric.startswith("cxl."))
     # Slower than it was told to be is possible on a busy machine, faster is not.
     assert tiers["cxl"].read_bytes_per_s <= 1.001e9
@@ -135,3 +140,35 @@ def test_memory_without_cpus_is_found(tmp_path: Path) -> None:
 
 def test_a_machine_without_nodes_has_none(tmp_path: Path) -> None:
     assert numa_nodes(tmp_path / "nowhere") == []
+
+
+def test_rates_of_a_probe_serve_the_machine_that_it_was_made_on(tmp_path: Path) -> None:
+    rows = {metric: 1e9 + number for number, metric in enumerate(calibrate._METRICS.values())}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    machine = {"gpu": gpu, "cpus": len(os.sched_getaffinity(0))}
+    path = tmp_path / "probe.json"
+
+    def keep(machine: dict[str, Any], rows: dict[str, float]) -> None:
+        measurements = [{"metric": metric, "value": value} for metric, value in rows.items()]
+        path.write_text(json.dumps({"machine": machine, "measurements": measurements}))
+
+    assert calibrate.kept(path) is None
+    keep(machine, rows | {"nvme.read": 3e9, "nvme.write": 2e9})
+    found = calibrate.kept(path)
+    assert found is not None
+    assert (found.cpu, found.stream_beside) == (1e9, 1e9 + 6)
+    assert (found.tier_read, found.tier_write) == (3e9, 2e9)
+    keep(machine | {"cpus": 1000}, rows)
+    assert calibrate.kept(path) is None
+    keep(machine, {"cpu.tiered_adamw": 1e9})
+    assert calibrate.kept(path) is None
+
+
+def test_calibration_measures_a_tier_and_leaves_it_empty(tmp_path: Path) -> None:
+    slow = tier_spec(1 << 24, rate=1e8, emulated=True)
+    with NvmeTier(slow, tmp_path, direct=False) as tier:
+        rates = calibrate.calibrate(torch.device("cpu"), num_threads=1, numel=1 << 16, budget_s=0.05, tier=tier)
+        assert tier.used_bytes == 0
+    # Faster than it was told to be is not possible, slower on a busy machine is.
+    assert 1e6 < rates.tier_read <= 1.001e8
+    assert 1e6 < rates.tier_write <= 1.001e8
