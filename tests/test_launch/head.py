@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -61,6 +62,21 @@ class Cluster:
         """Join a second node; it is up when the cluster says so."""
         self._start(f"--address={self.address}", num_cpus=num_cpus)
 
+    def kill_node_of(self, pid: int) -> None:
+        """End the node that a process lives on with all that is there, as a power cut would."""
+        for node in self._nodes:
+            there = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+            if any(process.pid == pid for process in there):
+                _kill(there)
+                return
+        raise AssertionError(f"process {pid} is on no node")
+
+    def pids(self, name: str) -> list[int]:
+        """The processes of the cluster that call themselves so."""
+        nodes = [psutil.Process(node.pid) for node in self._nodes if node.poll() is None]
+        found = [child for node in nodes for child in node.children(recursive=True)]
+        return [process.pid for process in found if name in " ".join(_command(process))]
+
     def _start(self, *arguments: str, num_cpus: int) -> None:
         with open(self._folder / f"node{len(self._nodes)}.log", "wb") as log:
             self._nodes.append(
@@ -89,15 +105,19 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        processes = [psutil.Process(node.pid) for node in self._nodes]
+        processes = [psutil.Process(node.pid) for node in self._nodes if node.poll() is None]
         processes += [child for process in processes for child in process.children(recursive=True)]
-        for process in processes:  # a gentle stop takes Ray half a minute
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        _kill(processes)
         for node in self._nodes:
             node.wait(_STOP_S)
         wait_for(lambda: not any(runs(process.pid) for process in processes), "the cluster to end", _STOP_S)
         shutil.rmtree(self._folder)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:  # a gentle stop takes Ray half a minute
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from faulttol.config import HealthConfig
 from launch import ClusterError, JobNotFound, TokenError, ray_cluster, ray_job
 from tests.test_launch.client import Driver, wait_for
 from tests.test_launch.head import Cluster
@@ -207,6 +211,32 @@ def test_ranks_on_two_nodes_know_their_places_and_are_watched(tmp_path: Path) ->
         assert (end["event"], end["rank"], end["reason"]) == ("failed", 1, "died"), end
         # Its last words were fetched from its node after it had died.
         assert end["log_tails"]["1"] == "rank 1 did step 0\nrank 1 did step 1\n"
+
+
+@pytest.mark.slow
+def test_a_lost_agent_costs_nothing_and_a_lost_node_its_rank_alone(tmp_path: Path) -> None:
+    with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
+        cluster.add_node(num_cpus=1)
+        request = job_for(cluster, tmp_path, "generations")
+        driver.submit(request | {"recovery": str(tmp_path)})
+        driver.until_output("generation 0 did step 20")
+        agents = cluster.pids("ray::AgentActor")
+        assert len(agents) == 2, "one a node"
+        for pid in agents:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(cluster.pids("ray::AgentActor")) == 2, "agents in their places", 30.0)
+        assert not set(agents) & set(cluster.pids("ray::AgentActor"))
+        # For longer than lost_after_s, after which nodes without a word count as lost: a step takes 10 ms at least.
+        driver.until_output(f"generation 0 did step {200 * round(HealthConfig().lost_after_s)}")
+        assert not (tmp_path / "recoveries.jsonl").exists()
+        cluster.kill_node_of(int((tmp_path / "rank1.pid").read_text()))
+        cluster.add_node(num_cpus=1)  # where the lost rank's successor starts
+        driver.until_output("generation 1 did step 20")
+        (tmp_path / "finish").touch()
+        end = driver.end()
+        assert end["event"] == "ended", end
+        (recovery,) = (tmp_path / "recoveries.jsonl").read_text().splitlines()
+        assert [loss["rank"] for loss in json.loads(recovery)["losses"]] == [1]
 
 
 def test_the_token_is_found_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
