@@ -1,7 +1,7 @@
 """Faults with labels, and what the detector says of them: precision, recall, culprits, delays, false alarms.
 
     python -m faulttol.bench.labelled [--jobs ddp,fsdp,pipeline] [--ranks 4,8] [--kinds …] [--magnitudes 1.2,1.5,2,4]
-        [--seeds 5,6,…] [--minutes M] [--runs FILE] [--traces FOLDER] [--json FILE] [--smoke]
+        [--seeds 6,7,…] [--minutes M] [--runs FILE] [--traces FOLDER] [--json FILE] [--smoke]
 
 Jobs of 4 and 8 gloo ranks on this machine: DistributedDataParallel, FSDP2, a pipeline of two stages. Their
 collectives, messages, gradients, rings, agents and sockets are real; a device's work is a sleep, since there are more

@@ -1,6 +1,6 @@
 """A lost rank is replaced by a warm spare, and training goes on, within 2 s, restored bytes aside.
 
-    python -m trainsys.bench.recovery [--ranks N] [--repeats N] [--arms …] [--json FILE] [--smoke]
+    python -m trainsys.bench.recovery [--ranks N] [--repeats N] [--arms …] [--minutes M] [--json FILE] [--smoke]
 
 A small DistributedDataParallel job trains under a supervisor; from outside, one of its ranks (each in turn) gets
 SIGKILL or SIGSTOP. Timed, from the signal on:
@@ -298,6 +298,7 @@ def main(words: list[str]) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--ranks", type=int, default=3, help="of the job, beside the spare (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=_ARMS, default=list(_ARMS), metavar="ARM", help=", ".join(_ARMS))
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no job after so long")
     parser.add_argument("--frozen-s", type=float, default=2.0, help="silence of a frozen rank (default: %(default)s)")
     parser.add_argument("--patience-s", type=float, default=10.0, help="until Ray counts as not having noticed")
     options = parser.parse_args(words)
@@ -306,13 +307,21 @@ def main(words: list[str]) -> int:
         options.arms, options.repeats, options.ranks, signals = [_SPARE], 1, 2, ["SIGKILL"]
     report = Report(
         "trainsys.recovery",
-        {"ranks": options.ranks, "frozen_s": options.frozen_s, "patience_s": options.patience_s},
+        {
+            "ranks": options.ranks,
+            "frozen_s": options.frozen_s,
+            "patience_s": options.patience_s,
+            "load average of the last 15 minutes": round(os.getloadavg()[2], 1),
+        },
     )
     not_again = 0
     with ExitStack() as stack:
         if _RAY in options.arms:
             stack.enter_context(_own_ray())
+        until_s = time.monotonic() + 60 * options.minutes
         for repeat, arm in itertools.product(range(options.repeats), options.arms):
+            if time.monotonic() > until_s:
+                break
             strikes = [((repeat + index) % options.ranks, name) for index, name in enumerate(signals)]
             not_again += len(strikes) - _measure(report, arm, strikes, options)
             if options.json:

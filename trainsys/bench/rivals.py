@@ -1,6 +1,6 @@
 """What others make of the labelled benchmark's faults, each really run: a group's timeout, Ray alone, show_straggler.
 
-    python -m trainsys.bench.rivals [--rivals …] [--jobs ddp,fsdp,pipeline] [--ranks 4] [--kinds …] [--seeds 5,6,…]
+    python -m trainsys.bench.rivals [--rivals …] [--jobs ddp,fsdp,pipeline] [--ranks 4] [--kinds …] [--seeds 6,7,…]
         [--minutes M] [--json FILE] [--smoke]
 
 The jobs, faults and targets are those of `faulttol.bench.labelled`, whose figures stand beside these. Each sample is
@@ -40,7 +40,7 @@ import torch
 from torch import nn
 
 from faulttol.bench import Gate, Report, arguments
-from faulttol.bench.labels.grid import ENDING, STANDING, Case, cases, fault_of
+from faulttol.bench.labels.grid import ENDING, HELD_OUT_SEEDS, STANDING, Case, cases, fault_of
 from faulttol.bench.labels.jobs import JobSpec, serve
 from faulttol.bench.labels.rivals import NOTHING, Said
 from faulttol.bench.labels.trial import TrialError, running, settle
@@ -231,7 +231,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--jobs", type=_words, default=["ddp", "fsdp", "pipeline"])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--kinds", type=_words, default=every, help=f"of {', '.join(every)} (default: all)")
-    parser.add_argument("--seeds", type=lambda text: [int(word) for word in _words(text)], default=[5])
+    parser.add_argument("--seeds", type=lambda text: [int(word) for word in _words(text)], default=[HELD_OUT_SEEDS[0]])
     parser.add_argument("--minutes", type=float, default=1e6, help="make no new trial after so long")
     parser.add_argument("--timeout-s", type=float, default=2.0, help="of the groups (default: %(default)s)")
     parser.add_argument("--patience-s", type=float, default=5.0, help="for Ray (default: %(default)s)")
@@ -259,6 +259,7 @@ def main(words: list[str]) -> int:
                 print(f"{rival}, {case.name}: {' '.join(answer[0])} after {answer[1]:.2f} s", flush=True)
     report = Report("trainsys.rivals", {name: getattr(options, name) for name in ("ranks", "timeout_s", "patience_s")})
     report.parameters |= {"jobs": options.jobs, "kinds": options.kinds, "seeds": options.seeds}
+    report.parameters["load average of the last 15 minutes"] = round(os.getloadavg()[2], 1)
     judge(report, told)
     return report.finish(options)
 
