@@ -106,6 +106,10 @@ def decoder_rank(rank: int, world_size: int, methods: list[Method]) -> list[list
                 rtol=1e-9,
                 atol=1e-12,
             )
+            weights = nn.utils.parameters_to_vector(shared.parameters()).detach()
+            everyone = [torch.empty_like(weights) for _ in range(world_size)]
+            dist.all_gather(everyone, weights)
+            assert all(torch.equal(weights, theirs) for theirs in everyone), "weights differ between replicas"
             found.append(shared_losses)
     return found
 
