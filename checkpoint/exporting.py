@@ -80,7 +80,7 @@ def export(
 
     Args:
         place: the checkpoint.
-        out: `safetensors`: the file. `huggingface`, `dcp`: a folder that does not exist or is empty; `dcp` a local one.
+        out: `safetensors`: the file. `huggingface`, `dcp`: a folder that does not exist or is empty.
         names: a glob over the names, or names to be taken literally.
         format: `huggingface` writes `model.safetensors`, or files of at most 5 GB with an index;
             `HuggingFace(...)` says otherwise. `dcp` is what `torch.distributed.checkpoint.load` reads.
@@ -239,6 +239,7 @@ def _packed(tensors: Sequence[_Tensor], max_bytes: int) -> list[list[_Tensor]]:
 
 def _dcp(write: _Writing, out: str | os.PathLike[str], tensors: Sequence[_Tensor]) -> None:
     """Let torch write its own format, each tensor read when it is asked for."""
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -246,8 +247,6 @@ def _dcp(write: _Writing, out: str | os.PathLike[str], tensors: Sequence[_Tensor
     from checkpoint.dcp import lazy_planner
 
     with _new_folder(out) as storage:
-        if "://" in storage.url:
-            raise StorageError(f"{storage.url}: DCP is exported to a local folder alone; copy it from there")
         whole = {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in tensors}
         sources = {t.name: t for t in tensors}
 
@@ -257,7 +256,9 @@ def _dcp(write: _Writing, out: str | os.PathLike[str], tensors: Sequence[_Tensor
             return tensor
 
         # Of all tensors that go into one file, torch keeps every one in memory until the file is written.
-        writer = FileSystemWriter(storage.url, single_file_per_rank=False)
+        is_remote = "://" in storage.url  # what is closed there is durable
+        make = FsspecWriter if is_remote else FileSystemWriter
+        writer = make(storage.url, single_file_per_rank=False, sync_files=not is_remote)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is meant so

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 import fsspec
@@ -162,13 +163,16 @@ def test_transformers_opens_what_was_exported(tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_opens_what_was_exported(root: Path, tmp_path: Path):
+@pytest.mark.parametrize("is_remote", [False, True], ids=["local", "remote"])
+def test_dcp_opens_what_was_exported(root: Path, tmp_path: Path, is_remote: bool):
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
-    export(root, tmp_path / "dcp", format="dcp", dtype=torch.float32)
+    out = f"memory://{uuid.uuid4()}/dcp" if is_remote else str(tmp_path / "dcp")
+    export(root, out, format="dcp", dtype=torch.float32)
     expected = {n: t.float() if t.is_floating_point() else t for n, t in values().items()}
     found = {name: torch.full_like(tensor, -9) for name, tensor in expected.items()}
-    dcp.load(found, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp.load(found, storage_reader=FsspecReader(out) if is_remote else None, checkpoint_id=out, no_dist=True)
     assert same(found, expected)
 
 
