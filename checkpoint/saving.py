@@ -305,8 +305,8 @@ class Saver:
             try:
                 attempt.begin()
                 # Before the shard: of an upload that is killed, an object store shows no folder by itself, and what
-                # nobody sees is not collected.
-                storage.write(f"{attempt.folder}/{rank_name(self._rank)}.objects.json", save.request.objects)
+                # nobody sees is not collected. New: a second process that takes itself for this rank ends here.
+                storage.write_new(f"{attempt.folder}/{rank_name(self._rank)}.objects.json", save.request.objects)
             except BaseException as error:  # noqa: BLE001  carried to the handle
                 self._end_badly(save, tier, error)
             else:

@@ -26,6 +26,7 @@ from checkpoint import (
     SaveFailed,
     StorageError,
 )
+from checkpoint.commit import AttemptName
 from checkpoint.state import owners, pieces_of
 from tests.ranks import run_ranks
 from tests.test_checkpoint.worlds import (
@@ -362,6 +363,17 @@ def test_a_run_id_used_twice_is_refused_and_harms_nothing(tmp_path: Path):
         assert "run_id must be new for every launch" in str(error)
     assert checkpoint.verify(tmp_path).ok
     assert torch.equal(checkpoint.read(tmp_path, "flat")["flat"], values(1)["flat"])
+
+
+def test_of_two_processes_that_take_themselves_for_one_rank_the_second_ends(tmp_path: Path):
+    with Checkpointer(tmp_path, run_id="run") as first, Checkpointer(tmp_path, run_id="run") as second:
+        begun = tmp_path / AttemptName.of(1, 0, "run").folder / "r00000.objects.json"
+        begun.parent.mkdir()
+        begun.write_text("{}")  # the first has begun, and writes its shard
+        error = second.save(1, {"w": torch.ones(3)}).exception(20)
+        assert isinstance(error, StorageError)
+        assert "r00000.objects.json: cannot write: File exists; another process wrote it" in str(error)
+        assert isinstance(first.save(1, {"w": torch.ones(3)}).exception(20), SaveAborted)  # and is told
 
 
 def test_run_ids_may_hold_anything(tmp_path: Path):
