@@ -13,7 +13,7 @@ import torch
 from checkpoint import catalog
 from checkpoint.catalog import CheckpointInfo
 from checkpoint.commit import AttemptName
-from checkpoint.errors import CheckpointError, CheckpointNotFound, StateMismatch
+from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.manifest import SHARED
 from checkpoint.reader import Reader, Want
 from checkpoint.selection import Index, select_box
@@ -67,6 +67,17 @@ def read(
         IndexError, TypeError, ValueError: a slice is no part of its tensor.
     """
     reader = open_reader(place, storage_options)
+    try:
+        return _read(reader, names, slices, rank)
+    except (CorruptCheckpoint, StorageError):
+        if not reader.is_gone() or _resolve(place, storage_options)[1]:
+            raise
+    return read(place, names, slices=slices, rank=rank, storage_options=storage_options)  # superseded meanwhile
+
+
+def _read(
+    reader: Reader, names: str | Iterable[str], slices: Mapping[str, Index] | None, rank: int | None
+) -> dict[str, torch.Tensor]:
     selected = select(reader, names, rank)
     indices = dict(slices or {})
     absent = sorted(indices.keys() - {name for name, _ in selected})
@@ -86,18 +97,20 @@ def verify(
 ) -> VerifyReport:
     """Check a checkpoint against its commit record: sizes and the slice table, or with `deep` every byte.
 
-    A root stands for its newest commit, sound or not. Faults are reported, not raised. With `deep`, `progress` is
-    told the bytes read so far and those that there are.
+    A root stands for its newest commit, sound or not, that stays until it was looked at. Faults are reported, not
+    raised. With `deep`, `progress` is told the bytes read so far and those that there are.
 
     Raises:
         CheckpointNotFound: there is no checkpoint.
     """
-    storage, folder = _resolve(place, storage_options)
-    folder = folder or _newest(storage)
+    storage, named = _resolve(place, storage_options)
+    folder = named or _newest(storage)
     try:
         reader = Reader(storage, folder)
     except CheckpointNotFound:
-        raise
+        if named:
+            raise
+        return verify(place, deep=deep, storage_options=storage_options, progress=progress)  # superseded meanwhile
     except CheckpointError as error:
         return VerifyReport(f"{storage.url}/{folder}", deep, (str(error),), 0, 0)
     mark = reader.mark()
@@ -112,6 +125,8 @@ def verify(
     except CheckpointError as error:
         if str(error) not in problems:
             problems.append(str(error))
+    if problems and not named and reader.is_gone():
+        return verify(place, deep=deep, storage_options=storage_options, progress=progress)
     return VerifyReport(reader.url, deep, tuple(problems), num_tensors, reader.record.nbytes)
 
 

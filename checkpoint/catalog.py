@@ -122,8 +122,20 @@ def _stamp(storage: Storage, folder: str) -> object:
 def scan(storage: Storage, *, skip_unreadable: bool = False, known: Known | None = None) -> Scan:
     """Look at every attempt of a root.
 
+    What is committed is never taken for nothing because it was superseded meanwhile.
+
     Raises StorageError where a commit record cannot be read, or counts it as broken with `skip_unreadable`.
     """
+    found = _scan(storage, skip_unreadable, known)
+    # An attempt that is listed, and has no record when it is looked at, may have lost it to a newer one's retention.
+    while not found.committed and (found.uncommitted or found.retired):
+        before, found = found, _scan(storage, skip_unreadable, known)
+        if (before.uncommitted, before.retired) == (found.uncommitted, found.retired):
+            break
+    return found
+
+
+def _scan(storage: Storage, skip_unreadable: bool, known: Known | None) -> Scan:
     committed: list[Reader] = []
     broken: list[tuple[AttemptName, CheckpointError]] = []
     uncommitted: list[AttemptName] = []
@@ -160,6 +172,7 @@ def latest(storage: Storage, verify: Verify) -> Reader | None:
     """Return the newest checkpoint that verifies; warn about each that is skipped, with the reason.
 
     None only where nothing was ever committed: a root whose checkpoints are all damaged is not an empty one.
+    Looks again where one was removed while it was looked at, as newer ones supersede it.
 
     Raises:
         CorruptCheckpoint: something was committed, and nothing verifies. StorageError: a read failed.
@@ -170,7 +183,11 @@ def latest(storage: Storage, verify: Verify) -> Reader | None:
     for reader in reversed(found.committed):
         try:
             check(reader, verify)
-        except (CorruptCheckpoint, UnsupportedFormat) as error:
+        except (CorruptCheckpoint, UnsupportedFormat, StorageError) as error:
+            if reader.is_gone():
+                return latest(storage, verify)
+            if isinstance(error, StorageError):
+                raise
             _log.warning("%s is skipped, an older checkpoint is taken: %s", reader.folder, error)
             reasons.append(f"{reader.folder}: {error}")
         else:

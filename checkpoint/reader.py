@@ -117,6 +117,10 @@ class Reader:
             raise CorruptCheckpoint(f"{self._path(path)}: does not hold objects by name")
         return value
 
+    def is_gone(self) -> bool:
+        """Whether this checkpoint was removed since it was opened."""
+        return self._storage.size(self._path(COMMIT)) is None
+
     def mark(self) -> str | None:
         """Say who found this checkpoint damaged; None if nobody did."""
         path = self._path(MARK)
@@ -136,7 +140,7 @@ class Reader:
         """
         text = objects.canonical({"rank": rank, "reason": str(error)})
         try:
-            if self._storage.size(self._path(COMMIT)) is None:
+            if self.is_gone():
                 error.add_note("it was removed since it was opened (by retention?): load another checkpoint")
                 return
             self._storage.write(self._path(MARK), text)

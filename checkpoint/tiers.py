@@ -154,6 +154,8 @@ class Tiers:
             try:
                 catalog.check(item.reader, verify)
             except (CorruptCheckpoint, UnsupportedFormat, StorageError) as error:
+                if _is_gone(item.reader):
+                    return self.latest(verify)
                 reasons.append(error)
                 _log.warning("%s is skipped: %s", item.reader.url, error)
             else:
@@ -228,7 +230,9 @@ def recover(
             continue
         item = here[tier_name, folder]
         value, error = _attempt(item, load, verify)
-        verdicts = [(rank, kind, text) for rank, (kind, text) in enumerate(gather(_verdict(error))) if text]
+        verdicts = [
+            (rank, kind, text) for rank, (kind, text) in enumerate(gather(_verdict(item.reader, error))) if text
+        ]
         if not verdicts and value is not None:
             return Recovered(value[0], item.tier.name, tuple(skipped))
         what = f"{item.reader.url}: " + "; ".join(f"rank {rank}: {text}" for rank, _, text in verdicts)
@@ -236,6 +240,9 @@ def recover(
             raise error
         if any(kind == "failed" for _, kind, _ in verdicts):
             raise CheckpointError(what) from error
+        if any(kind == "gone" for _, kind, _ in verdicts):  # superseded meanwhile: there is a newer one
+            _log.warning("looking again: %s", what)
+            return recover(tiers, load, verify=verify, gather=gather)
         if any(kind == "mismatch" for _, kind, _ in verdicts):
             raise StateMismatch(what) from error
         skipped.append(what)
@@ -256,13 +263,23 @@ def _attempt(
         return None, error
 
 
-def _verdict(error: Exception | None) -> list[str]:
+def _verdict(reader: Reader, error: Exception | None) -> list[str]:
     if error is None:
         return ["", ""]
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, CheckpointError):
         return ["failed", text]
-    return ["mismatch" if isinstance(error, StateMismatch | InvalidState) else "damaged", text]
+    if isinstance(error, StateMismatch | InvalidState):
+        return ["mismatch", text]
+    return ["gone" if _is_gone(reader) else "damaged", text]
+
+
+def _is_gone(reader: Reader) -> bool:
+    """Whether a checkpoint was removed since it was opened, as far as can be told."""
+    try:
+        return reader.is_gone()
+    except StorageError:
+        return False
 
 
 def _raise_any(reasons: Sequence[CheckpointError]) -> None:

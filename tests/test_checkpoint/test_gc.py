@@ -1,8 +1,10 @@
-"""Collecting by hand beside a launch whose saves refer to what is collected."""
+"""What goes while others are at it: collected beside saves that refer to it, superseded beside who reads it."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import shutil
 import threading
 import uuid
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from checkpoint.config import RemoteConfig
 from checkpoint.local import LocalStorage
 from checkpoint.promotion import Promoter
 from checkpoint.retention import Removal, collect
-from checkpoint.storage import Entry, Storage, open_storage
+from checkpoint.storage import Entry, Source, Storage, open_storage
 
 
 def nothing(operation: str) -> None:
@@ -53,6 +55,10 @@ class Stepped(LocalStorage):
     def remove(self, path: str) -> None:
         self.before(f"remove {path}")
         super().remove(path)
+
+    def open(self, path: str) -> contextlib.AbstractContextManager[Source]:
+        self.before(f"open {path}")
+        return super().open(path)
 
 
 def gc(storage: Storage) -> list[Removal]:
@@ -177,3 +183,63 @@ def test_a_copy_whose_files_are_being_removed_is_not_committed_and_the_next_one_
         remote.remove(FIRST)
         assert checkpoint.verify(mover.submit(second.folder).result(20)).ok
         mover.close()
+
+
+def recovered(root: Path) -> int:
+    """Return the step that a restart takes."""
+    with Checkpointer(root) as ck:
+        loaded = ck.recover({"w": torch.zeros(3)})
+    assert loaded is not None
+    return loaded.step
+
+
+def latest(root: Path) -> int:
+    """Return the step of the newest checkpoint, all of it verified."""
+    with Checkpointer(root) as ck:
+        info = ck.latest("deep")
+    assert info is not None
+    return info.step
+
+
+def verified(root: Path) -> int:
+    """Return the step of the newest checkpoint, if it is sound."""
+    report = checkpoint.verify(root)
+    assert report.ok
+    return 1 if FIRST in report.path else 2
+
+
+READ: dict[str, Callable[[Path], float]] = {
+    "read": lambda root: checkpoint.read(root)["w"][0].item(),
+    "recover": recovered,
+    "latest": latest,
+    "verify": verified,
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_what_is_superseded_while_it_is_looked_at_gives_way_to_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    with Checkpointer(tmp_path / "all", run_id="run") as ck:
+        for step in (1, 2):
+            ck.save(step, {"w": torch.full((3,), float(step))}).result(20)
+    found = []
+    for moment in itertools.count():
+        root = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "all" / FIRST, root / FIRST)
+        storage, operations = Stepped(root), itertools.count()
+
+        def supersede(operation: str, root: Path = root, operations=operations, moment: int = moment) -> None:
+            if next(operations) == moment:
+                shutil.copytree(tmp_path / "all" / SECOND, root / SECOND)
+                shutil.rmtree(root / FIRST)
+
+        storage.before = supersede
+        for user in ("access", "checkpointer"):
+            monkeypatch.setattr(f"checkpoint.{user}.open_storage", lambda *args, of=storage, **options: of)
+        found.append(READ[how](root))
+        if next(operations) <= moment:  # it was over before
+            break
+    assert found[0] == 2
+    assert found[-1] == 1
+    assert len(found) > 5
