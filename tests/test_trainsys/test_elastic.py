@@ -11,6 +11,7 @@ import pytest
 
 from faulttol import fence
 from faulttol.inject import Fault, fired
+from faulttol.ship import shipped
 from tests.test_trainsys import runs
 from trainsys import ConfigError, drill, recipe
 from trainsys.check import check
@@ -87,6 +88,7 @@ def test_a_flipped_bit_is_found_its_rank_replaced_and_the_run_goes_on_from_befor
     whole = ("--engine.backend=torch", "--engine.zero_stage=0")
     runs.succeed("launch", *_arguments(text, undisturbed, *whole), cwd=tmp_path)
     looked_for = ("--faulttol.corruption.replicas_every=1", "--faulttol.corruption.products_every=5")
+    looked_for = (*looked_for, f"--faulttol.ship_to={tmp_path / 'kept'}")
     settings = _arguments(text, run, *whole, *looked_for, *_RECOVERING)
     output = runs.succeed("launch", *settings, "--launch.spares=1", "--checkpoint.keep_last=3", cwd=tmp_path)
     assert _faults(run)[0] == ("bit_flip", 1)
@@ -96,6 +98,9 @@ def test_a_flipped_bit_is_found_its_rank_replaced_and_the_run_goes_on_from_befor
     assert {(loss["rank"], loss["kind"]) for one in others for loss in one["losses"]} == {(0, "frozen"), (2, "frozen")}
     assert "resumes after step 3" in output, "the copy of step 4 may have been made after the bit had flipped"
     assert not (run / "distrusted.json").exists(), "it was heeded"
+    generations = range(1 + len(_recoveries(run)))
+    kept = {(record.rank, record.generation) for record in shipped(str(tmp_path / "kept"))}
+    assert kept == {(rank, generation) for rank in range(3) for generation in generations}
     assert runs.losses(run) == runs.losses(undisturbed)
     model = "model/model.safetensors"
     assert (run / model).read_bytes() == (undisturbed / model).read_bytes()
