@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "--io",
         choices=get_args(IoName),
         default="auto",
-        help="what moves the disk's bytes: io_uring where the kernel allows it, else threads (auto); aio is DeepSpeed's "
-        "handle, which takes minutes to build at its first use",
+        help="what moves the disk's bytes: io_uring where the kernel allows it, else threads (auto); aio is "
+        "DeepSpeed's handle, which takes minutes to build at its first use",
     )
     command.add_argument(
         "--size", type=_num_bytes, default="512MiB", help="bytes moved per repeat, e.g. 1GiB; default 512MiB"
@@ -125,9 +125,7 @@ def _table(report: Report) -> str:
     machine = report.machine
     memory = f"{int(machine['memory_bytes']) / (1 << 30):.1f} GiB"
     lines.append(f"machine: {machine['cpus']} CPUs, {memory}, GPU {machine['gpu']}, {machine['system']}")
-    lines.append(
-        f"disk by {machine['nvme_io']}; io_uring: {machine['nvme_io_io_uring']}; aio: {machine['nvme_io_aio']}"
-    )
+    lines.append(f"disk by {machine['nvme_io']}; io_uring {machine['io_uring']}")
     found = memory_only(report.numa_nodes)
     lines += [f"tier {spec.label}: {spec.capacity_bytes / 1e9:.1f} GB" for spec in report.tiers]
     nodes = ", ".join(f"node {node.index} ({node.memory_bytes / (1 << 30):.1f} GiB)" for node in found)

@@ -73,10 +73,8 @@ def kept(path: Path = KEPT) -> Rates | None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         if (machine["gpu"], machine["cpus"]) != (gpu, len(os.sched_getaffinity(0))):
             return None
-        found = {name: figures.get(metric) for name, metric in _METRICS.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if any(value is None for value in found.values()):
+        found = {name: float(figures[metric]) for name, metric in _METRICS.items()}
+    except (OSError, ValueError, KeyError, TypeError):  # none, another kind of file, or a figure that was not measured
         return None
     disk = {name: figures.get(metric) or math.inf for name, metric in _DISK.items()}
     return Rates(**found, **disk)

@@ -68,7 +68,7 @@ class Report:
 def probe(folder: Path, *, size_bytes: int, repeats: int, cxl: TierSpec | None = None, io: IoName = "auto") -> Report:
     """Measure this machine, and its disk in `folder`; needs 2 x `size_bytes` of memory and one of disk.
 
-    `io` is what moves the bytes of the disk; the report's machine says what `auto` was, and why others cannot run here.
+    `io` is what moves the bytes of the disk; the report's machine says what `auto` became, and why.
     CXL memory is every NUMA node that has memory and no CPU, or without any the emulated tier that `cxl` describes.
     """
     clock = Clock(repeats)
@@ -349,10 +349,8 @@ def _machine() -> dict[str, str | int]:
 
 
 def _nvme_io(io: IoName) -> dict[str, str | int]:
-    """Return what moves the bytes of a disk here, and why others do not."""
-    found: dict[str, str | int] = {"nvme_io": movers.chosen(io)}
-    others: tuple[IoName, ...] = ("io_uring", "aio")
-    return found | {f"nvme_io_{name}": movers.refusal(name) or "runs here" for name in others}
+    """Return what moves the bytes of a disk here, and whether the kernel allows what is best."""
+    return {"nvme_io": movers.chosen(io), "io_uring": movers.refusal("io_uring") or "runs here"}
 
 
 def _mib(num_bytes: int) -> str:

@@ -211,7 +211,7 @@ def _tiered_plan(config: RunConfig, work: Workload, machine: Machine) -> tuple[l
 def _tiered_tensors(config: RunConfig, work: Workload, machine: Machine) -> list[TensorUse]:
     """Return the states of a tiered optimizer and the buffers through which they and gradients go."""
     groups, chosen = _tiered_plan(config, work, machine)
-    on_host, on_disk = (chosen.numel(groups, path) for path in ("cpu", "tier"))  # type: ignore[arg-type]
+    on_host, on_disk = (chosen.numel(groups, path) for path in ("cpu", "tier"))
     largest = max(group.count for group in groups)
     uses: list[tuple[str, int, Walker]] = [
         ("optimizer states in host memory", STATE_BYTES * (on_host + chosen.numel(groups, "stream")), "cpu"),

@@ -66,7 +66,7 @@ def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
     assert [name for name, tier in tiers.items() if tier.emulated] == ["cxl"]
     assert "tier cxl (emulated): 2.1 GB" in done.stdout
     io = movers.chosen("auto")
-    assert f"\ndisk by {io}; io_uring: " in done.stdout
+    assert f"\ndisk by {io}; io_uring " in done.stdout
     assert f"NvmeTier by {io}, past the page cache" in rows["nvme.read"]["how"]
     assert all("emulated" in row["how"] for metric, row in rows.items() if metric.startswith("cxl."))
     # Slower than it was told to be is possible on a busy machine, faster is not.

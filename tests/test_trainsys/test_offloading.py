@@ -26,7 +26,7 @@ from trainsys.deepspeed_setup import deepspeed_settings
 from trainsys.engine import DeepSpeedEngine
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.errors import ConfigError
-from trainsys.offloading import RULES, swapping
+from trainsys.offloading import RULES, seen, swapping
 from trainsys.optim import build_optimizer
 
 LENGTH = 24
@@ -52,6 +52,10 @@ def trained(rank: int, world_size: int, overrides: tuple[str, ...]) -> tuple[lis
         stats = list(take_steps(engine, config, range(1, STEPS + 1)))
         if isinstance(swapped, Activations):
             assert swapped.swapped_bytes > 0
+        if config.offload.optimizer == "tiered":
+            record = seen(engine)
+            assert record["offload/moved_bytes"] > 0
+            assert record["offload/stall_s"] >= 0
     engine.close()
     return [each.loss for each in stats], [each.gradient_norm for each in stats], fences.count
 
