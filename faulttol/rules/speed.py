@@ -144,31 +144,52 @@ def _transfers(view: JobView, steps: tuple[int, ...]) -> dict[TransferKey, tuple
 
 
 def _without_tokens(found: Window, config: DetectorConfig) -> tuple[dict[int, list[float]], bool]:
-    """Each rank's local times as if all had the same tokens, and whether tokens explain what they differ by."""
+    """Each rank's local times as if all had the same tokens, and whether tokens explain what they differ by.
+
+    They do where times follow tokens, or where within each step what a rank needs more than others follows what it has
+    more: what holds up all ranks in some steps is no matter of tokens.
+    """
     locals_s = found.locals_s()
-    tokens = {rank: [own[step].tokens for step in found.steps] for rank, own in found.paces.items()}
-    groups: dict[tuple[int, int], list[float]] = {}
-    for rank, counts in tokens.items():
-        for count, local_s in zip(counts, locals_s[rank], strict=True):
-            if count is not None:
-                groups.setdefault((rank, count), []).append(local_s)
-    # Medians of a rank's steps of as many tokens: what held up a single step says nothing of tokens.
-    pairs = [(float(count), median(values)) for (_, count), values in groups.items() for _ in values]
-    if len(pairs) < len(found.steps) * len(tokens):
+    tokens = {
+        rank: [count for step in found.steps if (count := own[step].tokens) is not None]
+        for rank, own in found.paces.items()
+    }
+    if any(len(counts) < len(found.steps) for counts in tokens.values()):
         return locals_s, False
-    x, y = [count for count, _ in pairs], [local_s for _, local_s in pairs]
-    mean = fmean(x)
-    if max(x) - min(x) <= _VARIES * mean or max(y) == min(y):
+    mean = fmean(count for counts in tokens.values() for count in counts)
+    slope = _slope(tokens, locals_s, mean, config)
+    if slope is None:
+        slope = _slope(_beyond_step(tokens), _beyond_step(locals_s), mean, config)
+    if slope is None:
         return locals_s, False
-    if correlation(x, y) < config.imbalance_correlation:
-        return locals_s, False
-    slope = linear_regression(x, y).slope
     return {
-        rank: [
-            local_s - slope * (float(count or 0) - mean) for count, local_s in zip(tokens[rank], values, strict=True)
-        ]
+        rank: [local_s - slope * (count - mean) for count, local_s in zip(tokens[rank], values, strict=True)]
         for rank, values in locals_s.items()
     }, True
+
+
+def _slope(
+    tokens: Mapping[int, Sequence[float]], locals_s: Mapping[int, Sequence[float]], mean: float, config: DetectorConfig
+) -> float | None:
+    """Seconds a token; None where times do not follow tokens, or those hardly vary.
+
+    Of medians of a rank's steps of as many tokens: what held up a single step says nothing of tokens.
+    """
+    groups: dict[tuple[int, float], list[float]] = {}
+    for rank, counts in tokens.items():
+        for count, local_s in zip(counts, locals_s[rank], strict=True):
+            groups.setdefault((rank, count), []).append(local_s)
+    pairs = [(count, median(values)) for (_, count), values in groups.items() for _ in values]
+    x, y = [float(count) for count, _ in pairs], [local_s for _, local_s in pairs]
+    if max(x) - min(x) <= _VARIES * mean or max(y) == min(y):
+        return None
+    return linear_regression(x, y).slope if correlation(x, y) >= config.imbalance_correlation else None
+
+
+def _beyond_step(values: Mapping[int, Sequence[float]]) -> dict[int, list[float]]:
+    """Each rank's values less the median over the ranks in the same step."""
+    usual = [median(row) for row in zip(*values.values(), strict=True)]
+    return {rank: [value - one for value, one in zip(row, usual, strict=True)] for rank, row in values.items()}
 
 
 def _late(

@@ -74,7 +74,7 @@ def test_a_case_is_one_fault_and_the_same_each_time(kind: str) -> None:
 
 def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
     right = Verdict(
-        name="ddp/4/hang/2/6",
+        name="ddp/4/hang/2/7",
         truth="hang",
         kind="hang",
         magnitude=2.0,

@@ -193,3 +193,19 @@ def test_a_third_of_a_second_without_a_processor_is_no_straggler() -> None:
     assert not [finding for num in range(1, 40) for finding in told(num, moment) if finding.kind.is_fault]
     lasting = Scene(work_ms=lambda r, s: work_ms(100, r, s))
     assert [finding.culprits for finding in told(25, lasting)] == [(3,)]
+
+
+def test_what_holds_up_all_ranks_in_some_steps_hides_no_tokens() -> None:
+    """A false alarm of the benchmark: rank 3 had twice the tokens from the fourth step on, while others' load came."""
+    rows = (
+        (66, 90, 43, 11, 87, 14, 23, 10, 15, 17, 19, 13, 32, 18, 37, 19),
+        (202, 259, 53, 14, 80, 14, 19, 17, 22, 26, 20, 15, 37, 16, 34, 17),
+        (57, 95, 23, 32, 68, 17, 18, 19, 19, 18, 17, 15, 16, 12, 15, 16),
+        (73, 346, 52, 64, 84, 80, 56, 56, 55, 50, 44, 53, 59, 53, 50, 51),
+    )
+    scene = Scene(
+        work_ms=lambda r, s: float(rows[r][s - HEALTHY]) if faulty(s) else 18.0,
+        tokens=lambda r, s: 8192 if r == 3 and s >= HEALTHY + 3 else 4096,
+    )
+    (finding,) = told(16, scene)
+    assert (finding.kind, finding.culprits[0]) == (FindingKind.DATA_IMBALANCE, 3)

@@ -31,9 +31,9 @@ SLOW = ("slow", "slow_jitter", "slow_ramp", "slow_link", "slow_sender", "slow_re
 STANDING = ("freeze", "gil", "hang", "spin")
 ENDING = ("kill", "abort", "segfault", "exit", "raise", "stuck_link", "extra", "wrong_kind", "wrong_dtype", "skip")
 NUMERIC = ("nan", "gradient", "bit_flip")
-HELD_OUT_SEEDS = (6, 7, 8, 9)
+HELD_OUT_SEEDS = (7, 8, 9)
 """Whose trials no rule and no threshold has been chosen by."""
-TUNED_SEEDS = (0, 1, 2, 3, 4, 5)
+TUNED_SEEDS = (0, 1, 2, 3, 4, 5, 6)
 """Whose trials may be looked at to make a rule better."""
 _GOLDEN = 0.6180339887
 """Multiples of it, less their whole parts, lie evenly between 0 and 1."""
