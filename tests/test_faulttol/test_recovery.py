@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in their __all__
+from torch.distributed import distributed_c10d as c10d
 
 import checkpoint as ck
 from faulttol import fence
+from faulttol.abort import abort_devices
+from faulttol.errors import Corrupted
 from faulttol.recovery import Assignment, Member, Standing
 from tests.ranks import run_ranks
 
@@ -171,3 +176,40 @@ def test_saves_that_wait_for_a_lost_ranks_vote_are_given_up_when_cancelled(tmp_p
         alone.cancel(lost)
         assert handle.exception() is lost
     assert time.monotonic() - began_s < config.commit_timeout_s / 10
+
+
+def test_an_abort_reaches_groups_of_devices_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the communicators of NCCL do with it takes GPUs; that they are found, and gloo's are not, does not."""
+    aborted: list[str] = []
+
+    class _Group:
+        def __init__(self, name: str) -> None:
+            self.abort = lambda: aborted.append(name)
+
+    groups = {_Group(name): (name, None) for name in ("nccl", "gloo", "cpu:gloo,cuda:nccl")}
+    abort_devices()
+    assert not aborted, "nothing is initialised here"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(c10d, "_world", SimpleNamespace(pg_map=groups))
+    abort_devices()
+    assert aborted == ["nccl", "cpu:gloo,cuda:nccl"]
+    assert callable(dist.ProcessGroup.abort), "what a real one has"
+
+
+def test_wrong_numbers_are_told_with_their_ranks_through_json() -> None:
+    told: list[Standing] = []
+    member = Member(
+        lambda standing: told.append(Standing.from_json(json.loads(json.dumps(standing.to_json())))), _described
+    )
+
+    def work(assignment: Assignment) -> None:
+        try:
+            raise Corrupted("a bit", (2,))
+        except Corrupted as error:
+            raise RuntimeError("in step 3") from error
+
+    member.assign(Assignment(0, {}))
+    threading.Thread(target=lambda: (_until(lambda: len(told) == 4), member.dismiss()), daemon=True).start()
+    member.run(work)
+    assert [(standing.state, standing.corrupted) for standing in told[2:]] == [("failed", (2,)), ("quiesced", (2,))]
+    assert told[0].corrupted is None
