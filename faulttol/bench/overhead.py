@@ -68,6 +68,9 @@ SMOKE = Sizes(calls=50, blocks=2, pairs=2, steps=2, width=64, rows=16, bucket_mb
 _TRIMMED = 0.2
 _NUM_RESAMPLES = 2000
 _WARM_UP_PAIRS = 3
+_FIRST_CALLS = 20
+"""Of a block, and a step before those that are timed: a ring's first pages and a thread's first turn are no cost of a
+step."""
 _NUM_LAYERS = 8
 Time = tuple[float, float]
 """Of a block: seconds by the clock, and seconds of CPU time of all the process's threads."""
@@ -156,6 +159,8 @@ def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes:
     x = torch.ones(16, device=device)
 
     def block() -> Time:
+        for _ in range(_FIRST_CALLS):
+            dist.all_reduce(x)
         _settle(device)
         begin = _now()
         for _ in range(sizes.calls):
@@ -183,6 +188,7 @@ def _ddp_steps(rank: int, folder: str, device: Device, sizes: Sizes, poll_s: flo
     x = torch.ones(sizes.rows, sizes.width, device=device, dtype=dtype)
 
     def block() -> Time:
+        model(x).sum().backward()
         dist.barrier()
         _settle(device)
         begin = _now()
