@@ -176,6 +176,46 @@ def test_a_look_ends_when_it_has_computed_for_long_and_the_rest_waits(mailbox: M
         assert anna.stats().accepted == looks
 
 
+def _heard(exchange: Exchange) -> set[str]:
+    return {candidate.group.node for candidate in exchange._pool.values()}
+
+
+def test_peers_that_publish_before_every_look_leave_a_quiet_one_its_turn(mailbox: Mailbox) -> None:
+    # Each look ends after one message, and every other peer has a new one each time, under a new name or the old.
+    for renamed in (False, True):
+        mailbox.publish(*message(row(99, node="quiet")))
+        validator = Validator("anna", Rules())
+        pace, identity = Pace(poll_cpu_s=0.0), Identity(node="anna", model="")
+        anna = Exchange(mailbox, validator, identity, pace, generator=random.Random(0))
+        for look in range(100):
+            for loud in ("aa", "zz"):
+                node = f"{loud}{look}" if renamed else loud
+                mailbox.publish(*message(row(1000 + look, node=node, sequence=1 + look)))
+            anna.poll()
+            if "quiet" in _heard(anna):
+                break
+        assert "quiet" in _heard(anna), f"not in {look + 1} looks"
+
+
+class _Computing(Mailbox):
+    """Computes where it is called, as a store that decrypts would."""
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        until_s = time.thread_time() + 0.02
+        while time.thread_time() < until_s:
+            pass
+        return super().fetch(name, limit)
+
+
+def test_what_a_call_of_the_store_computes_counts_to_the_look() -> None:
+    store = _Computing(keep_s=600, budget_bytes=2**20)
+    anna = _exchange(store, "anna", Pace(poll_cpu_s=0.02))
+    for seed in range(3):
+        store.publish(*message(row(seed, node=f"n{seed}")))
+    anna.poll()
+    assert anna.stats().accepted == 1
+
+
 def test_messages_as_large_as_allowed_cost_little_and_larger_ones_are_not_read() -> None:
     box = Mailbox(keep_s=600, budget_bytes=2**26)
     most = (Completion("x" * 8000, 8001, True),) * 64
@@ -254,6 +294,29 @@ def test_a_message_that_cannot_be_read_hides_none_behind_it() -> None:
             anna.poll()
     anna.poll()  # it is left alone by now
     assert [found.question.seed for found in _taken(anna)] == [1]
+
+
+class _Moving(Mailbox):
+    """Lists messages that it does not find for a number of times, as while a node moves them to another folder."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(keep_s=60, budget_bytes=2**20)
+        self.missing, self.fetches = missing, 0
+
+    def fetch(self, name: str, limit: int) -> bytes | None:
+        self.fetches += 1
+        return super().fetch(name, limit) if self.fetches > self.missing else None
+
+
+def test_a_message_that_was_being_moved_is_read_at_the_next_look_and_one_never_there_is_left_alone() -> None:
+    moved, never = _Moving(1), _Moving(99)
+    for store in (moved, never):
+        store.publish(*message(row(1, node="bert")))
+        anna = _exchange(store, "anna")
+        for _ in range(6):
+            anna.poll()
+        assert anna.stats().accepted == (store is moved)
+    assert (moved.fetches, never.fetches) == (2, 3)
 
 
 def test_a_node_hears_that_another_has_its_name(mailbox: Mailbox, caplog: pytest.LogCaptureFixture) -> None:

@@ -195,8 +195,11 @@ def test_a_folder_lists_what_is_young_and_its_nodes_remove_what_is_old(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_shows_no_half_written_message_and_ignores_what_is_none(tmp_path: Path) -> None:
+def test_a_folder_shows_no_half_written_message_and_ignores_what_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = _Clock()
+    _tell(monkeypatch, clock)
     store = FolderStore(str(tmp_path), keep_s=120, clock=clock)
     name, data = message(row(1))
     store.publish(name, data)
@@ -228,6 +231,28 @@ def test_nodes_whose_clocks_are_hours_apart_hear_each_other(
         store.publish(*message(row(10 + number, sequence=10 + number)))
     assert [len(store.names()) for store in stores] == [3, 3, 3]
     assert len(list(tmp_path.rglob("*.arrows"))) == 3, "each has removed what is old"
+
+
+def test_a_write_that_stalls_is_not_taken_for_another_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, written = _Clock(), _Clock()
+    move = LocalFileSystem.mv
+
+    def stalled(self: LocalFileSystem, path1: str, path2: str, **options: Any) -> None:
+        clock.now_s += 40
+        move(self, path1, path2, **options)
+        written.now_s = clock.now_s
+        clock.now_s += 40
+
+    monkeypatch.setattr(LocalFileSystem, "mv", stalled)
+    _tell(monkeypatch, written)
+    store = FolderStore(str(tmp_path), keep_s=600, clock=clock)
+    name, data = message(row(1))
+    store.publish(name, data)
+    assert store._ahead_s == 0
+    assert "and counts" not in caplog.text
+    assert store.names() == [name]
 
 
 def test_a_folder_that_is_deleted_under_way_is_made_again(tmp_path: Path) -> None:

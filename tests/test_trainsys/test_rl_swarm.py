@@ -139,6 +139,31 @@ def test_a_node_that_learns_from_nobody_says_why(box: Mailbox, tmp_path: Path) -
     assert "no group of others: of 1 that were believed" in report.summarise(tmp_path).splitlines()[-1]
 
 
+def test_a_node_whose_name_another_has_says_so_and_a_resumed_one_since_when(
+    box: Mailbox,
+) -> None:
+    anna, other = _peers(box, "anna"), _peers(box, "anna")
+
+    def says() -> str:
+        anna._exchange.poll()
+        anna.trade(9, [])
+        return account(anna.record())
+
+    anna.trade(1, [group(1)])
+    anna._exchange.publish_waiting()
+    other.trade(1, [group(2), group(3)])
+    other._exchange.publish_waiting()
+    same = "another node has the same name, and neither hears the other (rl.sharing.node)"
+    assert says() == f"trained on no group of others: {same}"
+    bert = _peers(box, "bert")
+    bert.trade(1, [replace(group(4, node="bert"), rewards=(0.0, 0.0, 1.0, 1.0))])
+    bert._exchange.publish_waiting()
+    assert says().endswith(f"1 others share, and nothing of it was believed: reward 1; {same}")
+    record, since = anna.record(), "of others since it resumed after step 40"
+    assert account(record, resumed_after=40).startswith(f"trained on no group {since}: ")
+    assert account({**record, "sharing/taken": 3}, resumed_after=40) == f"trained on 3 groups {since}"
+
+
 def test_the_same_seed_and_round_choose_the_same_groups(box: Mailbox) -> None:
     bert = _peers(box, "bert")
     bert.trade(1, [group(seed, node="bert") for seed in range(20)])

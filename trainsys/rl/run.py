@@ -316,7 +316,7 @@ class Run:
         for line in _table(self._first_accuracy, self._accuracy[1]):
             self._metrics.say(line)
         if record := self._record_of_others():
-            self._metrics.say(account(record))
+            self._metrics.say(account(record, resumed_after=self._started[0]))
         self._beat("export")
         setup.all_or_none(self._export if self._rank == 0 else lambda: None, self._met.control)
 

@@ -8,6 +8,7 @@ the groups that do not come.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import threading
@@ -52,7 +53,7 @@ class Pace:
     deadline_s: float = 30.0
     """Longest time one call of the store may take before it is left behind; above 0."""
     messages_per_poll: int = 64
-    """Messages fetched per look, one of each peer in turn, the newest first."""
+    """Messages fetched per look, one of each peer in turn, the newest first; the peers in another order each time."""
     poll_cpu_s: float = 0.5
     """CPU time of a look after which it ends, and others' messages wait for the next: the largest take as long."""
     pool_per_peer: int = 64
@@ -62,11 +63,15 @@ class Pace:
 
 
 _MOST_TRIES = 3
-"""Polls in which a message may fail to be read before it is left alone."""
+"""Polls in which a message may fail to be read, or be gone though it was listed, before it is left alone."""
 _MOST_FAILURES = 3
 """In one poll; then the store itself is taken to be ill until the next."""
 _REST = 3.0
-"""Time between looks, over the CPU time of the last: whatever peers send, training keeps three quarters of a core."""
+"""Time between looks, over the CPU time of the last: whatever peers send, reading it takes a quarter of a core at most.
+
+Counted is what the polling thread and the threads of its calls compute, not what a store's library does in threads of
+its own: receiving bytes, decrypting them.
+"""
 _MOST_OWN = 4096
 """Own names kept in mind to know them from a namesake's."""
 
@@ -101,8 +106,17 @@ class Exchange:
     """See the module. `share` and `take` are the training thread's; `close` ends the threads."""
 
     def __init__(
-        self, store: Store, validator: Validator, identity: Identity, pace: Pace, *, clock: Clock = time.time
+        self,
+        store: Store,
+        validator: Validator,
+        identity: Identity,
+        pace: Pace,
+        *,
+        clock: Clock = time.time,
+        generator: random.Random | None = None,
     ) -> None:
+        """`generator` decides whom a look reads first; without one, nobody can know beforehand."""
+        self._generator = generator or random.Random()
         self._store = store
         self._validator = validator
         self._identity = identity
@@ -260,27 +274,36 @@ class Exchange:
         self._remember_names(listed)
         self._look_around(listed)
         limit = self._pace.messages_per_poll
-        wanted = _in_turn(name for name in listed if name not in self._known and self._validator.wants(name))[:limit]
+        news = (name for name in listed if name not in self._known and self._validator.wants(name))
         failures: list[Exception] = []
-        until_s = time.thread_time() + self._pace.poll_cpu_s
-        for name in wanted:
+        until_s = self._computed_s() + self._pace.poll_cpu_s
+        for name in _in_turn(news, self._generator)[:limit]:
             try:
                 message = self._polling.within_deadline(lambda: self._store.fetch(name, schema.Bounds().message_bytes))  # noqa: B023
             except Exception as error:  # noqa: BLE001  one that cannot be read must not hide those behind it
                 failures.append(error)
-                self._failed[name] += 1
-                if self._failed[name] >= _MOST_TRIES:
-                    self._known[name] = None
+                self._note_failed(name)
                 if len(failures) >= _MOST_FAILURES:
                     break
                 continue
-            self._known[name] = None
-            if message is not None:
+            if message is None:  # gone for good, or its node is just moving it
+                self._note_failed(name)
+            else:
+                self._known[name] = None
                 self._admit(name, message)
-            if time.thread_time() >= until_s:
+            if self._computed_s() >= until_s:
                 break
         if failures:
             raise failures[-1]
+
+    def _note_failed(self, name: str) -> None:
+        self._failed[name] += 1
+        if self._failed[name] >= _MOST_TRIES:
+            self._known[name] = None
+
+    def _computed_s(self) -> float:
+        """Return the CPU time of this thread, which polls, and of the calls that it made."""
+        return time.thread_time() + self._polling.cpu_s
 
     def _admit(self, name: str, message: bytes) -> None:
         with self._validating:
@@ -334,9 +357,9 @@ class Exchange:
     def _poll_always(self) -> None:
         pause_s = self._pace.poll_interval_s
         while not self._closed.wait(pause_s):
-            began_s = time.thread_time()
+            began_s = self._computed_s()
             self._attempt(self.poll)
-            pause_s = max(self._pace.poll_interval_s, _REST * (time.thread_time() - began_s))
+            pause_s = max(self._pace.poll_interval_s, _REST * (self._computed_s() - began_s))
 
     def _attempt(self, step: Callable[[], None]) -> None:
         try:
@@ -347,15 +370,17 @@ class Exchange:
             log.warning("%s: the store failed, and is asked again: %r", self._identity.node, error)
 
 
-def _in_turn(names: Iterable[str]) -> list[str]:
-    """Return names so that every peer has its newest first before any has its second."""
-    ranked: list[tuple[int, str]] = []
-    count: Counter[str] = Counter()
+def _in_turn(names: Iterable[str], generator: random.Random) -> list[str]:
+    """Return names so that every peer has its newest first before any has its second, the peers in random order.
+
+    A look may end before all had their turn; no choice of names puts a peer before the others look after look.
+    """
+    of_node: dict[str, list[str]] = {}
     for name in sorted(names, reverse=True):
-        node = name.partition(".")[0]
-        ranked.append((count[node], name))
-        count[node] += 1
-    return [name for _, name in sorted(ranked, key=lambda item: item[0])]
+        of_node.setdefault(name.partition(".")[0], []).append(name)
+    queues = list(of_node.values())
+    generator.shuffle(queues)
+    return [name for turn in itertools.zip_longest(*queues) for name in turn if name is not None]
 
 
 class _Calls:
@@ -366,6 +391,9 @@ class _Calls:
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         self._stuck = threading.Semaphore(self._MOST_STUCK)
+        self._counting = threading.Lock()
+        self.cpu_s = 0.0
+        """CPU time of the calls that have returned, in their threads."""
 
     def within_deadline(self, call: Callable[[], T]) -> T:
         """Return what `call` does, or raise what it does, or SharingError at the deadline or with too many left."""
@@ -380,6 +408,8 @@ class _Calls:
             except BaseException as error:  # noqa: BLE001  carried to the caller
                 errors.append(error)
             finally:
+                with self._counting:
+                    self.cpu_s += time.thread_time()
                 self._stuck.release()
 
         thread = threading.Thread(target=run, name="store-call", daemon=True)

@@ -90,9 +90,10 @@ class FolderStore:
 
     def publish(self, name: str, message: bytes) -> None:
         bucket = self._bucket()
+        began_s = self._clock()
         path = self._write(bucket, name, message)
         if bucket != self._compared:
-            self._compare_clocks(path)
+            self._compare_clocks(path, began_s)
             if self._bucket() != bucket:  # there nobody would look for it
                 self._fs.rm_file(path)
                 bucket = self._bucket()
@@ -118,10 +119,11 @@ class FolderStore:
         """Return the bucket of now, or of a time before, by the store's clock."""
         return int((self._clock() + self._ahead_s - before_s) // self._BUCKET_S)
 
-    def _compare_clocks(self, written: str) -> None:
-        """Take the store's time from a file written just now: nodes whose clocks differ agree on it.
+    def _compare_clocks(self, written: str, began_s: float) -> None:
+        """Take the store's time from a file written since `began_s`: nodes whose clocks differ agree on it.
 
-        A file system that does not tell, or not in which time zone, leaves each node to its own clock.
+        A file system that does not tell, or not in which time zone, leaves each node to its own clock. So does a time
+        that our clock may have had while we wrote: a slow store, or a stalled machine, is no other clock.
         """
         try:
             modified = self._fs.modified(written)
@@ -129,8 +131,10 @@ class FolderStore:
             return
         if modified.tzinfo is None:
             return
-        ahead_s = modified.timestamp() - self._clock()
-        if abs(ahead_s - self._ahead_s) > self._CLOCK_TOLERANCE_S:
+        stored_s = modified.timestamp()
+        least_s, most_s = stored_s - self._clock(), stored_s - began_s
+        if not least_s - self._CLOCK_TOLERANCE_S <= self._ahead_s <= most_s + self._CLOCK_TOLERANCE_S:
+            ahead_s = (least_s + most_s) / 2
             log.warning("%s: its clock is %.0f s ahead of this machine's, and counts", self._root, ahead_s)
             self._ahead_s = ahead_s
 

@@ -144,7 +144,13 @@ class Swarms:
         return _Node(
             seed=seed,
             number=number,
-            exchange=kind(self._mailbox, validator, Identity(node=name, model="stack"), pace),
+            exchange=kind(
+                self._mailbox,
+                validator,
+                Identity(node=name, model="stack"),
+                pace,
+                generator=random.Random(f"{seed}/{number}/polls"),
+            ),
             random=random.Random(f"{seed}/{number}"),
         )
 
