@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ _END_TIMEOUT_S = 10.0
 _AGENT_PAUSE_S = 0.5  # until an agent that died is started again, doubled each time
 _LONGEST_AGENT_PAUSE_S = 60.0
 _SILENT_S = 2.0  # that an agent may owe an answer
+_BLIND_S = 0.5  # that a time without a look counts at most: the driver was away, which proves nothing
 
 log = logging.getLogger(__name__)
 
@@ -208,14 +209,16 @@ class _Agent:
     """A node's agent as the driver knows it.
 
     One that dies or falls silent is replaced before anybody takes its node for lost: what it looks after may be well.
+    Silence is counted on a clock that stands still while the driver is busy, or suspended itself.
     """
 
-    def __init__(self, ray: Any, node_id: str) -> None:
-        self._ray, self._node_id = ray, node_id
+    def __init__(self, ray: Any, node_id: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ray, self._node_id, self._clock = ray, node_id, clock
+        self._now_s, self._looked_s = 0.0, clock()
         self._homes: dict[int, Home] = {}
         self._pause_s = _AGENT_PAUSE_S
         self._seen: list[Vitals] = []
-        self._seen_at_s = time.monotonic()
+        self._seen_at_s = 0.0
         self._handle: Any = None
         self._ref: Any = None
         self._has_answered = False
@@ -237,25 +240,33 @@ class _Agent:
 
     def look(self) -> list[Vitals]:
         """What it saw last, with the age of that."""
-        if self._ref is not None and self._has_answered and time.monotonic() > self._asked_s + _SILENT_S:
+        looked_s = self._clock()
+        self._now_s += min(looked_s - self._looked_s, _BLIND_S)
+        self._looked_s = looked_s
+        self._take()  # an answer may long have been there
+        if self._ref is not None and self._has_answered and self._now_s > self._asked_s + _SILENT_S:
             log.warning("the agent of node %s is silent, and is started again", self._node_id)
             self.kill()
             self._ref = None
-        if self._ref is None and time.monotonic() > self._begun_s + self._pause_s:
+        if self._ref is None and self._now_s > self._begun_s + self._pause_s:
             self._pause_s = min(2 * self._pause_s, _LONGEST_AGENT_PAUSE_S)  # its node may be gone, and not come back
             self._begin()
-        if self._ref is not None and self._ray.wait([self._ref], timeout=0)[0]:
-            ref, self._ref = self._ref, None
-            try:
-                self._seen, self._seen_at_s = self._ray.get(ref), time.monotonic()
-                self._has_answered, self._pause_s = True, _AGENT_PAUSE_S
-                self._ask()
-            except self._ray.exceptions.ActorUnavailableError:  # the network hiccuped
-                self._ask()
-            except self._ray.exceptions.RayError as error:
-                log.warning("the agent of node %s is gone, and is started again: %s", self._node_id, error)
-        age_s = time.monotonic() - self._seen_at_s
+        age_s = self._now_s - self._seen_at_s
         return [replace(vitals, report_age_s=age_s) for vitals in self._seen]
+
+    def _take(self) -> None:
+        """Learn from the answer if it is there, and ask again."""
+        if self._ref is None or not self._ray.wait([self._ref], timeout=0)[0]:
+            return
+        ref, self._ref = self._ref, None
+        try:
+            self._seen, self._seen_at_s = self._ray.get(ref), self._now_s
+            self._has_answered, self._pause_s = True, _AGENT_PAUSE_S
+            self._ask()
+        except self._ray.exceptions.ActorUnavailableError:  # the network hiccuped
+            self._ask()
+        except self._ray.exceptions.RayError as error:
+            log.warning("the agent of node %s is gone, and is started again: %s", self._node_id, error)
 
     def _begin(self) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -263,7 +274,7 @@ class _Agent:
         there = NodeAffinitySchedulingStrategy(self._node_id, soft=False)
         agent_class = self._ray.remote(num_cpus=0, max_restarts=0)(ray_rank.AgentActor)
         self._handle = agent_class.options(scheduling_strategy=there).remote()
-        self._begun_s = time.monotonic()
+        self._begun_s = self._now_s
         for member, home in self._homes.items():
             self._handle.watch.remote(member, home)
         self._has_answered = False
@@ -271,4 +282,4 @@ class _Agent:
 
     def _ask(self) -> None:
         self._ref = self._handle.look.remote()
-        self._asked_s = time.monotonic()
+        self._asked_s = self._now_s
