@@ -370,13 +370,9 @@ class Recorder:
     def _watch(self) -> None:
         is_ready = False
         while not self._closed.is_set():
-            self._is_idle = True
+            self._await_something()
             num_rested = len(self._resting)
-            if self.num_pending or num_rested:
-                self._is_idle = False
-                self._closed.wait(self._poll_s)
-            elif self._wake.wait(_IDLE_S):
-                self._wake.clear()
+            self._closed.wait(self._poll_s)  # also when just woken: not once for every operation
             if not self._is_on:
                 return
             if self._clocks and not is_ready:  # not before: to ask for devices would make their context
@@ -387,6 +383,13 @@ class Recorder:
             for _ in range(num_rested):
                 self._resting.popleft()
             self._look_at_all()
+
+    def _await_something(self) -> None:
+        """Return once something goes on, or after `_IDLE_S`."""
+        self._is_idle = True  # before looking: who begins something after that sees it, and wakes
+        if not self.num_pending and not self._resting and self._wake.wait(_IDLE_S):
+            self._wake.clear()
+        self._is_idle = False
 
     def _look_at_all(self) -> None:
         for key, token in list(self._pending.items()):
