@@ -22,6 +22,7 @@ from typing import Literal, NoReturn
 from faulttol import fence, policy
 from faulttol.finding import Finding, FindingKind
 from faulttol.policy import Incident, Loss, Resume, Shrink, Situation, Stop
+from faulttol.rules.numeric import lone_outlier
 from launch import orders, signals
 from launch.diagnosis import Diagnosis, told
 from launch.entry import Returned
@@ -259,10 +260,10 @@ class _Watch:
 
     def _outlier(self) -> Finding | None:
         """A gradient unlike the others' before they were added up, where one rank alone has it."""
-        finding = self._finding(FindingKind.NUMERIC)
-        if finding is None or not self._recovery.acts_on_outliers or finding.step <= self._resumed_step:
+        if self._diagnosis is None or not self._recovery.acts_on_outliers:
             return None
-        return finding if len(finding.culprits) == 1 else None
+        later = (finding for finding in self._diagnosis.current if finding.step > self._resumed_step)
+        return next((finding for finding in later if lone_outlier(finding) is not None), None)
 
     def _is_done(self, member: Member) -> bool:
         return member.is_done(self.generation)

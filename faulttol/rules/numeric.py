@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from faulttol.config import DetectorConfig
+from faulttol.events import RankRecord
 from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.view import JobView
 
@@ -14,6 +15,7 @@ _LEAST_SPREAD = 0.05
 """Spread of log norms that replicas have anyway; below it none counts as an outlier."""
 _USUAL, _LEAST_USUAL = 32, 5
 """Earlier steps whose median is a rank's usual norm: at most, at least."""
+_NORM, _LOSS = "gradient norm before the reduction", "loss"
 _TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, of a normal distribution."""
 
@@ -40,9 +42,11 @@ def outliers(values: Mapping[int, float], usual: Mapping[int, float], deviations
 
 
 def numeric(view: JobView, config: DetectorConfig) -> list[Finding]:
-    """Return what the marks of the last steps say: a gradient norm before the reduction, a loss.
+    """Return what the marks of the last steps say: a gradient norm before the reduction, a loss; the first step first.
 
-    Where ranks were not finite in several steps, the first step's are named: the reduction spreads it to all.
+    Only steps that every rank has marked are judged: who has marked one first is not who is to blame. Of the same ranks
+    the first step is told. What is not finite on all ranks after it was not on some is told no more: the reduction
+    spreads it.
     """
     norms: dict[int, dict[int, float]] = {}
     losses: dict[int, dict[int, float]] = {}
@@ -52,20 +56,39 @@ def numeric(view: JobView, config: DetectorConfig) -> list[Finding]:
                 norms.setdefault(mark.step, {})[rank] = mark.grad_norm
             if mark.loss is not None:
                 losses.setdefault(mark.step, {})[rank] = mark.loss
+    over = min((_last_over(record) for record in view.records.values()), default=-1)
     before: dict[int, list[float]] = {}
-    for step in sorted(norms.keys() | losses.keys()):
+    findings: dict[object, Finding] = {}
+    has_spread = False
+    for step in sorted(step for step in norms.keys() | losses.keys() if step <= over):
         usual = {rank: median(own[-_USUAL:]) for rank, own in before.items() if len(own) >= _LEAST_USUAL}
-        found = outliers(norms.get(step, {}), usual, config.gradient_deviations)
-        for rank, norm in norms.get(step, {}).items():
-            before.setdefault(rank, []).append(norm)
-        what = "gradient norm before the reduction"
+        what, values = _NORM, norms.get(step, {})
+        found = outliers(values, usual, config.gradient_deviations)
+        for rank, norm in values.items():
+            if math.isfinite(norm):
+                before.setdefault(rank, []).append(norm)
         if not found:
-            what = "loss"
-            found = {rank: math.inf for rank, loss in losses.get(step, {}).items() if not math.isfinite(loss)}
-        if found:
-            values = norms.get(step, {}) if "norm" in what else losses[step]
-            return [_finding(step, what, found, values)]
-    return []
+            what, values = _LOSS, losses.get(step, {})
+            found = {rank: math.inf for rank, loss in values.items() if not math.isfinite(loss)}
+        if found and not (has_spread and len(found) == len(values)):
+            finding = _finding(step, what, found, values)
+            findings.setdefault(finding.key, finding)
+        has_spread = has_spread or math.inf in found.values()
+    return list(findings.values())
+
+
+def lone_outlier(finding: Finding) -> int | None:
+    """Return the rank whose own gradient alone was unlike the others'; None for whatever else a finding says.
+
+    A loss names nobody: that of one rank is not finite where all ranks' parameters are already wrong.
+    """
+    is_norm = any(name.startswith(_NORM) for name in finding.evidence)
+    return finding.culprits[0] if is_norm and len(finding.culprits) == 1 else None
+
+
+def _last_over(record: RankRecord) -> int:
+    """The last step that the rank has marked the end of, or gone on from."""
+    return max((mark.step if mark.kind == "step_end" else mark.step - 1 for mark in record.marks), default=-1)
 
 
 def _finding(step: int, what: str, found: Mapping[int, float], values: Mapping[int, float]) -> Finding:

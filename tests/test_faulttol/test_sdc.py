@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from faulttol import sdc
 from faulttol.config import DetectorConfig
 from faulttol.finding import FindingKind
 from faulttol.inject import Fault, Injector
-from faulttol.rules.numeric import numeric, outliers
+from faulttol.rules.numeric import lone_outlier, numeric, outliers
 from faulttol.view import JobView
 from tests.ranks import run_ranks
 from tests.test_faulttol.scenes import Scene
@@ -121,6 +122,32 @@ def test_marks_name_the_rank_whose_gradient_was_wrong_first() -> None:
     (finding,) = numeric(JobView(Scene(norms=norm).run(30)), DetectorConfig())
     assert (finding.kind, finding.culprits, finding.step) == (FindingKind.NUMERIC, (1,), 20)
     assert not numeric(JobView(Scene(norms=lambda r, s: 3.0 / (s + 1)).run(30)), DetectorConfig())
+
+
+def test_a_step_that_some_ranks_have_not_ended_yet_accuses_none_of_those_that_have() -> None:
+    def diverged(num_marked: int) -> JobView:
+        records = Scene(norms=lambda rank, step: 3.0).run(10)
+        for rank in range(num_marked):
+            last = replace(records[rank].marks[-1], kind="step_end", loss=math.nan, grad_norm=None)
+            records[rank] = replace(records[rank], marks=(*records[rank].marks, last))
+        return JobView(records)
+
+    assert not numeric(diverged(1), DetectorConfig())
+    (finding,) = numeric(diverged(4), DetectorConfig())
+    assert (finding.culprits, finding.step, lone_outlier(finding)) == ((0, 1, 2, 3), 10, None)
+    one = Scene(num_ranks=1, norms=lambda rank, step: None).run(3)
+    lost = replace(one[0].marks[-1], kind="step_end", loss=math.nan)
+    (finding,) = numeric(JobView({0: replace(one[0], marks=(*one[0].marks, lost))}), DetectorConfig())
+    assert (finding.culprits, lone_outlier(finding)) == ((0,), None), "a loss alone replaces nobody"
+
+
+def test_an_outlier_of_several_ranks_hides_no_later_one_of_a_single_rank() -> None:
+    def norm(rank: int, step: int) -> float:
+        return 3.0 * (1e6 if (rank, step) in {(1, 10), (2, 10), (3, 20), (3, 22)} else 1.0)
+
+    findings = numeric(JobView(Scene(num_ranks=6, norms=norm).run(30)), DetectorConfig())
+    assert [(finding.culprits, finding.step) for finding in findings] == [((1, 2), 10), ((3,), 20)]
+    assert [lone_outlier(finding) for finding in findings] == [None, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -288,12 +288,14 @@ def test_a_rank_with_wrong_numbers_is_ended_whoever_tells_of_it_and_nobody_where
 
 def test_a_gradient_unlike_the_others_replaces_its_rank_from_before_that_step(job: Job, tmp_path: Path) -> None:
     records, distrusted = _Records(), []
-    outlier = Finding(kind=FindingKind.NUMERIC, suspects=(Suspect(1, 1.0),), summary="its norm is 1e9", step=7)
+    loss = Finding(kind=FindingKind.NUMERIC, suspects=(Suspect(0, 1.0),), summary="its loss is nan", step=5)
+    evidence = {"gradient norm before the reduction of rank 1": 1e9}
+    outlier = replace(loss, suspects=(Suspect(1, 1.0),), summary="its norm is 1e9", step=7, evidence=evidence)
 
     def script(fleet: _Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
-            records.current = (outlier,)
+            records.current = (loss, outlier)
         elif fleet.generation == 1:
             fleet.finish()
 
