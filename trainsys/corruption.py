@@ -10,6 +10,7 @@ is right, and the checkpoint of it as well; what is found in step N is gone with
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -192,6 +193,12 @@ def heed(folder: RunFolder, checkpointer: ck.Checkpointer) -> int:
     count = checkpointer.distrust(*known)
     _mark(folder).unlink()
     return count
+
+
+def right_until(folder: RunFolder) -> float:
+    """Return the last step whose checkpoint may be gone on from, by a `distrust` that nobody has heeded yet."""
+    known = _read(_mark(folder))
+    return math.inf if known is None else known[0]
 
 
 def _mark(folder: RunFolder) -> Path:

@@ -17,7 +17,7 @@ from faulttol import fence
 from faulttol.fence import Fence
 from trainsys.check import backend_of, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
-from trainsys.corruption import distrust
+from trainsys.corruption import distrust, right_until
 from trainsys.errors import ConfigError, RunError
 from trainsys.folder import RunFolder
 
@@ -67,11 +67,12 @@ def promise(config: RunConfig) -> str:
 def saved_step(folder: RunFolder) -> int:
     """Return the newest step with a committed checkpoint on the local tier that nobody distrusts; -1 before the first.
 
-    Looking costs the supervisor two names a checkpoint.
+    Looking costs the supervisor two names a checkpoint, and one of the run.
     """
+    right = right_until(folder)
     found = (path.parent for path in folder.checkpoints.glob(f"*/{COMMIT}") if not (path.parent / MARK).exists())
     names = (AttemptName.parse(path.name) for path in found)
-    return max((name.step for name in names if name is not None), default=-1)
+    return max((name.step for name in names if name is not None and name.step <= right), default=-1)
 
 
 def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation | None:

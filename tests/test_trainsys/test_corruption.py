@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from checkpoint.commit import COMMIT, AttemptName
 from faulttol import preflight
 from faulttol.errors import Corrupted
 from tests.ranks import run_ranks
 from trainsys import ConfigError, RunError, elastic, recipe
 from trainsys.check import check
-from trainsys.corruption import Inspector
+from trainsys.corruption import Inspector, distrust, heed
 from trainsys.folder import RunFolder
 
 _RUN = ("--optim.kind=adamw", "--engine.backend=torch", "--engine.zero_stage=0", "--engine.precision=fp32")
@@ -148,3 +149,17 @@ def test_generations_go_on_from_those_of_earlier_launches_and_damage_is_told(tmp
     (tmp_path / "generation").write_text("three")
     with pytest.raises(RunError, match="cannot tell the last generation of the run"):
         elastic.next_generation(folder)
+
+
+def test_a_checkpoint_that_is_distrusted_counts_as_none_before_a_generation_has_heeded_that(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert elastic.saved_step(folder) == -1
+    for step in (4, 8, 12):
+        attempt = folder.checkpoints / AttemptName.of(step, 0, "run").folder
+        attempt.mkdir(parents=True)
+        (attempt / COMMIT).touch()
+    assert elastic.saved_step(folder) == 12
+    distrust(folder, 9, "an outlier in step 10")
+    assert elastic.saved_step(folder) == 8
+    heed(folder, cast(Any, SimpleNamespace(distrust=lambda after_step, why: 1)))
+    assert elastic.saved_step(folder) == 12, "what was heeded is marked at the checkpoint itself"
