@@ -7,7 +7,9 @@ libaio, and tells of no failed write, which only the digests of the blocks see t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
 import os
 from typing import Any, Literal, Protocol
@@ -25,6 +27,15 @@ _DEPTH = 32
 _PIECE_BYTES = 1 << 20
 """32 in flight keep a disk busy that has 100 us of latency and 30 GB/s."""
 _ENDED_EARLY = -1
+_NOT_ALLOWED = (
+    "this kernel allows no ring here: allow one (kernel.io_uring_disabled, a container's seccomp profile, Linux 5.6)"
+)
+_NO_ROOM = {
+    errno.EMFILE: "a ring is a descriptor, and the process has as many as it may: raise ulimit -n",
+    errno.ENFILE: "a ring is a descriptor, and the machine has as many as it may: raise fs.file-max",
+    errno.ENOMEM: "a ring is memory that stays, and there is no more of it: raise ulimit -l",
+}
+"""What to do where a kernel that allows rings has no room for one more, by errno."""
 
 
 class Mover(Protocol):
@@ -74,22 +85,12 @@ class UringMover:
 
     def __init__(self) -> None:
         """Raises TierError where the kernel allows no ring, KernelError where there is no C compiler."""
-        self._library = building.library(building.URING)
-        self._library.uring_open.restype = ctypes.c_void_p
-        self._library.uring_open.argtypes = [ctypes.c_uint, ctypes.POINTER(ctypes.c_int)]
-        self._library.uring_close.restype = None
-        self._library.uring_close.argtypes = [ctypes.c_void_p]
-        self._library.uring_move.argtypes = [
-            *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
-            *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32),
-        ]
+        self._library = _uring(building.URING)
         code = ctypes.c_int()
         self._ring: int | None = self._library.uring_open(_DEPTH, ctypes.byref(code))
         if not self._ring:
-            raise TierError(
-                f"io_uring: this kernel allows none here ({os.strerror(code.value)}; kernel.io_uring_disabled, a "
-                "container's seccomp profile, or one older than 5.6): choose io='threads'"
-            )
+            why = _NO_ROOM.get(code.value, _NOT_ALLOWED)
+            raise TierError(f"io_uring: {os.strerror(code.value)}: {why}, or choose io='threads'")
 
     def write(self, file: int, data: torch.Tensor, offset: int) -> None:
         """Write."""
@@ -150,6 +151,21 @@ class AioMover:
             raise TierError(f"DeepSpeed's handle has not {verb} {data.numel()} bytes; it printed why")
 
 
+@functools.cache
+def _uring(recipe: building.Recipe) -> ctypes.CDLL:
+    """Return the library, loaded once: finding it takes descriptors, and rings may have left none."""
+    library = building.library(recipe)
+    library.uring_open.restype = ctypes.c_void_p
+    library.uring_open.argtypes = [ctypes.c_uint, ctypes.POINTER(ctypes.c_int)]
+    library.uring_close.restype = None
+    library.uring_close.argtypes = [ctypes.c_void_p]
+    library.uring_move.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
+        *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32),
+    ]
+    return library
+
+
 def refusal(io: IoName) -> str | None:
     """Return why a mover cannot run here, and what to do; None: it can."""
     if io == "io_uring":
@@ -179,17 +195,28 @@ def chosen(io: IoName) -> IoName:
     return "threads" if refusal("io_uring") else "io_uring"
 
 
-def make_mover(io: IoName) -> Mover:
-    """Return a mover for one thread. Raises TierError where there can be none; a compiler that is missing too."""
+def make_movers(io: IoName, count: int) -> tuple[IoName, list[Mover]]:
+    """Return what moves the bytes and a mover for each of so many threads; `auto` is threads where one ring is refused.
+
+    Raises:
+        TierError: there can be none of these, for want of a compiler too.
+    """
     makers: dict[IoName, type[Mover]] = {"threads": ThreadMover, "io_uring": UringMover, "aio": AioMover}
-    try:
-        maker = makers[chosen(io)]
-    except KeyError:
-        raise TierError(f"io: {io!r}; allowed: auto, threads, io_uring, aio") from None
-    try:
-        return maker()
-    except KernelError as error:
-        raise TierError(f"io_uring: {error}") from error
+    if io != "auto" and io not in makers:
+        raise TierError(f"io: {io!r}; allowed: auto, threads, io_uring, aio")
+    with contextlib.ExitStack() as stack:
+        made: list[Mover] = []
+        name: IoName = "io_uring" if io == "auto" else io
+        try:
+            for _ in range(count):
+                made.append(makers[name]())
+                stack.callback(made[-1].close)
+        except (TierError, KernelError) as error:
+            if io == "auto":  # the rings so far are closed: all threads move bytes the same way
+                return "threads", [ThreadMover() for _ in range(count)]
+            raise error if isinstance(error, TierError) else TierError(f"{io}: {error}") from error
+        stack.pop_all()
+        return name, made
 
 
 def _name(file: int) -> str:

@@ -34,7 +34,7 @@ class NvmeTier(ThreadedTier[Extent]):
     The file grows as blocks are allocated, so that a full disk is met there and not at a write. `io` says what moves
     the bytes (`offload.movers`); the attribute of that name says what `auto` became. `num_threads` transfers run at
     once, each with a buffer of `chunk_bytes`; tensors that do not begin and end at a sector pass through it.
-    `direct=False` goes through the page cache, for file systems that cannot do otherwise.
+    `direct=False` goes through the page cache, for file systems that cannot do otherwise; `aio` never does.
     `fsync=True` ends every write with a flush of the device's cache; state that dies with the process does
     not need it. `digests`: see `ThreadedTier`.
 
@@ -54,13 +54,15 @@ class NvmeTier(ThreadedTier[Extent]):
         digests: bool = True,
         io: IoName = "auto",
     ) -> None:
-        self.io: IoName = movers.chosen(io)
-        chunk_bytes = -(-chunk_bytes // SECTOR_BYTES) * SECTOR_BYTES
+        if io == "aio" and not direct:
+            raise TierError("direct: False; io='aio' is always direct: choose io='threads' or 'io_uring'")
+        chunk_bytes = _sectors(chunk_bytes)
+        self.io: IoName
+        self.io, made = movers.make_movers(io, num_threads)
         with contextlib.ExitStack() as stack:
-            workers = []
-            for _ in range(num_threads):
-                workers.append(_Worker(movers.make_mover(self.io), _aligned(chunk_bytes)))
-                stack.callback(workers[-1].mover.close)
+            for mover in made:
+                stack.callback(mover.close)
+            workers = [_Worker(mover, _aligned(chunk_bytes)) for mover in made]
             file = _open_unnamed(Path(folder), direct, spec.name)
             stack.pop_all()
         medium = _File(file, Path(folder), workers, direct, fsync)

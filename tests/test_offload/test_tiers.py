@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload import CpuTier, CxlTier, GpuTier, NvmeTier, SpecError, StripedTier, TierError, TierSpec, building, movers
+from offload import (
+    CpuTier,
+    CxlTier,
+    GpuTier,
+    NvmeTier,
+    SpecError,
+    StripedTier,
+    TierError,
+    TierFull,
+    TierSpec,
+    building,
+    movers,
+)
 from offload.movers import IoName
 from offload.nvme import Extent, Extents
 from tests.contracts.tier import CAPACITY_BYTES, TierContract, spec
+from tests.ranks import RankFailed, run_ranks
 
 
 class TestCpuTier(TierContract):
@@ -112,12 +124,13 @@ def test_a_file_that_lost_its_end_is_an_error_not_a_wrong_number(io: IoName, tmp
 
 
 @pytest.mark.parametrize("io", IOS)
-def test_a_large_block_is_moved_in_many_pieces(io: IoName, tmp_path: Path) -> None:
-    """Two ends that no sector has, and more pieces than are in flight at once."""
-    data = torch.randint(0, 256, (1 + (40 << 20) + 7,), dtype=torch.uint8)
+def test_a_large_block_is_moved_in_many_pieces(io: IoName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ends that no sector has, and more pieces than are in flight at once, in the block and in each buffer."""
+    monkeypatch.setattr(movers, "_PIECE_BYTES", 1 << 16)
+    data = torch.randint(0, 256, (1 + (80 << 16) + 7,), dtype=torch.uint8)
     for start in (0, 1):
         part = data[start:]
-        with NvmeTier(spec(64 << 20), tmp_path, num_threads=1, io=io) as tier:
+        with NvmeTier(spec(8 << 20), tmp_path, num_threads=1, chunk_bytes=40 << 16, io=io) as tier:
             block, back = tier.allocate(part.numel()), torch.zeros_like(part)
             tier.write(block, part).result(60)
             tier.read(block, back).result(60)
@@ -139,6 +152,34 @@ def test_what_moves_the_bytes_is_told_and_what_cannot_is_refused(
     assert not os.listdir(tmp_path)
 
 
+def test_auto_is_threads_where_there_is_no_room_for_all_rings(tmp_path: Path) -> None:
+    if movers.refusal("io_uring"):
+        pytest.skip("no io_uring here")
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    limit = max(map(int, before)) + 3  # some rings fit, so many do not
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    try:
+        assert movers.chosen("auto") == "io_uring"
+        with NvmeTier(spec(), tmp_path, num_threads=limit, chunk_bytes=4096) as tier:
+            assert tier.io == "threads"
+            block = tier.allocate(5000)
+            tier.write(block, torch.ones(5000, dtype=torch.uint8)).result(60)
+            back = torch.zeros(5000, dtype=torch.uint8)
+            tier.read(block, back).result(60)
+            assert bool(back.all())
+        with pytest.raises(TierError, match=r"io_uring: Too many open files: .*ulimit -n, or choose io='threads'"):
+            NvmeTier(spec(), tmp_path, num_threads=limit, io="io_uring")
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, most))
+
+
+def test_what_is_always_direct_is_refused_where_direct_io_is_not_wanted(tmp_path: Path) -> None:
+    with pytest.raises(TierError, match=r"direct: False; io='aio' is always direct: choose io='threads' or 'io_uring'"):
+        NvmeTier(spec(), tmp_path, io="aio", direct=False)
+
+
 def test_deepspeeds_handle_is_refused_with_what_to_install(tmp_path: Path) -> None:
     if not movers.refusal("aio"):
         pytest.skip("DeepSpeed's async_io builds here")
@@ -146,66 +187,55 @@ def test_deepspeeds_handle_is_refused_with_what_to_install(tmp_path: Path) -> No
         NvmeTier(spec(), tmp_path, io="aio")
 
 
-_FAILED_WRITE = """
-import resource, sys
-import torch
-from offload import NvmeTier, TierError, TierSpec
-
-spec = TierSpec(name="t", capacity_bytes=1 << 20, read_bytes_per_s=1.0, write_bytes_per_s=1.0, latency_s=0.0)
-data = torch.ones(1 << 19, dtype=torch.uint8)
-_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-for io in sys.argv[2:]:
-    tier = NvmeTier(spec, sys.argv[1], io=io)
-    small, large = tier.allocate(4096), tier.allocate(1 << 19, 'w')
-    tier.write(large, data).result(60)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))  # from here on the disk takes one sector
-    for attempt in (lambda: tier.write(large, data), lambda: tier.read(large, data)):
-        try:
-            attempt().result(60)
-        except TierError as error:
-            print(error)
-    tier.write(small, data[:4096]).result(60)
-    try:
-        tier.allocate(1 << 18, 'm')
-    except TierError as error:
-        print(type(error).__name__, error)
-    try:
+def _failed_writes(rank: int, world_size: int, folder: Path, ios: list[IoName]) -> list[str]:
+    """Return what is told, in a process whose files may not grow."""
+    told = []
+    data = torch.ones(1 << 19, dtype=torch.uint8)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for io in ios:
+        tier = NvmeTier(spec(1 << 20), folder, io=io)
+        small, large = tier.allocate(4096), tier.allocate(1 << 19, "w")
+        tier.write(large, data).result(60)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))  # from here on the disk takes one sector
+        for move in (tier.write, tier.read):
+            with pytest.raises(TierError) as failed:
+                move(large, data).result(60)
+            told.append(str(failed.value))
+        tier.write(small, data[:4096]).result(60)
+        with pytest.raises(TierFull) as full:
+            tier.allocate(1 << 18, "m")
+        told.append(str(full.value))
+        with pytest.raises(TierError) as closed:
+            tier.close()
+        told.append(str(closed.value))
         tier.close()
-    except TierError as error:
-        print("close:", error)
-    tier.close()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-"""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    return told
 
 
 def test_a_failed_write_is_told_by_its_future_by_reads_and_by_close(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FAILED_WRITE, str(tmp_path), *IOS], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    (lines,) = run_ranks(_failed_writes, 1, tmp_path, IOS)
     assert len(lines) == 4 * len(IOS)
     for first in range(0, len(lines), 4):
         write, read, full, close = lines[first : first + 4]
         assert write == "tier t: writing a block of 524288 bytes of w failed: [Errno 27] File too large"
         assert read == write
         assert full == (
-            f"TierFull tier t: a block of 262144 bytes of m: {tmp_path} has no room for 262144 bytes more: File too "
+            f"tier t: a block of 262144 bytes of m: {tmp_path} has no room for 262144 bytes more: File too "
             "large; free some of the disk or lower the tier's capacity"
         )
-        assert close == f"close: {write}"
+        assert close == write
+
+
+def _killed(rank: int, world_size: int, folder: Path) -> None:
+    tier = NvmeTier(spec(1 << 20), folder)
+    tier.allocate(1 << 20)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
-    program = (
-        "import sys, os, signal; from offload import NvmeTier, TierSpec\n"
-        "rates = dict(read_bytes_per_s=1, write_bytes_per_s=1, latency_s=0)\n"
-        "spec = TierSpec(name='t', capacity_bytes=1 << 20, **rates)\n"
-        "tier = NvmeTier(spec, sys.argv[1]); tier.allocate(1 << 20)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(RankFailed, match="SIGKILL"):
+        run_ranks(_killed, 1, tmp_path)
     assert not os.listdir(tmp_path)
 
 
