@@ -69,10 +69,10 @@ def test_every_schedule_equals_torchs_adamw_after_50_steps(mode: Mode, tmp_path:
     skips = None if mode == "stream" else 7
     cases: list[tuple[torch.dtype, float | None, int, int | None, tuple[Any, ...]]] = [
         (torch.bfloat16, None, 1, skips, SCHEDULES),
-        (torch.float32, None, 2, None, ("mixed",)),
+        (torch.float32, None, 2, None, ("mixed", "nvme")),
     ]
     if mode != "stream":
-        cases += [(torch.bfloat16, 9.0, 1, None, ("mixed", 3)), (torch.float32, 1.0, 2, 7, (2,))]
+        cases += [(torch.bfloat16, 9.0, 1, None, ("mixed", 3)), (torch.float32, 1.0, 2, 7, (2, "nvme"))]
     for dtype, max_norm, accumulation, overflow_at, schedules in cases:
         reference_model = small_model(dtype)
         reference = Reference(reference_model, max_norm)

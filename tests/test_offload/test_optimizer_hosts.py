@@ -1,4 +1,4 @@
-"""Engines host the tiered optimizer: two ranks of FSDP2 and of DeepSpeed ZeRO-2 train as one process does."""
+"""Engines host the tiered optimizer: two ranks of FSDP2, DeepSpeed ZeRO and its pipeline train as one process does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.ranks import run_ranks
 
 _STEPS = 6
 _ROWS = 8
+_MICRO_BATCHES = 2
 
 
 def _model() -> nn.Sequential:
@@ -116,6 +117,39 @@ def test_deepspeed_zero_on_two_ranks_equals_one_process() -> None:
             torch.testing.assert_close(
                 first[name], value, rtol=0, atol=2e-7, msg=lambda text, s=stage: f"ZeRO {s}: {text}"
             )
+
+
+def _pipeline(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    module = PipelineModule(
+        list(_model()), num_stages=world_size, loss_fn=lambda out, _: out.square().mean(), partition_method="uniform"
+    )
+    optimizer = TieredAdamW(module.parameters(), lr=1e-2, mode="sync", tiering=_tiering())
+    config = {
+        "train_micro_batch_size_per_gpu": _ROWS // _MICRO_BATCHES,
+        "gradient_accumulation_steps": _MICRO_BATCHES,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    data = iter([(part, part) for batch in _batches(0, 1) for part in batch.chunk(_MICRO_BATCHES)])
+    for _ in range(_STEPS):
+        engine.train_batch(data)
+    optimizer.close()
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_deepspeeds_pipeline_of_two_stages_equals_one_process() -> None:
+    stages = run_ranks(_pipeline, 2)
+    assert all(stages), "each stage has weights of its own"
+    trained = stages[0] | stages[1]
+    wanted = _alone(None)
+    assert trained.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # The mean over micro-batches is rounded at other places than that over all rows.
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=2e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.gpu
