@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import offload
 from offload import NvmeTier, TierSpec, calibrate, movers
 from offload.__main__ import main
 from offload.numa import NumaNode, memory_only, numa_nodes
@@ -44,12 +46,12 @@ def _probe(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
+def test_every_figure_is_measured_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, disk = tmp_path / "probe.json", tmp_path / "disk"
     disk.mkdir()
     size = ("--size", "1MiB", "--repeats", "2", "--emulate-cxl", "2GiB,1,50")
-    done = _probe("--path", str(disk), "--json", str(out), "--keep", str(tmp_path / "kept.json"), *size)
-    assert done.returncode == 0, done.stderr
+    assert main(["probe", "--path", str(disk), "--json", str(out), "--keep", str(tmp_path / "kept.json"), *size]) == 0
+    printed = capsys.readouterr().out
     report = json.loads(out.read_text())
     assert json.loads((tmp_path / "kept.json").read_text()) == report
     rows = {row["metric"]: row for row in report["measurements"]}
@@ -58,15 +60,15 @@ def test_every_figure_is_measured_printed_and_kept(tmp_path: Path) -> None:
         assert len(row["samples"]) == 2
         assert min(row["samples"]) > 0
         assert min(row["samples"]) <= row["value"] <= max(row["samples"])
-        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{metric} "))
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{metric} "))
         assert line.endswith(row["how"])
     tiers = {tier["name"]: TierSpec(**tier) for tier in report["tiers"]}
     assert tiers.keys() == {"cpu", "cxl", "nvme"}
     assert math.isclose(tiers["nvme"].read_bytes_per_s, rows["nvme.read"]["value"])
     assert [name for name, tier in tiers.items() if tier.emulated] == ["cxl"]
-    assert "tier cxl (emulated): 2.1 GB" in done.stdout
+    assert "tier cxl (emulated): 2.1 GB" in printed
     io = movers.chosen("auto")
-    assert f"\ndisk by {io}; io_uring " in done.stdout
+    assert f"\ndisk by {io}; io_uring " in printed
     assert f"NvmeTier by {io}, past the page cache" in rows["nvme.read"]["how"]
     assert all("emulated" in row["how"] for metric, row in rows.items() if metric.startswith("cxl."))
     # Slower than it was told to be is possible on a busy machine, faster is not.
@@ -109,10 +111,11 @@ def test_copies_to_the_gpu_are_measured(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_ends_with_2_and_one_message(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit) as info:
-        raise SystemExit(main(["probe", *arguments]))  # argparse leaves by itself
+    monkeypatch.setattr(sys, "argv", ["offload", "probe", *arguments])
+    with pytest.raises(SystemExit) as info:  # as `python -m offload` runs it
+        runpy.run_path(str(Path(offload.__file__).with_name("__main__.py")), run_name="__main__")
     assert info.value.code == 2
     assert message in capsys.readouterr().err
 
