@@ -6,6 +6,7 @@ Exits with 0, with 1 if a checkpoint is damaged, with 2 if the request cannot be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -193,9 +194,14 @@ def _gc(options: argparse.Namespace) -> int:
     storage = open_storage(options.path)
     keep_last = _NEVER if options.keep_last is None else options.keep_last
     abandoned = functools.partial(retention.is_idle_since, storage, time_s=time.time() - options.idle_s)
-    find = retention.removable if options.dry_run else retention.collect
-    for removal in find(storage, keep_last=keep_last, keep_every=options.keep_every, abandoned=abandoned):
-        print(f"{'would remove' if options.dry_run else 'removed'} {removal}")
+    kept: dict[str, Any] = {"keep_last": keep_last, "keep_every": options.keep_every, "abandoned": abandoned}
+    if options.dry_run:
+        for removal in retention.removable(storage, **kept):
+            print(f"would remove {removal}")
+        return 0
+    with contextlib.closing(retention.collect(storage, **kept)) as removals:  # who cannot print any more leaves no mark
+        for removal in removals:
+            print(f"removed {removal}")
     return 0
 
 

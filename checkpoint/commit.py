@@ -243,11 +243,15 @@ class Attempt:
         """Raise StorageError unless the storage holds every file in its size, also those of other attempts, to stay."""
         paths = {file: file.path if "/" in file.path else f"{self.folder}/{file.path}" for file in files}
         found: dict[str, int] = {}
-        for folder in {path.rpartition("/")[0] for path in paths.values()}:
+        folders = {path.rpartition("/")[0] for path in paths.values()}
+        going = {folder for folder in folders if is_going(self._storage, folder)}
+        for folder in folders:
             found |= {f"{folder}/{name}": nbytes for name, nbytes in sizes(self._storage, folder).items()}
-        going = sorted(path.rpartition("/")[0] for path in found if path.endswith(f"/{REMOVAL}"))
+        going |= {folder for folder in folders if f"{folder}/{REMOVAL}" in found}
         if going:
-            raise StorageError(f"{self.folder}: cannot be committed: {', '.join(going)} is being removed (by gc?)")
+            raise StorageError(
+                f"{self.folder}: cannot be committed: {', '.join(sorted(going))} is being removed (by gc?)"
+            )
         for file, path in paths.items():
             if found.get(path) != file.nbytes:
                 raise StorageError(
@@ -265,6 +269,11 @@ class Attempt:
 
     def _part(self, rank: int) -> str:
         return f"{self.folder}/{PARTS}/{rank_name(rank)}.arrow"
+
+
+def is_going(storage: Storage, folder: str) -> bool:
+    """Whether a folder is being removed. Asked before its files are looked at: when the mark goes, they are gone."""
+    return storage.size(f"{folder}/{REMOVAL}") is not None
 
 
 def check_votes(parts: Sequence[SliceTable], merged: SliceTable) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from checkpoint import catalog
@@ -77,18 +78,20 @@ def references(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def collect(
     storage: Storage, *, keep_last: int, keep_every: int, abandoned: Callable[[AttemptName], bool]
-) -> Iterator[Removal]:
+) -> Generator[Removal, None, None]:
     """Remove what may go, as `removable`, and yield it; launches may be saving into the root at the same time.
 
     A save that refers to files of other checkpoints says so first, in its votes, and then looks whether these are
     marked; here they are marked first, and then looked for in votes. So one of the two sees the other, whatever
-    their order: the save fails and the next one writes everything, or the files stay.
+    their order: the save fails and the next one writes everything, or the files stay. A mark stays until the files
+    are gone, or will not go: however this ends, unless it is killed, none is left behind.
     """
     planned = removable(storage, keep_last=keep_last, keep_every=keep_every, abandoned=abandoned)
     folders = {removal.folder for removal in planned}
-    for folder in folders:
-        storage.write(f"{folder}/{REMOVAL}", b"{}")
-    try:
+    with contextlib.ExitStack() as marks:
+        for folder in folders:
+            marks.callback(storage.remove, f"{folder}/{REMOVAL}")
+            storage.write(f"{folder}/{REMOVAL}", b"{}")
         sure = removable(
             storage,
             keep_last=keep_last,
@@ -96,17 +99,10 @@ def collect(
             abandoned=lambda name: name.folder in folders,
             with_votes=True,
         )
-    except BaseException:
-        for folder in folders:
-            storage.remove(f"{folder}/{REMOVAL}")
-        raise
-    confirmed = {removal.folder: removal for removal in sure}
-    for folder in sorted(folders):
-        if folder in confirmed:
-            remove(storage, confirmed[folder])
-            yield confirmed[folder]
-        else:
-            storage.remove(f"{folder}/{REMOVAL}")
+        for removal in sorted(sure, key=lambda removal: removal.folder):
+            if removal.folder in folders:
+                remove(storage, removal)
+                yield removal
 
 
 def superseded(
@@ -150,18 +146,22 @@ def is_sound(reader: Reader) -> bool:
 def remove(storage: Storage, removal: Removal) -> None:
     """Remove a checkpoint: its commit record first, so that no half of it is ever taken for one.
 
-    One whose files others need is retired: marked, so that what is left of it goes with the last of them.
+    One whose files others need is retired: marked, so that what is left of it goes with the last of them. What says
+    that it is being removed goes last: a save that looks after that finds no file that would still go.
     """
     folder = removal.folder
-    if not removal.stays:
-        storage.remove(f"{folder}/{COMMIT}")
-        storage.remove(folder)
-        return
-    storage.write(f"{folder}/{RETIRED}", b"{}")
+    if removal.stays:
+        storage.write(f"{folder}/{RETIRED}", b"{}")
     storage.remove(f"{folder}/{COMMIT}")
-    for entry in storage.entries(folder):
-        if entry.name not in (RETIRED, *removal.stays):
-            storage.remove(f"{folder}/{entry.name}")
+    there = [entry.name for entry in storage.entries(folder)]
+    if removal.stays or REMOVAL in there:
+        for name in there:
+            if name not in (RETIRED, REMOVAL, *removal.stays):
+                storage.remove(f"{folder}/{name}")
+    if not removal.stays:
+        storage.remove(folder)
+    elif REMOVAL in there:
+        storage.remove(f"{folder}/{REMOVAL}")
 
 
 def write_times(storage: Storage, folder: str) -> list[float | None]:

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,12 @@ import torch
 
 import checkpoint
 from checkpoint import CheckpointConfig, Checkpointer, SaveFailed, StorageError
+from checkpoint.catalog import RETIRED
 from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName
 from checkpoint.config import RemoteConfig
 from checkpoint.local import LocalStorage
 from checkpoint.promotion import Promoter
-from checkpoint.retention import Removal, collect
+from checkpoint.retention import Removal, collect, remove
 from checkpoint.storage import Entry, Source, Storage, open_storage
 
 
@@ -53,7 +54,10 @@ class Stepped(LocalStorage):
         super().write_new(path, data)
 
     def remove(self, path: str) -> None:
+        """Remove what a folder holds one by one, by name: the mark is not the last."""
         self.before(f"remove {path}")
+        for entry in self.entries(path):
+            self.remove(f"{path}/{entry.name}")
         super().remove(path)
 
     def open(self, path: str) -> contextlib.AbstractContextManager[Source]:
@@ -75,19 +79,26 @@ OF_A_SAVE = {
     "commit": f"write {SECOND}/{COMMIT}",
 }
 """Operations of a save that refers to the first checkpoint: before them it stands still."""
-OF_A_COLLECTION = ("plan", "mark", "look", "remove")
+OF_A_COLLECTION = ("plan", "mark", "look", "remove 0")
 """Before these of its operations the save goes on, and ends."""
+REMOVALS = tuple(f"remove {i}" for i in range(1, 9))
+"""Before what else it removes, file by file, the last of them after all is gone."""
 
 
-def moment_of(operation: str, is_marked: bool) -> str:
+def moment_of(operation: str, seen: Sequence[str]) -> str:
     """Return which part of a collection an operation belongs to."""
     if operation.startswith("write"):
         return "mark"
-    return "remove" if operation.startswith("remove") else "look" if is_marked else "plan"
+    if operation.startswith("remove"):
+        return f"remove {len({moment for moment in seen if moment.startswith('remove')})}"
+    return "between" if "remove 0" in seen else "look" if "mark" in seen else "plan"
 
 
 def beside(root: Path, storage: Stepped, save_moment: str, gc_moment: str) -> BaseException | None:
-    """Let a save stand still at one moment, and go on at one of a collection; return its error."""
+    """Let a save stand still at one moment, and go on at one of a collection; return its error.
+
+    It goes on afterwards where the collection, which saw it, has no such moment.
+    """
     state = {"frozen": torch.arange(9.0), "other": torch.arange(5.0)}
     collector = Stepped(root)
     arrived, go = threading.Event(), threading.Event()
@@ -99,7 +110,7 @@ def beside(root: Path, storage: Stepped, save_moment: str, gc_moment: str) -> Ba
             assert go.wait(20)
 
     def go_on(operation: str) -> None:
-        seen.append(moment_of(operation, "mark" in seen))
+        seen.append(moment_of(operation, seen))
         if seen[-1] == gc_moment and not go.is_set():
             go.set()
             handle.exception(20)
@@ -112,7 +123,8 @@ def beside(root: Path, storage: Stepped, save_moment: str, gc_moment: str) -> Ba
         handle = ck.save(2, state)
         assert arrived.wait(20)
         gc(collector)
-        assert go.is_set()
+        assert go.is_set() or gc_moment in REMOVALS[-2:]
+        go.set()
         storage.before = nothing
         error = handle.exception(20)
         if error is None:  # what it refers to is there
@@ -127,17 +139,69 @@ def test_a_collection_at_any_time_takes_nothing_from_what_a_save_refers_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     failed = {}
-    for save_moment, gc_moment in itertools.product(OF_A_SAVE, OF_A_COLLECTION):
+    moments = [*itertools.product(OF_A_SAVE, OF_A_COLLECTION), *itertools.product(("vote", "look"), REMOVALS)]
+    for save_moment, gc_moment in moments:
         root = tmp_path / f"{save_moment}-{gc_moment}"
         storage = Stepped(root)
         monkeypatch.setattr("checkpoint.checkpointer.open_storage", lambda *args, of=storage, **options: of)
         error = beside(root, storage, save_moment, gc_moment)
         assert error is None or isinstance(error, StorageError)
         failed[save_moment, gc_moment] = error is not None
-    # Only a save that looks after it was marked fails, which is before it votes, or has not looked yet.
+    # Only a save that looks after it was marked fails, which is before it votes, or has not looked yet: one whose vote
+    # was seen until the mark is gone, after which what it refers to stays.
     assert {moments for moments, is_failed in failed.items() if is_failed} == {
-        (save_moment, gc_moment) for save_moment in ("vote", "look") for gc_moment in ("look", "remove")
+        *itertools.product(("vote", "look"), OF_A_COLLECTION[2:]),
+        *itertools.product(["vote"], REMOVALS),
+        *itertools.product(["look"], REMOVALS[:5]),
     }
+
+
+@pytest.mark.parametrize("stays", [(), ("r00000.safetensors",)])
+def test_the_mark_of_what_is_removed_is_the_last_to_go(tmp_path: Path, stays: tuple[str, ...]):
+    with Checkpointer(tmp_path, run_id="run") as ck:
+        ck.save(1, {"w": torch.ones(3)}).result(20)
+    storage = Stepped(tmp_path)
+    storage.write(f"{FIRST}/{REMOVAL}", b"{}")
+    unmarked = []
+
+    def look(operation: str) -> None:
+        there = {path.name for path in (tmp_path / FIRST).glob("*")}
+        unmarked.extend([there] if REMOVAL not in there and there - {RETIRED, *stays} else [])
+
+    storage.before = look
+    remove(storage, Removal(FIRST, stays))
+    assert not unmarked
+    left = {path.name for path in (tmp_path / FIRST).glob("*")}
+    assert left == ({RETIRED, *stays} if stays else set())
+
+
+@pytest.mark.parametrize("how", ["mark", "remove", "printing"])
+def test_a_collection_that_is_broken_off_leaves_no_mark(tmp_path: Path, how: str):
+    with Checkpointer(tmp_path, config=CheckpointConfig(keep_last=9), run_id="run") as ck:
+        for step in (1, 2, 3, 4):
+            ck.save(step, {"w": torch.ones(3)}).result(20)
+        storage = Stepped(tmp_path)
+        seen: list[str] = []
+
+        def refuse(operation: str) -> None:
+            if operation.startswith("write" if how == "mark" else f"remove {SECOND}/{TABLE}"):
+                seen.append(operation)
+                if len(seen) == (2 if how == "mark" else 1):
+                    raise StorageError("the disk does not answer")
+
+        storage.before = nothing if how == "printing" else refuse
+        removals = collect(storage, keep_last=1, keep_every=0, abandoned=lambda name: False)
+        if how == "printing":
+            with contextlib.closing(removals):
+                assert next(removals).folder == FIRST
+        else:
+            with pytest.raises(StorageError, match="does not answer"):
+                list(removals)
+        assert not list(tmp_path.rglob(REMOVAL))
+        storage.before = nothing
+        gc(storage)
+        assert [info.step for info in ck.list()] == [4]
+        assert checkpoint.verify(tmp_path).ok
 
 
 def test_what_is_marked_is_written_again_not_referred_to(tmp_path: Path):
