@@ -41,7 +41,7 @@ def _taken(exchange: Exchange, now_round: int = 0) -> list[Group]:
 
 
 def _until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not done():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.001)

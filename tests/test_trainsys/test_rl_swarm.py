@@ -337,12 +337,14 @@ def test_a_killed_node_delays_nobody_and_comes_back_another_joins_late_and_all_r
 
 
 def test_a_node_whose_swarm_nobody_else_joins_trains_alone_and_says_so(tmp_path: Path) -> None:
-    own = ("--steps=24", f"--rl.sharing.store={tmp_path / 'store'}", "--rl.sharing.node=eve", "--run_dir=eve")
-    printed = runs.succeed("train", "rl_swarm", *_TINY[1:], *own, cwd=tmp_path)
+    own = (f"--rl.sharing.store={tmp_path / 'store'}", "--rl.sharing.node=eve", "--run_dir=eve")
+    printed = runs.succeed("train", "rl_swarm", *_TINY[1:], *own, "--steps=24", cwd=tmp_path)
     (said, ended) = [line for line in printed.splitlines() if "trained on no group of others" in line]
     assert "round 20 since the start: trained on no group of others: nobody else has anything in the store" in said
     assert "round" not in ended
-    assert len(_rounds(tmp_path / "eve")) == 22
+    again = runs.succeed("train", "rl_swarm", *_TINY[1:], *own, "--steps=26", "--resume", cwd=tmp_path)
+    assert "trained on no group of others since it resumed after step 24: nobody else has" in again
+    assert len(_rounds(tmp_path / "eve")) == 24
 
 
 def _view(folder: Path, **change: Any) -> NodeView:
