@@ -51,10 +51,10 @@ class Diagnosis:
         self._follower = Follower(self._observation.rings, range(world_size), generation, _KEPT_EVENTS)
         self._memory, self._told, self._current = Memory(), set(), ()
 
-    def look(self, vitals: Iterable[Vitals] = ()) -> Sequence[Finding]:
-        """Return the findings that were not there before, now and then; nothing in between."""
+    def look(self, vitals: Iterable[Vitals] = (), *, at_once: bool = False) -> Sequence[Finding]:
+        """Return the findings that were not there before, now and then or `at_once`; nothing in between."""
         now_s = time.monotonic()
-        if self._follower is None or now_s - self._looked_s < _LOOK_S:
+        if self._follower is None or (now_s - self._looked_s < _LOOK_S and not at_once):
             return ()
         self._looked_s = now_s
         view = self._follower.look(vitals)

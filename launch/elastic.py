@@ -67,7 +67,7 @@ def supervise(
             return watch.finish("stopped")
         while True:
             watch.look()
-            if watch.has_finished:
+            if watch.has_finished and (stop_at_s is not None or not watch.ends_wrong()):
                 return watch.finish("completed" if stop_at_s is None else "stopped")
             if stop.requested and stop_at_s is None:
                 stop_at_s = watch.now_s
@@ -118,11 +118,7 @@ class _Watch:
         """Bring what is known up to date and pass on what rank 0 printed since."""
         self._roster.look()
         self._narrator.pass_on(self._roster)
-        if self._diagnosis is None or self._is_recovering:
-            return
-        for finding in self._diagnosis.look(self._roster.vitals(self.generation, self._placed_s)):
-            if finding.kind.is_fault:
-                self._narrator.say(told(finding))
+        self._diagnose()
 
     def start(self, is_stopping: Callable[[], bool]) -> bool:
         """Form the first generation as soon as there are ranks enough; whether that was before a stop.
@@ -156,6 +152,11 @@ class _Watch:
             or self._outlier() is not None
         )
 
+    def ends_wrong(self) -> bool:
+        """Whether all that was recorded up to the end has a gradient that must not be gone on from."""
+        self._diagnose(at_once=True)
+        return self._outlier() is not None
+
     def planned(self) -> dict[int, Loss] | None:
         """What to change although the generation could go on, by member; None mostly.
 
@@ -185,15 +186,19 @@ class _Watch:
         found = [self._trouble_of(member) for member in self.ranks]
         for loss in found:
             if isinstance(loss, Loss) and loss.error == _FENCED:  # not by this launch: it has not fenced them yet
-                self._fail({self.ranks[loss.rank].index: loss}, None)
+                if self._is_overtaken():
+                    self._fail({self.ranks[loss.rank].index: loss}, None)
+                self._narrator.say(f"rank {loss.rank}: {loss.detail}; but no other launch has taken the run over")
         is_stall = all(one in (None, "stalled") for one in found)
         ending = Ending(self.generation, self.now_s, is_stall)
         # Who was lost while it loaded lost no step: the run has got as far as where it resumed.
         step = max(self._roster.step, self._resumed_step)
         self._fence(self.generation + 1)
         self._mark(ending, "fenced")
-        self._accuse_by_findings(ending, planned or {})
+        outlier = self._outlier()
+        self._accuse_by_findings(ending, planned or {}, outlier)
         self._end_generation(ending)
+        self._distrust(outlier)  # ranks, which may write the same of what they compared, have left by now
         incident = Incident(ending.began_s, step, tuple(ending.losses.values()))
         is_whole = self._size == self._job.world_size
         self._narrator.end_of(self.generation, incident, is_whole=is_whole)
@@ -226,6 +231,7 @@ class _Watch:
     def finish(self, outcome: Literal["completed", "stopped"]) -> JobResult:
         """Let all leave, end what still runs, and tell how the job ended."""
         ranks, fleet = self.ranks, self._roster.fleet
+        ends_wrong = outcome == "stopped" and self.ends_wrong()
         if self.has_finished:
             for member in self._roster.members:
                 if not member.is_gone:
@@ -240,6 +246,8 @@ class _Watch:
                 self._fail({member.index: Loss(member.number, "hung", text) for member in lingering}, None)
         fleet.kill()
         self._narrator.pass_on(self._roster)
+        if ends_wrong:
+            self._distrust(self._outlier())
         return JobResult(
             outcome=outcome,
             results=[m.status.outcome.value if isinstance(m.status.outcome, Returned) else None for m in ranks],
@@ -271,11 +279,40 @@ class _Watch:
     def _trouble_of(self, member: Member) -> Trouble | None:
         return member.trouble(self.generation, self.now_s - self._placed_s, self._recovery.health)
 
+    def _is_overtaken(self) -> bool:
+        """Whether another launch published its generation; a rank that says so may have failed to read the fence."""
+        try:
+            return fence.current_generation(self._recovery.fence) != self.generation
+        except (OSError, ValueError):  # where it cannot be written either, the next generation cannot be fenced
+            return False
+
     # ---- what is done
 
-    def _accuse_by_findings(self, ending: Ending, planned: Mapping[int, Loss]) -> None:
+    def _diagnose(self, *, at_once: bool = False) -> None:
+        if self._diagnosis is None or self._is_recovering:
+            return
+        vitals = self._roster.vitals(self.generation, self._placed_s)
+        for finding in self._diagnosis.look(vitals, at_once=at_once):
+            if finding.kind.is_fault:
+                self._narrator.say(told(finding))
+
+    def _distrust(self, outlier: Finding | None) -> None:
+        """Let nothing go on from after an outlier. Raises: LaunchError where that cannot be written down."""
+        if outlier is None:
+            return
+        step = outlier.step - 1
+        try:
+            self._recovery.distrust(step, outlier.summary)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot write down that no checkpoint after step {step} is to be gone on from ({outlier.summary}): "
+                f"{error}; make room, remove those checkpoints, and resume"
+            ) from error
+        self._narrator.say(f"no checkpoint after step {step} is gone on from: {outlier.summary}")
+
+    def _accuse_by_findings(self, ending: Ending, planned: Mapping[int, Loss], outlier: Finding | None) -> None:
         """Take for lost whom the records of the generation, or the plan, name; their processes need not show it."""
-        desync, outlier = self._finding(FindingKind.DESYNC), self._outlier()
+        desync = self._finding(FindingKind.DESYNC)
         for rank in (desync.culprits or (0,)) if desync is not None else ():
             assert desync is not None
             ending.losses[self.ranks[rank].index] = Loss(rank, "desync", desync.summary)
@@ -283,7 +320,6 @@ class _Watch:
         if outlier is not None:
             (rank,) = outlier.culprits
             accused[self.ranks[rank].index] = Loss(rank, "numeric", outlier.summary)
-            self._recovery.distrust(outlier.step - 1, outlier.summary)
         for index, loss in accused.items():
             ending.losses[index] = loss
             self._roster.end(self._roster.members[index])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -177,9 +178,12 @@ def distrust(folder: RunFolder, after_step: int, why: str) -> None:
     known = _read(path)
     if known is not None:
         after_step = min(after_step, known[0])
-    unfinished = path.with_name(f"{path.name}.new")
-    unfinished.write_text(json.dumps({"after_step": after_step, "why": why}), encoding="utf-8")
-    unfinished.replace(path)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # rank 0 and the launcher may both write it
+    try:
+        unfinished.write_text(json.dumps({"after_step": after_step, "why": why}), encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def heed(folder: RunFolder, checkpointer: ck.Checkpointer) -> int:

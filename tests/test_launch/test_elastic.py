@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -118,16 +119,34 @@ def _care(folder: Path, saved_step: Callable[[], int] = lambda: -1, **policy: An
 
 
 class _Records:
-    """What a `Diagnosis` is to the supervisor; `current` is what the test lets it find."""
+    """What a `Diagnosis` is to the supervisor; `current` is what the test lets it find, `last` what it has not seen."""
 
     def __init__(self) -> None:
         self.current: tuple[Finding, ...] = ()
+        self.last: tuple[Finding, ...] = ()
 
     def begin(self, generation: int, world_size: int) -> None:
         self.current = ()
 
-    def look(self, vitals: object) -> Sequence[Finding]:
+    def look(self, vitals: object, *, at_once: bool = False) -> Sequence[Finding]:
+        if at_once:
+            self.current, self.last = self.last, ()
         return ()
+
+
+_OUTLIER = Finding(
+    kind=FindingKind.NUMERIC,
+    suspects=(Suspect(1, 1.0),),
+    summary="its norm is 1e9",
+    evidence={"gradient norm before the reduction of rank 1": 1e9},
+    step=7,
+)
+
+
+def _distrusting(care: elastic.Care, records: _Records, distrust: Callable[[int, str], object]) -> elastic.Care:
+    """Care that acts on outliers."""
+    recovery = replace(care.recovery, acts_on_outliers=True, distrust=distrust)
+    return replace(care, recovery=recovery, diagnosis=cast(Any, records))
 
 
 def _losses(care: elastic.Care) -> list[list[tuple[int, str]]]:
@@ -289,22 +308,60 @@ def test_a_rank_with_wrong_numbers_is_ended_whoever_tells_of_it_and_nobody_where
 def test_a_gradient_unlike_the_others_replaces_its_rank_from_before_that_step(job: Job, tmp_path: Path) -> None:
     records, distrusted = _Records(), []
     loss = Finding(kind=FindingKind.NUMERIC, suspects=(Suspect(0, 1.0),), summary="its loss is nan", step=5)
-    evidence = {"gradient norm before the reduction of rank 1": 1e9}
-    outlier = replace(loss, suspects=(Suspect(1, 1.0),), summary="its norm is 1e9", step=7, evidence=evidence)
 
     def script(fleet: _Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
-            records.current = (loss, outlier)
+            records.current = (loss, _OUTLIER)
         elif fleet.generation == 1:
             fleet.finish()
 
-    care: Any = _care(tmp_path)
-    recovery = replace(care.recovery, acts_on_outliers=True, distrust=lambda step, why: distrusted.append((step, why)))
-    care = replace(care, recovery=recovery, diagnosis=records)
-    assert _supervise(_Fleet(job, 3, script), job, care) == "completed"
+    fleet = _Fleet(job, 3, script)
+
+    def distrust(step: int, why: str) -> None:
+        assert fleet.orders[-1][1]["order"] == "abort", "not yet while a rank may write the same"
+        distrusted.append((step, why))
+
+    care = _distrusting(_care(tmp_path), records, distrust)
+    assert _supervise(fleet, job, care) == "completed"
     assert _losses(care) == [[(1, "numeric")]]
     assert distrusted == [(6, "its norm is 1e9")]
+
+
+@pytest.mark.parametrize("outcome", ["completed", "stopped"])
+def test_an_outlier_that_only_the_last_records_tell_of_is_neither_exported_nor_gone_on_from(
+    job: Job, tmp_path: Path, outcome: str
+) -> None:
+    records, distrusted = _Records(), list[int]()
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks == 4:
+            records.last = (_OUTLIER,)
+            if outcome == "stopped":
+                os.kill(os.getpid(), signal.SIGTERM)
+        if fleet.num_looks > 4:
+            fleet.finish()
+
+    fleet = _Fleet(job, 3, script)
+    care = _distrusting(_care(tmp_path), records, lambda step, why: distrusted.append(step))
+    assert _supervise(fleet, job, care) == outcome
+    assert distrusted == [6]
+    assert fleet.generation == (1 if outcome == "completed" else 0), "a run that is not to stop does those steps again"
+
+
+def test_an_outlier_that_cannot_be_written_down_ends_the_job_with_what_to_do(job: Job, tmp_path: Path) -> None:
+    records = _Records()
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        records.current = (_OUTLIER,) if fleet.num_looks > 3 else ()
+
+    def distrust(step: int, why: str) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    with pytest.raises(LaunchError, match="no checkpoint after step 6 is to be gone on from"):
+        _supervise(_Fleet(job, 3, script), job, _distrusting(_care(tmp_path), records, distrust))
 
 
 def test_a_slow_rank_is_borne_then_isolated_at_the_next_checkpoint(
@@ -376,19 +433,25 @@ def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_en
 ) -> None:
     fenced = ("Fenced: generation 0 is over",)
 
-    def script(fleet: _Fleet, at_once: bool) -> None:
+    def script(fleet: _Fleet, at_once: bool, published: int) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             if not at_once:
                 fleet.end(1)
-            if at_once or fleet.orders[-1][1]["order"] == "abort":
+            elif published:
+                fence.publish(tmp_path / "fence", published)
+            if at_once != (fleet.orders[-1][1]["order"] == "abort"):
                 fleet.standings[0] = Standing(0, "failed" if at_once else "quiesced", fenced)
         elif fleet.generation == 1:
             fleet.finish()
 
     care = _care(tmp_path)
-    assert _supervise(_Fleet(job, 3, lambda fleet: script(fleet, False)), job, care) == "completed"
+    assert _supervise(_Fleet(job, 3, lambda fleet: script(fleet, False, 0)), job, care) == "completed"
     assert _losses(care) == [[(1, "dead")]]
+    # A disk that hiccups, or shows what it once held: the number there is still this launch's.
+    assert _supervise(_Fleet(job, 3, lambda fleet: script(fleet, True, 0)), job, care) == "completed"
+    assert _losses(care)[1:] == [[]]
     with pytest.raises(RankFailed, match="raised: Fenced: generation 0 is over"):
-        _supervise(_Fleet(job, 3, lambda fleet: script(fleet, True)), job, care)
-    assert len(_losses(care)) == 1, "it did not fight for the run"
+        _supervise(_Fleet(job, 3, lambda fleet: script(fleet, True, 7)), job, care)
+    assert len(_losses(care)) == 2, "it did not fight for the run"
+    assert fence.current_generation(tmp_path / "fence") == 7

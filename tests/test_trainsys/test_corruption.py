@@ -160,6 +160,8 @@ def test_a_checkpoint_that_is_distrusted_counts_as_none_before_a_generation_has_
         (attempt / COMMIT).touch()
     assert elastic.saved_step(folder) == 12
     distrust(folder, 9, "an outlier in step 10")
-    assert elastic.saved_step(folder) == 8
+    distrust(folder, 11, "replicas differ in step 12")
+    assert elastic.saved_step(folder) == 8, "who writes later makes no later checkpoint right"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "distrusted.json"}
     heed(folder, cast(Any, SimpleNamespace(distrust=lambda after_step, why: 1)))
     assert elastic.saved_step(folder) == 12, "what was heeded is marked at the checkpoint itself"
