@@ -183,43 +183,50 @@ class _Striker:
         """`num_warm`: how many processes have to have been ready, before the strike of this index."""
         self.struck_s: list[float] = []
         self.victims: list[int] = []
-        self.error: TimeoutError | None = None
+        self._error: OSError | None = None
         self._folder, self._num_ranks, self._strikes, self._num_warm = folder, num_ranks, strikes, num_warm
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="striker")
         self._thread.start()
 
-    def give_up(self) -> None:
-        """The job will not run again."""
+    def end(self) -> None:
+        """Strike no more: the job has ended, or will not run again."""
         self._is_over.set()
-
-    def join(self) -> None:
-        """Wait for its end. Raises: TimeoutError where the job did not begin, or not again."""
         self._thread.join()
-        if self.error is not None:
-            raise self.error
+
+    def check(self) -> None:
+        """Raises: OSError where the job did not begin, or not again, or a rank was gone before it was struck."""
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         try:
             for index, (rank, name) in enumerate(self._strikes):
-                self._await("warm", -1, self._num_warm(index), _START_S)
-                self._await("stepped", index, 2 * self._num_ranks, _START_S)
+                has_begun = self._await("warm", -1, self._num_warm(index), _START_S)
+                if not has_begun or not self._await("stepped", index, 2 * self._num_ranks, _START_S):
+                    return
                 begun = _notes(self._folder, "begun", index)
-                self.victims.append(next(int(note["pid"]) for note in begun if note["rank"] == rank))
+                victim = next(int(note["pid"]) for note in begun if note["rank"] == rank)
+                self.victims.append(victim)
                 self.struck_s.append(time.monotonic())
-                os.kill(self.victims[-1], _SIGNALS[name])
-                self._await("stepped", index + 1, self._num_ranks, _AGAIN_S)
-        except TimeoutError as error:
-            self.error = error
+                os.kill(victim, _SIGNALS[name])
+                if not self._await("stepped", index + 1, self._num_ranks, _AGAIN_S):
+                    return
+        except OSError as error:
+            self._error = error
         finally:
             (self._folder / "over").touch()
 
-    def _await(self, what: str, generation: int, count: int, timeout_s: float) -> None:
+    def _await(self, what: str, generation: int, count: int, timeout_s: float) -> bool:
+        """Whether it came to that before the job was given up. Raises: TimeoutError."""
         until_s = time.monotonic() + timeout_s
-        while len(_notes(self._folder, what, generation)) < count and not self._is_over.is_set():
+        while len(_notes(self._folder, what, generation)) < count:
+            if self._is_over.is_set():
+                return False
             if time.monotonic() > until_s:
                 raise TimeoutError(f"{self._folder}: not {what} {count} times in {timeout_s:g} s")
             time.sleep(_POLL_S)
+        return True
 
 
 # ---- the arms: each makes a job, has it struck, and returns when each strike was found, on the clock of the notes
@@ -340,8 +347,8 @@ def _measure(report: Report, arm: str, strikes: Sequence[_Strike], options: Any)
         try:
             found = _ARMS[arm](folder, striker, num, options.patience_s if is_ray else options.frozen_s)
         finally:
-            striker.give_up()
-        striker.join()
+            striker.end()
+        striker.check()
         for index, ((_, name), found_s) in enumerate(zip(strikes, found, strict=True)):
             _add(report, f"{arm}, {name}", folder, index + 1, (striker.struck_s[index], found_s))
             if is_ray:
