@@ -1,6 +1,6 @@
 """`python -m checkpoint`: look at, verify, move and tidy checkpoints without a model.
 
-Exits with 0, with 1 if a checkpoint is damaged, with 2 if the request cannot be carried out.
+Exits with 0, with 1 if a checkpoint is damaged or distrusted, with 2 if the request cannot be carried out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _ls(options: argparse.Namespace) -> int:
             catalog.check(reader, "quick")
             state = "ok"
         except CorruptCheckpoint as error:
-            state = "damaged"
+            state = "distrusted" if reader.is_distrusted() else "damaged"
             print(f"checkpoint: {error}", file=sys.stderr)
         pinned = storage.size(f"{reader.folder}/{catalog.PIN}") is not None
         rows.append(
@@ -68,7 +68,7 @@ def _ls(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
     else:
         print_table(["STEP", "COMMITTED", "RANKS", "SIZE", "STATE", "FOLDER"], map(_listed, rows))
-    return int(any(row["state"] == "damaged" for row in rows))
+    return int(any(row["state"] in ("damaged", "distrusted") for row in rows))
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -23,7 +23,6 @@ from checkpoint.copies import moments
 from checkpoint.errors import (
     CheckpointError,
     CommitTimeout,
-    CorruptCheckpoint,
     InvalidState,
     SaveAborted,
     SaveSkipped,
@@ -360,22 +359,33 @@ class Checkpointer:
     def distrust(self, after_step: int, reason: str) -> int:
         """Mark all checkpoints of later steps, in every tier, as wrong though whole; return how many there were.
 
-        `latest` and `recover` pass over them from then on; their files stay. For a run that learns late that it went
-        wrong. One rank calls it, before any loads.
+        `latest` and `recover` pass over them from then on; their files stay, and none is copied to the remote tier any
+        more. For a run that learns late that it went wrong. One rank calls it, before any loads.
 
         Raises:
             StorageError: one could not be marked, or a tier not be read.
         """
-        found, reasons = self._tiers.candidates()
-        unseen = [str(one) for one in reasons if isinstance(one, StorageError)]
-        wrong = [one.reader for one in found if one.reader.record.step > after_step]
-        for reader in wrong:
-            reader.condemn(self._rank, CorruptCheckpoint(f"{reader.folder}: {reason}"))
-            if reader.mark() is None:
-                unseen.append(f"{reader.url} bears no mark")
-        if unseen:
-            raise StorageError(f"not all checkpoints after step {after_step} are marked as wrong: {'; '.join(unseen)}")
-        return len(wrong)
+        outcomes: dict[str, bool] = {}  # by URL: whether it was still there
+        unmarked: list[str] = []
+        # Again until nothing is new: one may have been copied meanwhile, by who did not see its mark yet.
+        while True:
+            found, reasons = self._tiers.candidates()
+            wrong = [one.reader for one in found if one.reader.record.step > after_step]
+            new = [reader for reader in wrong if reader.url not in outcomes]
+            for reader in new:
+                outcomes[reader.url] = False
+                try:
+                    outcomes[reader.url] = reader.distrust(self._rank, reason)
+                except StorageError as error:
+                    unmarked.append(f"{reader.url} bears no mark: {error}")
+            if not new:
+                break
+        unmarked += [str(one) for one in reasons if isinstance(one, StorageError)]
+        if unmarked:
+            raise StorageError(
+                f"not all checkpoints after step {after_step} are marked as wrong: {'; '.join(unmarked)}"
+            )
+        return sum(outcomes.values())
 
     def close(self, timeout_s: float | None = None) -> None:
         """Wait for the pending saves, report their errors as `poll` does, release the staging memory. Idempotent.

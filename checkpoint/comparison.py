@@ -60,7 +60,7 @@ class Delta:
             return None
 
     def _stands(self, parent: Parent) -> bool:
-        """Whether a checkpoint is still there, and nobody found it damaged."""
+        """Whether a checkpoint is still there, and nobody found it damaged or distrusts it."""
         there = self._storage.size(f"{parent.folder}/{COMMIT}") is not None
         return there and self._storage.size(f"{parent.folder}/{MARK}") is None
 

@@ -6,7 +6,7 @@ Rank 0 decides what is copied, and writes it there, first before the commit: ret
 alone, the other ranks copy their files when it says so, and a later launch goes on where this one ended. At most one
 checkpoint is on its way; of those that wait the newest counts. Every byte is verified on its way; the commit record,
 the very bytes of the local one, goes last. What fails is tried again, ever less often; training never waits for any
-of it.
+of it. What is marked as damaged or wrong is not committed there; one found wrong while it is, is marked there too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import numpy as np
 
 from checkpoint import catalog, objects, retention
 from checkpoint.catalog import PROMOTION, CheckpointInfo
-from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName, brief
+from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName, brief, is_going
 from checkpoint.config import RemoteConfig
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, SaveFailed, StorageError
 from checkpoint.format import digest, fingerprint
 from checkpoint.manifest import FileRecord
-from checkpoint.reader import REMEDY, Reader
+from checkpoint.reader import MARK, REMEDY, Reader
 from checkpoint.storage import Storage, sizes
 
 _FAILURE = "PROMOTION-FAILED.json"
@@ -79,10 +79,14 @@ class Promoter:
         self._never = threading.Event()
         self._changed = threading.Condition()
         self._waiting: dict[str, Future[CheckpointInfo]] = {}  # by folder, oldest first
+        self._bad: set[str] = set()
+        """Checkpoints found marked: they are taken up to be refused, and push nothing out."""
         self._current = ""
         self._thread: threading.Thread | None = None
         for folder in marked(local):
             if local.size(f"{folder}/{COMMIT}") is not None:
+                if local.size(f"{folder}/{MARK}") is not None:
+                    self._bad.add(folder)
                 self.submit(folder)
             elif rank == 0:  # its save failed; it must not push out an older one that waits
                 local.remove(f"{folder}/{PROMOTION}")
@@ -96,13 +100,14 @@ class Promoter:
         """Have a committed local checkpoint copied that was announced; every rank calls it, in the same order.
 
         The future gives the copy; SaveFailed if a newer checkpoint came first or rank 0 gave up, StorageError if
-        this rank did, CorruptCheckpoint if the local one is damaged.
+        this rank did, CorruptCheckpoint if the local one is damaged or distrusted.
         """
         outcome: Future[CheckpointInfo] = Future()
         with self._changed:
             if self._closing.is_set():
                 raise ValueError("submit: this Promoter is closed")
-            superseded = dict(self._waiting) if self._rank == 0 else {}
+            pushes = self._rank == 0 and folder not in self._bad
+            superseded = {name: f for name, f in self._waiting.items() if name not in self._bad} if pushes else {}
             self._waiting = {name: f for name, f in self._waiting.items() if name not in superseded}
             self._waiting[folder] = outcome
             if self._thread is None:
@@ -158,6 +163,7 @@ class Promoter:
             self._copy_own(reader)
             self._await_others(reader)
             self._again(lambda: self._commit(reader))
+        self._again(lambda: self._pass_on_distrust(reader))
         self._collect()
         self._local.remove(f"{folder}/{PROMOTION}")
         return self._again(lambda: catalog.info_of(Reader(self._remote, folder), "remote"))
@@ -200,13 +206,14 @@ class Promoter:
 
     def _copy_own(self, reader: Reader) -> None:
         """Copy this rank's share of the files: its own, or of another world size those that fall to it."""
-        try:
-            for index, file in enumerate(_shared_out(reader)):
-                if _writer(file.path, index) % self._world_size == self._rank:
-                    self._again(functools.partial(copy_file, reader, file, self._local, self._remote))
-        except CorruptCheckpoint as error:
-            reader.condemn(self._rank, error)
-            raise
+        own = [f for i, f in enumerate(_shared_out(reader)) if _writer(f.path, i) % self._world_size == self._rank]
+        for file in own:
+            self._again(lambda: _refuse_marked(reader))
+            try:
+                self._again(functools.partial(copy_file, reader, file, self._local, self._remote))
+            except CorruptCheckpoint as error:
+                reader.condemn(self._rank, error)
+                raise
 
     def _await_others(self, reader: Reader) -> None:
         """Return when every file is in the remote tier, whole."""
@@ -216,6 +223,7 @@ class Promoter:
         while left := self._again(lambda: _missing(self._remote, wanted)):
             if left != missing:
                 missing, since_s = left, self._clock()
+            self._again(lambda: _refuse_marked(reader))
             failure = self._failure(reader)
             patience_s = self._timeout_s if self._closing.is_set() else self._config.retry_s
             if failure is None and self._clock() - since_s > patience_s:
@@ -227,9 +235,9 @@ class Promoter:
 
     def _failure(self, reader: Reader) -> str | None:
         """Return what keeps another rank from copying its files."""
-        mark, path = reader.mark(), f"{reader.folder}/{_FAILURE}"
-        if mark or self._local.size(path) is None:
-            return mark
+        path = f"{reader.folder}/{_FAILURE}"
+        if self._local.size(path) is None:
+            return None
         failure = objects.parse(self._local.read(path), path)
         return f"rank {failure['rank']} gave up: {failure['reason']}"
 
@@ -245,7 +253,19 @@ class Promoter:
                 f"{reader.folder}: not copied, {', '.join(going)} in {self._remote.url} is going; if no gc runs "
                 "there any more, run it again"
             )
+        _refuse_marked(reader)
         self._remote.write_new(f"{reader.folder}/{COMMIT}", record)
+
+    def _pass_on_distrust(self, reader: Reader) -> None:
+        """Mark a committed copy as wrong where the local one is. Raises CorruptCheckpoint then.
+
+        Who distrusts marks the local one first and then looks for copies; here is committed first and then looked.
+        Retention leaves the local one, and with it the mark, until this has looked.
+        """
+        if reader.is_distrusted():
+            path = f"{reader.folder}/{MARK}"
+            self._remote.write(path, self._local.read(path))
+            _refuse_marked(reader)
 
     def _collect(self) -> None:
         """Remove what the newest copy supersedes, and copies that were given up."""
@@ -277,6 +297,12 @@ class Promoter:
                 _log.warning("a copy failed, the next try is in %g s: %s", min(pause_s, left_s), error)
                 self._pause(self._closing, min(pause_s, left_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _refuse_marked(reader: Reader) -> None:
+    mark = reader.mark()
+    if mark:
+        raise CorruptCheckpoint(mark)
 
 
 def marked(local: Storage) -> list[str]:
@@ -388,8 +414,9 @@ def _going(storage: Storage, paths: Iterable[str]) -> list[str]:
     """Return the folders of files that are being removed, and the files that are gone already, sorted."""
     gone = []
     for folder in {path.rpartition("/")[0] for path in paths}:
+        is_marked = is_going(storage, folder)
         there = sizes(storage, folder)
-        gone += [folder] if REMOVAL in there else []
+        gone += [folder] if is_marked or REMOVAL in there else []
         gone += [p for p in paths if p.rpartition("/")[0] == folder and p.rpartition("/")[2] not in there]
     return sorted(gone)
 

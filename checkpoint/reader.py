@@ -29,7 +29,7 @@ from checkpoint.transfer import Bytes, Transfer, windows
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
 MARK = "BAD.json"
-"""Written beside a commit record by a rank that found the checkpoint damaged."""
+"""Written beside a commit record by a rank that found the checkpoint damaged, or learned that it is wrong."""
 _MAX_MARK_BYTES = 1 << 20
 _LOCAL_THREADS = 4
 _REMOTE_THREADS = 16
@@ -122,7 +122,7 @@ class Reader:
         return self._storage.size(self._path(COMMIT)) is None
 
     def mark(self) -> str | None:
-        """Say who found this checkpoint damaged; None if nobody did."""
+        """Say who found this checkpoint damaged, or distrusts it; None if nobody does."""
         path = self._path(MARK)
         nbytes = self._storage.size(path)
         if nbytes is None:
@@ -130,20 +130,39 @@ class Reader:
         if nbytes > _MAX_MARK_BYTES:
             return f"{self.folder}: {MARK} there is too large to be read; remove it to use the checkpoint"
         mark = objects.parse(self._storage.read(path), path)
-        who, reason = (mark.get("rank"), mark.get("reason")) if isinstance(mark, dict) else (None, None)
-        return f"{self.folder}: rank {who} found it damaged: {reason}; remove {MARK} there to use it again"
+        mark = mark if isinstance(mark, dict) else {}
+        verdict = "distrusts it, though it is whole" if mark.get("whole") else "found it damaged"
+        who, reason = mark.get("rank"), mark.get("reason")
+        return f"{self.folder}: rank {who} {verdict}: {reason}; remove {MARK} there to use it again"
+
+    def is_distrusted(self) -> bool:
+        """Whether this checkpoint is marked as wrong, and with it every copy, not as a copy that was damaged."""
+        path = self._path(MARK)
+        nbytes = self._storage.size(path)
+        if nbytes is None or nbytes > _MAX_MARK_BYTES:
+            return False
+        mark = objects.parse(self._storage.read(path), path)
+        return isinstance(mark, dict) and bool(mark.get("whole"))
+
+    def distrust(self, rank: int, reason: str) -> bool:
+        """Mark this checkpoint as wrong though whole; return whether it is still there. Raises StorageError."""
+        if not self.is_gone():
+            self._storage.write(self._path(MARK), objects.canonical({"rank": rank, "reason": reason, "whole": True}))
+        return not self.is_gone()
 
     def condemn(self, rank: int, error: CorruptCheckpoint) -> None:
         """Mark this checkpoint as damaged, so that no rank takes it for the latest again; not one that was removed.
 
         Where that fails, because another rank is at it or nothing can be written, `error` gets a note that says so.
+        A mark that is there stays: it may say more.
         """
         text = objects.canonical({"rank": rank, "reason": str(error)})
         try:
             if self.is_gone():
                 error.add_note("it was removed since it was opened (by retention?): load another checkpoint")
                 return
-            self._storage.write(self._path(MARK), text)
+            if self._storage.size(self._path(MARK)) is None:
+                self._storage.write(self._path(MARK), text)
         except StorageError as second:
             error.add_note(f"it could not be marked as damaged: {second}")
 
