@@ -62,14 +62,12 @@ class Cluster:
         """Join a second node; it is up when the cluster says so."""
         self._start(f"--address={self.address}", num_cpus=num_cpus)
 
-    def kill_node_of(self, pid: int) -> None:
-        """End the node that a process lives on with all that is there, as a power cut would."""
-        for node in self._nodes:
-            there = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-            if any(process.pid == pid for process in there):
-                _kill(there)
-                return
-        raise AssertionError(f"process {pid} is on no node")
+    def kill_added_node(self) -> set[int]:
+        """End the node that was added first with all that is there, as a power cut would; return who was there."""
+        node = psutil.Process(self._nodes[1].pid)
+        there = [node, *node.children(recursive=True)]
+        _kill(there)
+        return {process.pid for process in there}
 
     def pids(self, name: str) -> list[int]:
         """The processes of the cluster that call themselves so."""
