@@ -113,7 +113,7 @@ class TestS3(StoreContract):
             patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
             patch.setenv("AWS_ACCESS_KEY_ID", "key")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-            fsspec.filesystem("s3").mkdir("bucket")
+            fsspec.filesystem("s3").makedirs("rollouts", exist_ok=True)  # moto's buckets outlive its servers
             yield
             fsspec.filesystem("s3").clear_instance_cache()
         server.stop()
@@ -121,7 +121,7 @@ class TestS3(StoreContract):
     @pytest.fixture
     def store(self) -> Iterator[Store]:
         type(self)._number += 1
-        with contextlib.closing(open_store(f"s3://bucket/swarm{self._number}", keep_s=600)) as store:
+        with contextlib.closing(open_store(f"s3://rollouts/swarm{self._number}", keep_s=600)) as store:
             yield store
 
 
