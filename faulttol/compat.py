@@ -149,6 +149,19 @@ def group_of(boxed: Any) -> Any:
     return dist.ProcessGroup.unbox(boxed)
 
 
+def measure(operation: Operation, arguments: tuple[Any, ...]) -> tuple[Any, int]:
+    """Return a tensor of an operation, None without any, and the bytes of all."""
+    if operation.tensors is None:
+        return (None if operation.device is None else arguments[operation.device]), 0
+    value = arguments[operation.tensors]
+    if isinstance(value, torch.Tensor):
+        return value, value.nbytes
+    if len(value) == 1 and isinstance(value[0], torch.Tensor):
+        return value[0], value[0].nbytes
+    tensors = [t for item in value for t in (item if isinstance(item, (list, tuple)) else (item,))]
+    return (tensors[0] if tensors else None), sum(t.nbytes for t in tensors)
+
+
 def in_backward() -> bool:
     """Whether this thread runs autograd's backward: what begins here keeps a Python object of it."""
     return bool(torch._C._is_key_in_tls("context"))

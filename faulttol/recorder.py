@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from faulttol.channels import Channels
-from faulttol.compat import Interception, group_of, in_backward, work_of
+from faulttol.compat import Interception, group_of, in_backward, measure, work_of
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
 from faulttol.ongoing import Group, Token
@@ -122,7 +122,7 @@ class Recorder:
             return None
 
     def _begin(self, operation: Operation, bare: Any, arguments: tuple[Any, ...]) -> Token | None:
-        first, size = _measure(operation, arguments)
+        first, size = measure(operation, arguments)
         on_device = first is not None and not first.is_cpu
         if on_device and first.is_cuda and is_capturing():
             return None
@@ -480,19 +480,6 @@ class Recorder:
         else:
             token.is_over = True
             self.ring.end(token.index, span.end_ns, duration_ns, failed=False, late=False)
-
-
-def _measure(operation: Operation, arguments: tuple[Any, ...]) -> tuple[Any, int]:
-    """Return a tensor of an operation, None without any, and the bytes of all."""
-    if operation.tensors is None:
-        return (None if operation.device is None else arguments[operation.device]), 0
-    value = arguments[operation.tensors]
-    if isinstance(value, torch.Tensor):
-        return value, value.nbytes
-    if len(value) == 1 and isinstance(value[0], torch.Tensor):
-        return value[0], value[0].nbytes
-    tensors = [t for item in value for t in (item if isinstance(item, (list, tuple)) else (item,))]
-    return (tensors[0] if tensors else None), sum(t.nbytes for t in tensors)
 
 
 def _switch_off(recorder: weakref.ref[Recorder]) -> Any:

@@ -54,13 +54,7 @@ def optimizer_of(model: nn.Module, mode: Mode, max_norm: float | None, settings:
         yield optimizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep torch's own threads out of each other's way: every lane has one already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", ["sync", "defer", "stream", "spec"])

@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,7 @@ def tiering(**more: object) -> Tiering:
     return Tiering(kernel="torch", subgroup_numel=1024, num_threads=1, **more)  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep torch's own threads out of each other's way: every lane has one already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", ["stream", "spec"])
