@@ -178,8 +178,10 @@ class Snapshot:
             copies = self._copies
             if copies is None:  # it failed since they were claimed
                 raise self._error or AssertionError("parcels are claimed after their copies began")
-            with self.trace.span("copy", sum(parcel.nbytes for parcel, _ in batch)):
-                if self._is_digested and not self.is_hurried:
+            is_digested = self._is_digested and not self.is_hurried
+            name = "copy and hash" if is_digested else "copy"
+            with self.trace.span(name, sum(parcel.nbytes for parcel, _ in batch)):
+                if is_digested:
                     ((parcel, slot),) = batch
                     return {}, copies.fill_and_digest(parcel, slot)
                 return copies.fill(batch), None

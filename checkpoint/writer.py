@@ -63,7 +63,7 @@ class Drain(Protocol):
         """Start to open the targets' files; returns at once. The header is written by the drain.
 
         Shards begun one after the other are written side by side: the slots of all are in one arena. What is done
-        is told to `trace`: spans "hash" and "write", and "sync" for the time from the last byte to durable.
+        is told to `trace`: spans "hash" (unless the copier has), "write", and "sync" from the last byte to durable.
         """
 
     def close(self) -> None:
