@@ -92,6 +92,12 @@ def quiesce(error: BaseException | None) -> None:
     if dist.is_initialized():
         abort_devices()
         dist.destroy_process_group()
+    else:
+        # Torch names groups by a count that it starts anew where it destroys the world, not where that never came to
+        # be: this rank would wait for the next one under a name that no fresh rank has.
+        from torch.distributed import distributed_c10d as c10d
+
+        c10d._world.group_count = 0
     gc.collect()
 
 

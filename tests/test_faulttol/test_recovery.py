@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in their __all__
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, not in __all__
 from torch.distributed import distributed_c10d as c10d
 
 import checkpoint as ck
 from faulttol import fence
-from faulttol.abort import abort_devices
+from faulttol.abort import abort_devices, quiesce
 from faulttol.errors import Corrupted
 from faulttol.recovery import Assignment, Member, Standing
 from tests.ranks import run_ranks
@@ -116,6 +116,18 @@ def test_survivors_of_a_rank_that_hangs_leave_their_collective_and_form_groups_a
         assert sums == [3.0, 3.0], "over the pair, and over the two that are left"
         assert told == states
         assert freed_s < 5.0, "gloo's own timeout is half an hour"
+
+
+def test_a_rank_whose_group_never_came_to_be_meets_fresh_ranks_in_the_next() -> None:
+    with pytest.raises(dist.DistError) as caught:  # as when a rank is lost while groups are formed
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=0.05))
+    quiesce(caught.value)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        assert dist.group.WORLD.group_name == "0"
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_assignment_that_was_aborted_before_it_began_is_not_worked_on() -> None:
