@@ -7,7 +7,7 @@ import pytest
 from faulttol.bench import Report
 from faulttol.bench.labels.grid import Case, fault_of
 from faulttol.bench.labels.rivals import NOTHING
-from trainsys.bench.rivals import judge, told_class
+from trainsys.bench.rivals import judge, markdown, told_class
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,5 @@ def test_a_rival_is_right_only_with_the_class_and_named_only_with_the_rank() -> 
     assert figures["Ray alone, crash", "culprit"] == [0.25]
     assert figures["Ray alone, crash", "told after"] == [0.1, 0.2, 2.0]
     assert figures["Ray alone, benign", "alarms"] == [0]
+    assert "| Ray alone, crash | 4 | 0.5 | 0.75 | 0.25 | 0.20 (0.10 to 2.00) |" in markdown(report).splitlines()
+    assert "| Ray alone, benign | 1 |  | 0 |  |  |" in markdown(report).splitlines()

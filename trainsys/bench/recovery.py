@@ -330,10 +330,12 @@ def main(words: list[str]) -> int:
             if time.monotonic() > until_s:
                 break
             strikes = [((repeat + index) % options.ranks, name) for index, name in enumerate(signals)]
+            begun_s = time.monotonic()
             not_again += len(strikes) - _measure(report, arm, strikes, options)
+            print(f"{arm}, round {repeat + 1} of {options.repeats}: {time.monotonic() - begun_s:.0f} s", flush=True)
+            _gate(report, not_again, options.smoke)
             if options.json:
                 report.write(options.json)  # what there is, should it be ended
-    _gate(report, not_again, options.smoke)
     return report.finish(options)
 
 
@@ -376,10 +378,11 @@ def _add(report: Report, case: str, folder: Path, generation: int, at_s: tuple[f
 
 
 def _gate(report: Report, not_again: int, is_smoke: bool) -> None:
-    report.gates.append(Gate("jobs that did not go on", not_again, 0, ok=not_again == 0))
+    """Hold what there is so far to the issue's figures."""
+    report.gates = [Gate("jobs that did not go on", not_again, 0, ok=not_again == 0)]
     start = report.samples.get(("start", "forming the group", "s"))
     if start:
-        report.bounds.append(Bound("formed", min(start), "s", "the same ranks at the start, from the last to come"))
+        report.bounds = [Bound("formed", min(start), "s", "the same ranks at the start, from the last to come")]
     for name in _SIGNALS:
         whole = report.samples.get((f"{_SPARE}, {name}", "whole", "s"))
         if whole and not is_smoke:

@@ -16,6 +16,12 @@ a job of its own:
 
 NVIDIA's section score is not among them, since its package measures GPUs: `faulttol.bench.labelled` applies its rule to
 our records.
+
+The JSON is written after every trial, and holds what there is where a run is ended early. The whole takes an hour; the
+results beside this file, one kind or two of every class, about five minutes:
+
+    python -m trainsys.bench.rivals --jobs ddp --kinds clean,slow,freeze,hang,kill,raise,wrong_kind,skip --minutes 5
+        --json trainsys/bench/results/rivals-cpu.json
 """
 
 from __future__ import annotations
@@ -241,27 +247,42 @@ def main(words: list[str]) -> int:
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.labels.jobs"])
     grid = cases(options.jobs, [options.ranks], options.kinds, [2.0], options.seeds)
+    report = Report("trainsys.rivals", {name: getattr(options, name) for name in ("ranks", "timeout_s", "patience_s")})
+    report.parameters |= {"jobs": options.jobs, "kinds": options.kinds, "seeds": options.seeds}
+    _ask(report, grid, options)
+    code = report.finish(options)
+    print(markdown(report))
+    return code
+
+
+def _ask(report: Report, grid: Sequence[Case], options: Any) -> None:
+    """Make the trials, all rivals of a case after one another; after each, the report is of all so far."""
     told: dict[tuple[str, str], list[tuple[Case, Answer]]] = {}
-    until_s = time.monotonic() + 60 * options.minutes
+    asked = [(case, rival) for case in grid for rival in options.rivals if _takes(rival, case)]
+    begun_s = time.monotonic()
     with contextlib.ExitStack() as stack:
         if _RAY in options.rivals:
             stack.enter_context(ray_cluster.joined(""))
-        for case in grid:
-            for rival in options.rivals:
-                if not _takes(rival, case) or time.monotonic() > until_s:
-                    continue
-                try:
-                    answer = _RIVALS[rival](case, options)
-                except TrialError as error:
-                    print(f"{error}; left out", flush=True)
-                    continue
-                told.setdefault((rival, case.truth), []).append((case, answer))
-                print(f"{rival}, {case.name}: {' '.join(answer[0])} after {answer[1]:.2f} s", flush=True)
-    report = Report("trainsys.rivals", {name: getattr(options, name) for name in ("ranks", "timeout_s", "patience_s")})
-    report.parameters |= {"jobs": options.jobs, "kinds": options.kinds, "seeds": options.seeds}
-    report.parameters["load average of the last 15 minutes"] = round(os.getloadavg()[2], 1)
-    judge(report, told)
-    return report.finish(options)
+        for index, (case, rival) in enumerate(asked):
+            after_s = time.monotonic() - begun_s
+            if after_s > 60 * options.minutes:
+                print(f"{len(asked) - index} of {len(asked)} trials are left out: --minutes are over", flush=True)
+                break
+            try:
+                answer = _RIVALS[rival](case, options)
+            except TrialError as error:
+                print(f"{error}; left out", flush=True)
+                continue
+            told.setdefault((rival, case.truth), []).append((case, answer))
+            said = f"{' '.join(answer[0])} after {answer[1]:.2f} s"
+            print(f"{index + 1} of {len(asked)}, at {after_s:.0f} s: {rival}, {case.name}: {said}", flush=True)
+            report.samples, report.gates = {}, []
+            report.parameters["load average of the last 15 minutes"] = round(os.getloadavg()[2], 1)
+            judge(report, told)
+            if options.json:
+                report.write(options.json)
+    if not told:
+        report.gates = [Gate("trials that were made", 0, 1, ok=False)]
 
 
 def judge(report: Report, told: Mapping[tuple[str, str], Sequence[tuple[Case, Answer]]]) -> None:
@@ -281,6 +302,25 @@ def judge(report: Report, told: Mapping[tuple[str, str], Sequence[tuple[Case, An
             report.add(case, "told after", "s", *after)
     made = sum(map(len, told.values()))
     report.gates.append(Gate("trials that were made", made, 1, ok=made > 0))
+
+
+def markdown(report: Report) -> str:
+    """Return what each rival said of each class as a table for a README."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (case, metric, _), values in report.samples.items():
+        found.setdefault(case, {})[metric] = values
+    lines = ["| rival, class | trials | class right | something said | culprit named | told after, s |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for case, figures in sorted(found.items()):
+        (trials,) = figures["trials"]
+        if "alarms" in figures:
+            cells = ["", f"{figures['alarms'][0] / trials:.2g}", ""]
+        else:
+            cells = [f"{figures[name][0]:.2g}" for name in ("recall", "something is wrong", "culprit")]
+        after = figures.get("told after")
+        cells.append(f"{median(after):.2f} ({min(after):.2f} to {max(after):.2f})" if after else "")
+        lines.append(f"| {case} | {trials:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _takes(rival: str, case: Case) -> bool:
