@@ -155,7 +155,7 @@ class _Buffers:
 
 
 class Activations:
-    """Does with each layer's saved tensors what `choices` says. An `offload.streaming.SavedTensors`.
+    """Does with each layer's saved tensors what `choices` says. An `offload.saved.SavedTensors`.
 
     `attach` puts hooks on layers of a model that is on the device; a LayerStream brings its own and takes this as
     `saved`. Swapped storages go to locked CPU memory, at most `host_bytes` of it (None: as much as it takes), and from

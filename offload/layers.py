@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -114,6 +115,21 @@ class LayerWeights:
         self.versions = tuple(place.parameter._version for place in self.places)
         self.attached = False
 
+    def leave(self, tier: Tier) -> None:
+        """Bring the weights back from their block, which is freed, into memory of their own."""
+        if self.block is None:
+            return
+        memory = torch.empty(self.num_bytes, dtype=torch.uint8)
+        if self.home is not None:
+            memory.copy_(self.home)
+        else:
+            tier.read(self.block, memory).result()
+        self.home = memory
+        for place in self.places:
+            place.parameter.data = place.of(memory)
+        tier.free(self.block)
+        self.block = None
+
     def place_of(self, parameter: nn.Parameter) -> _Place:
         """Return where in the memory a parameter is."""
         return next(place for place in self.places if place.parameter is parameter)
@@ -160,3 +176,36 @@ def settle_in(layer: LayerWeights, tier: Tier) -> None:
     tier.write(block, packed).result()
     layer.home, layer.attached = None, True
     layer.detach()
+
+
+def others_bytes(model: nn.Module, layers: Sequence[nn.Module], *, training: bool) -> int:
+    """Return what stays on the device beside the layers: parameters, in training their gradients, buffers."""
+    inside = {parameter for module in layers for parameter in module.parameters()}
+    outside = [parameter for parameter in model.parameters() if parameter not in inside]
+    gradients = [parameter for parameter in outside if training and parameter.requires_grad]
+    return sum(tensor.nbytes for tensor in (*outside, *gradients, *model.buffers()))
+
+
+def move_others(model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
+    """Move what is no parameter of a layer to the device."""
+    inside = {parameter for module in layers for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in inside:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def check_apart(layers: Sequence[LayerWeights]) -> None:
+    """Raise StreamError where layers share a parameter."""
+    seen: dict[nn.Parameter, str] = {}
+    for layer in layers:
+        for place in layer.places:
+            if place.parameter in seen:
+                raise StreamError(
+                    f"{layer.name}: {place.name} is also a parameter of {seen[place.parameter]}; a parameter that "
+                    "layers share stays on the device: leave it out of both"
+                )
+            seen[place.parameter] = layer.name

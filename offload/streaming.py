@@ -11,51 +11,24 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from offload.arrivals import Arrivals, Landed
 from offload.copier import copier_for, indexed
 from offload.errors import BudgetError, StreamError
-from offload.layers import LayerWeights, Slot, lay_out, settle, settle_in
+from offload.layers import LayerWeights, Slot, check_apart, lay_out, move_others, others_bytes, settle, settle_in
 from offload.pages import allocate_pages
 from offload.pinned import Pinned
+from offload.saved import SavedTensors, Weight
 from offload.tier import Tier
 from offload.tracing import Trace
 from offload.window import Window, fixed_bytes_needed, largest_window
-
-
-class SavedTensors(Protocol):
-    """What becomes of the tensors that a layer's forward saves for its backward, but for weights."""
-
-    def pack(self, index: int, tensor: torch.Tensor) -> Any:
-        """Return what is kept in place of a tensor of layer `index`."""
-        ...
-
-    def unpack(self, kept: Any) -> torch.Tensor:
-        """Return the tensor."""
-        ...
-
-    def before_backward(self, index: int) -> None:
-        """Backward is about to come to layer `index`."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """What is kept of a saved tensor that lies in a slot."""
-
-    layer: LayerWeights
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
 
 
 class LayerStream:
@@ -64,6 +37,11 @@ class LayerStream:
     The layers' weights live in `home` (None: memory of the host, page-locked for a GPU), and their gradients beside
     them: to optimizers they are parameters on the CPU. What else the model has moves to the device and stays. With a
     home that cannot be addressed (a disk, an emulated tier) weights can be read only: for inference.
+
+    `landed` is called in every backward once for each layer, from the last to the first, in a thread of the stream's:
+    as soon as all gradients of a layer are at home and those after it were handed on, at the latest before the backward
+    returns, which raises what it raises. It may change them until the next forward.
+
     One model pass at a time; after a backward that raised there are no gradients of layers. Closing leaves the
     weights at home.
 
@@ -82,6 +60,7 @@ class LayerStream:
         window: Window | int,
         home: Tier | None = None,
         saved: SavedTensors | None = None,
+        landed: Landed | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.device = device = indexed(device)
@@ -93,22 +72,22 @@ class LayerStream:
         self._copier, self._saved, self._home = copier_for(device, trace), saved, home
         self._pinned = Pinned() if device.type == "cuda" else None
         self._layers = [lay_out(index, module) for index, module in enumerate(layers)]
-        _check_apart(self._layers)
+        check_apart(self._layers)
         self.layer_bytes = max(layer.num_bytes for layer in self._layers)
         """Of the largest layer."""
         self._handles: list[Any] = []
         self._settle()
-        _move_others(model, layers, device)
-        self.other_bytes = _others_bytes(model, layers, training=self._trains)
+        move_others(model, layers, device)
+        self.other_bytes = others_bytes(model, layers, training=self._trains)
         """Of what stays on the device: parameters of no layer with their gradients, and buffers."""
         self._slots = [
             Slot(torch.empty(self.layer_bytes, dtype=torch.uint8, device=device)) for _ in range(self.window.resident)
         ]
         self._by_storage = {slot.buffer.untyped_storage().data_ptr(): slot for slot in self._slots}
         self._staging: deque[torch.Tensor] = deque()
-        self._adders = ThreadPoolExecutor(1, thread_name_prefix="stream-add")
-        self._adding: deque[tuple[torch.Tensor, Future[None]]] = deque()
-        self._leaving: list[Any] = []
+        self._arrivals = Arrivals(
+            self._layers, self._copier, self._memory, on_device=device.type != "cpu", landed=landed
+        )
         self._saving: list[Any] = []
         self._in_backward = False
         self._closing = False
@@ -148,13 +127,14 @@ class LayerStream:
         self.release()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._adders.shutdown()
+        self._arrivals.close()
         self._slots.clear()
         self._by_storage.clear()
         if self._pinned is not None:
             self._pinned.close()
         if self._home is not None:
-            self._leave_tier(self._home)
+            for layer in self._layers:
+                layer.leave(self._home)
 
     def __enter__(self) -> Self:
         return self
@@ -189,22 +169,6 @@ class LayerStream:
                         "call requires_grad_(False) on the model for inference, or give training a home in memory"
                     )
 
-    def _leave_tier(self, tier: Tier) -> None:
-        """Bring the weights back into memory of their own before their blocks are freed."""
-        for layer in self._layers:
-            if layer.block is None:
-                continue
-            memory = torch.empty(layer.num_bytes, dtype=torch.uint8)
-            if layer.home is not None:
-                memory.copy_(layer.home)
-            else:
-                tier.read(layer.block, memory).result()
-            layer.home = memory
-            for place in layer.places:
-                place.parameter.data = place.of(memory)
-            tier.free(layer.block)
-            layer.block = None
-
     def _hook(self) -> None:
         for layer in self._layers:
             module = layer.module
@@ -213,7 +177,7 @@ class LayerStream:
                 module.register_forward_hook(partial(self._after_forward, layer), always_call=True),
             ]
             self._handles += [
-                _on_gradient(place.parameter, partial(self._gradient_came, layer))
+                _on_gradient(place.parameter, partial(self._arrivals.came, layer))
                 for place in layer.places
                 if place.parameter.requires_grad
             ]
@@ -253,11 +217,11 @@ class LayerStream:
         slot = self._by_storage.get(tensor.untyped_storage().data_ptr())
         if slot is not None:
             assert slot.layer is not None
-            return _Weight(slot.layer, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+            return Weight(slot.layer, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         return tensor if self._saved is None else self._saved.pack(layer.index, tensor)
 
     def _unpack(self, kept: Any) -> torch.Tensor:
-        if isinstance(kept, _Weight):
+        if isinstance(kept, Weight):
             self._need(kept.layer)
             assert kept.layer.slot is not None
             storage = kept.layer.slot.buffer.untyped_storage()
@@ -278,57 +242,21 @@ class LayerStream:
             if self._saved is not None:
                 self._saved.before_backward(layer.index)
 
-    def _gradient_came(self, layer: LayerWeights, parameter: nn.Parameter) -> None:
-        """Send a gradient home as soon as it is there."""
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        parameter.grad = None
-        if layer.gradients is None:
-            layer.gradients = self._memory(layer.num_bytes)
-        place = layer.place_of(parameter)
-        target = place.of(layer.gradients)
-        if parameter in layer.accumulated:
-            self._add(target, gradient, layer.name)
-        else:
-            self._leaving.append(self._copier.down(target, gradient, name=layer.name))
-            layer.accumulated.add(parameter)
-
-    def _add(self, target: torch.Tensor, gradient: torch.Tensor, name: str) -> None:
-        """Add a gradient to one at home, in its dtype, as the device would."""
-        if self.device.type == "cpu":
-            target.add_(gradient)
-            return
-        if len(self._adding) == 2:  # so much locked memory, and no more
-            staging, previous = self._adding.popleft()
-            previous.result()
-        else:
-            staging = self._memory(self.layer_bytes)
-        landed = staging[: gradient.nbytes].view(gradient.dtype).view(gradient.shape)
-        mark = self._copier.down(landed, gradient, name=name)
-
-        def add() -> None:
-            self._copier.finish(mark)
-            target.add_(landed)
-
-        self._adding.append((staging, self._adders.submit(add)))
-
     def _backward_ended(self) -> None:
         """Wait until all gradients are at home; the slots are old when the optimizer has stepped."""
         with self._lock:
-            for mark in self._leaving:
-                self._copier.finish(mark)
-            self._leaving.clear()
-            for _, future in self._adding:
-                future.result()
             self._in_backward = False
-            self.release()
+            try:
+                self._arrivals.finish()
+            finally:
+                self.release()
 
     def _abandon(self) -> None:
-        """Forget a backward that has raised, with all gradients, of which some have come and others not."""
-        for layer in self._layers:
-            layer.accumulated.clear()
-        self._backward_ended()
+        """Forget a backward that has raised."""
+        with self._lock:
+            self._in_backward = False
+            self._arrivals.abandon()
+            self.release()
 
     # --- the window ---
 
@@ -441,43 +369,11 @@ def fit(
     window = largest_window(
         num_layers=len(sizes),
         layer_bytes=max(sizes),
-        other_bytes=_others_bytes(model, layers, training=training) + activation_bytes,
+        other_bytes=others_bytes(model, layers, training=training) + activation_bytes,
         budget_bytes=budget_bytes,
         training=training,
     )
     return LayerStream(model, layers, device=device, window=window, **settings)
-
-
-def _others_bytes(model: nn.Module, layers: Sequence[nn.Module], *, training: bool) -> int:
-    """Return what stays on the device beside the layers: parameters, in training their gradients, buffers."""
-    inside = {parameter for module in layers for parameter in module.parameters()}
-    outside = [parameter for parameter in model.parameters() if parameter not in inside]
-    gradients = [parameter for parameter in outside if training and parameter.requires_grad]
-    return sum(tensor.nbytes for tensor in (*outside, *gradients, *model.buffers()))
-
-
-def _move_others(model: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
-    """Move what is no parameter of a layer to the device."""
-    inside = {parameter for module in layers for parameter in module.parameters()}
-    for parameter in model.parameters():
-        if parameter not in inside:
-            parameter.data = parameter.data.to(device)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-
-
-def _check_apart(layers: Sequence[LayerWeights]) -> None:
-    seen: dict[nn.Parameter, str] = {}
-    for layer in layers:
-        for place in layer.places:
-            if place.parameter in seen:
-                raise StreamError(
-                    f"{layer.name}: {place.name} is also a parameter of {seen[place.parameter]}; a parameter that "
-                    "layers share stays on the device: leave it out of both"
-                )
-            seen[place.parameter] = layer.name
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[nn.Parameter], None]) -> Any:

@@ -204,8 +204,10 @@ class TorchEngine:
             for master in self._data.masters
             if master.tensor.grad is not None
         ]
-        assert dist.group.WORLD is not None
-        return float(global_norm(held, dist.group.WORLD))
+        group = self._data.host_group if isinstance(self._data, Streamed) else None
+        group = group or dist.group.WORLD  # streamed gradients are in CPU memory
+        assert group is not None
+        return float(global_norm(held, group))
 
     def _describe_shards(self, optimizer: Muon) -> None:
         """Tell Muon which part of which matrix each flat tensor is, and who has the others."""
@@ -315,7 +317,7 @@ def _data_parallel(hybrid: Hybrid, config: RunConfig, device: torch.device, trac
     compute_dtype = next(module.parameters()).dtype
     wide = torch.promote_types(compute_dtype, torch.float32)
     if config.offload.parameters == "streamed":
-        return Streamed(module, config, (device, wide), trace)
+        return Streamed(module, config, hybrid.groups, (device, wide), trace)
     if config.offload.optimizer == "tiered":
         wide = compute_dtype  # the fp32 masters are the optimizer's
     overlap = config.parallel.overlap

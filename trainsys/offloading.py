@@ -34,9 +34,10 @@ class Rule:
     """What is wrong; what is allowed."""
 
 
-def _ranks(config: RunConfig) -> int:
+def _has_parts(config: RunConfig) -> bool:
+    """Whether a rank has a part of the model or of a sequence."""
     degrees = config.parallel
-    return degrees.pipeline * degrees.replicate * degrees.shard * degrees.context * degrees.tensor
+    return max(degrees.pipeline, degrees.shard, degrees.context, degrees.tensor, degrees.expert) > 1
 
 
 RULES: tuple[Rule, ...] = (
@@ -54,8 +55,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "offload.parameters",
         lambda c: c.offload.parameters in _DEEPSPEED and c.engine.zero_stage != 3,
-        "DeepSpeed offloads the parameters of ZeRO 3 alone; allowed with engine.zero_stage = 3, or streamed on one "
-        "rank",
+        "DeepSpeed offloads the parameters of ZeRO 3 alone; allowed with engine.zero_stage = 3, or streamed with "
+        "engine.zero_stage = 0",
     ),
     Rule(
         "offload.parameters",
@@ -97,14 +98,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "offload.parameters",
-        lambda c: c.offload.parameters == "streamed" and _ranks(c) > 1,
-        "streamed is for one rank: gradients are in CPU memory when backward ends, where no group of a GPU sums them; "
-        "allowed with all degrees 1, or deepspeed_cpu",
+        lambda c: c.offload.parameters == "streamed" and _has_parts(c),
+        "streamed is for whole replicas: layers are summed in CPU memory, one after the other, and parts of "
+        "layers are not; allowed with all degrees but replicate 1, or deepspeed_cpu",
     ),
     Rule(
         "offload.parameters",
         lambda c: c.offload.parameters == "streamed" and c.engine.zero_stage != 0,
-        "streamed: one rank shards nothing; allowed with engine.zero_stage = 0",
+        "streamed: replicas shard nothing; allowed with engine.zero_stage = 0",
     ),
     Rule(
         "offload.parameters",

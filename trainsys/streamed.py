@@ -1,61 +1,102 @@
-"""A model on one rank of which a window of layers is on the device: parallel.data.DataParallel over a LayerStream."""
+"""A model of which a window of layers is on the device: parallel.data.DataParallel over a LayerStream.
+
+Replicas stream the same layers. In the last micro-batch of a step the gradients of each layer are summed as soon as
+they are in CPU memory, from the last layer to the first, while backward goes on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from offload import Trace
 from offload.activations import Activations
 from offload.streaming import LayerStream, fit
-from parallel.data import Master
+from parallel.data import Master, copies, holders
+from parallel.groups import MeshGroups
 from parallel.shards import shard_of
 from trainsys.config import RunConfig
 from trainsys.models import blocks
 
 
 class Streamed:
-    """Weights, gradients and masters of blocks in CPU memory; what is no block on the device. One rank."""
+    """Weights, gradients and masters of blocks in CPU memory; what is no block on the device. Plain replicas."""
 
     def __init__(
-        self, module: nn.Module, config: RunConfig, target: tuple[torch.device, torch.dtype], trace: Trace | None
+        self,
+        module: nn.Module,
+        config: RunConfig,
+        groups: MeshGroups,
+        target: tuple[torch.device, torch.dtype],
+        trace: Trace | None,
     ) -> None:
         """Take over the model, which is on the CPU, to compute on a device with masters in a dtype (`target`).
 
-        Where the dtypes are one, masters share the weights' memory.
+        Where the dtypes are one, masters share the weights' memory. Every rank calls.
         """
-        device, master_dtype = target
+        device, self._dtype = target
+        self._groups = groups
         self._parameters = dict(module.named_parameters())
         layers = blocks(module)
         self._activations = (
             Activations(layers, ["swap"] * len(layers), device=device) if config.offload.activations == "swap" else None
         )
-        self.stream = _stream(module, config, device, saved=self._activations, trace=trace)
-        self._is_apart = next(iter(self._parameters.values())).dtype != master_dtype
-        self.masters: Sequence[Master] = [
-            self._master(name, parameter, master_dtype) for name, parameter in self._parameters.items()
-        ]
+        self.host_group: dist.ProcessGroup | None = None
+        """Sums what is in CPU memory, of all ranks; None: there is one."""
+        if groups.mesh.world_size > 1:
+            self.host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.engine.timeout_s))
+        kept = {"saved": self._activations, "trace": trace, "landed": self._landed if self.host_group else None}
+        self.stream = _stream(module, config, device, **kept)
+        self._is_last = False
+        self._sums: dict[nn.Parameter, torch.Tensor] = {}
+        self._works: list[dist.Work] = []
+        self._is_apart = next(iter(self._parameters.values())).dtype != self._dtype
+        self.masters: Sequence[Master] = [self._master(name, each) for name, each in self._parameters.items()]
 
     def begin(self) -> None:
-        """Nothing: gradients are added up where they arrive."""
+        """Start a step."""
+        self._is_last = False
 
     def micro_batch(self, is_last: bool) -> None:
-        """Nothing: there is nobody to sum with."""
+        """Say before each forward whether it is the last of the step: gradients are added up until then."""
+        self._is_last = is_last
 
     def stage_finished(self, index: int) -> None:
-        """Nothing: one rank has no pipeline."""
+        """Nothing: replicas have no pipeline."""
 
     def finish(self) -> None:
-        """Leave the gradient in `grad` of every master."""
+        """Leave the summed gradient in `grad` of every master."""
+        for parameter in self._parameters.values():
+            if parameter.requires_grad and parameter not in self._sums:
+                self._sum(parameter, parameter.grad, self._groups.get(*holders(shard_of(parameter))))
+        for work in self._works:
+            work.wait()
         for master in self.masters:
-            gradient = self._parameters[master.name].grad
-            if gradient is not None:
-                master.tensor.grad = gradient.view(-1).to(master.tensor.dtype)
-            elif master.tensor.requires_grad:  # unused in this step
-                master.tensor.grad = torch.zeros_like(master.tensor)
+            master.tensor.grad = self._sums.get(self._parameters[master.name])
+        self._works.clear()
+        self._sums.clear()
+
+    def _landed(self, index: int, gradients: Mapping[nn.Parameter, torch.Tensor | None]) -> None:
+        """Begin to sum the gradients of a layer over the ranks, all of which come to it in one order."""
+        assert self.host_group is not None
+        if self._is_last:
+            for parameter, gradient in gradients.items():
+                self._sum(parameter, gradient, self.host_group)
+
+    @torch.no_grad()
+    def _sum(self, parameter: nn.Parameter, gradient: torch.Tensor | None, group: dist.ProcessGroup) -> None:
+        """Begin to sum a gradient in the masters' dtype; without one it was not used in this step, on this rank."""
+        summed = torch.zeros_like(parameter, dtype=self._dtype) if gradient is None else gradient.to(self._dtype)
+        self._sums[parameter] = summed.view(-1)
+        if group.size() > 1:
+            work = dist.all_reduce(self._sums[parameter], group=group, async_op=True)
+            assert work is not None
+            self._works.append(work)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -68,23 +109,27 @@ class Streamed:
         self.stream.release()
 
     def close(self) -> None:
-        """End the stream; the weights stay in CPU memory."""
+        """End the stream and the group; the weights stay in CPU memory."""
         self.stream.close()
+        if self.host_group is not None:
+            dist.destroy_process_group(self.host_group)
+            self.host_group = None
         if self._activations is not None:
             self._activations.close()
 
     @torch.no_grad()
-    def _master(self, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> Master:
-        weight = parameter.detach().view(-1)
+    def _master(self, name: str, parameter: nn.Parameter) -> Master:
+        weight, shard = parameter.detach().view(-1), shard_of(parameter)
+        copy, num_copies = copies(self._groups.mesh, self._groups.rank, shard, holders(shard))
         return Master(
             name=name,
-            shard=shard_of(parameter),
-            tensor=nn.Parameter(weight.to(dtype), requires_grad=parameter.requires_grad),
+            shard=shard,
+            tensor=nn.Parameter(weight.to(self._dtype), requires_grad=parameter.requires_grad),
             start=0,
             weight=weight,
             parts=(),
-            copy=0,
-            num_copies=1,
+            copy=copy,
+            num_copies=num_copies,
         )
 
 

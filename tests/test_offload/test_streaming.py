@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,9 @@ def test_a_backward_that_raises_leaves_a_stream_that_works() -> None:
         with pytest.raises(KeyError):
             out.sum().backward()
         handle.remove()
+        with torch.no_grad():
+            model(tokens)  # the first that comes after it
+        assert all(parameter.grad is None for block in model.blocks for parameter in block.parameters())
         model.zero_grad()
         assert train(model) == train(plain)
 
@@ -160,6 +164,56 @@ def test_training_from_a_disk_is_refused(tmp_path: Path) -> None:
     _, model = pair()
     with NvmeTier(spec(name="disk"), tmp_path) as home, pytest.raises(StreamError, match="tier disk: it cannot be"):
         LayerStream(model, list(model.blocks), device=CPU, window=2, home=home)
+
+
+def test_gradients_are_handed_on_once_a_backward_from_the_last_layer_to_the_first() -> None:
+    plain, model = pair()
+    tokens = torch.arange(8).view(1, 8)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    told: list[tuple[int, list[str]]] = []
+    fails = False
+
+    def landed(index: int, gradients: Mapping[nn.Parameter, torch.Tensor | None]) -> None:
+        if fails:
+            raise KeyError(index)
+        told.append((index, [names[parameter] for parameter, gradient in gradients.items() if gradient is None]))
+        for gradient in gradients.values():
+            if gradient is not None:
+                gradient.mul_(2)
+
+    with streamed(model, 2, landed=landed):
+        for factor in (2, 3):  # g and 2g in the plain model, 2g and 2(2g + g) here
+            for each in (plain, model):
+                each.eval()(tokens).sum().backward()
+            assert told == [(index, [f"blocks.{index}.unused"]) for index in reversed(range(5))]
+            told.clear()
+            expected, found = (each.get_parameter("blocks.3.narrow.weight").grad for each in (plain, model))
+            assert expected is not None
+            assert found is not None
+            assert torch.equal(found, factor * expected)
+        fails = True
+        with pytest.raises(KeyError, match="4"):
+            model(tokens).sum().backward()
+        assert all(parameter.grad is None for block in model.blocks for parameter in block.parameters())
+        fails = False
+        model.zero_grad()
+        plain.zero_grad()
+        assert train(model.train()) != train(plain.train()), "gradients are doubled"
+
+
+def test_a_layer_is_handed_on_while_backward_is_at_others() -> None:
+    _, model = pair()
+    last_landed = threading.Event()
+    for block in model.blocks:
+        block.get_parameter("unused").requires_grad_(False)
+    with streamed(model, 2, landed=lambda index, _: last_landed.set() if index == 4 else None):
+        x = model.embedding(torch.arange(8).view(1, 8))
+        waited = []
+        x.register_hook(lambda _: waited.append(last_landed.wait(30)))
+        for block in model.blocks:
+            x, _ = block(x, weight=torch.ones((), dtype=x.dtype))
+        x.sum().backward()
+        assert waited == [True]
 
 
 def test_a_trace_tells_every_byte_that_moved() -> None:

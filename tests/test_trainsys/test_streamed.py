@@ -1,0 +1,30 @@
+"""Replicas that stream the same layers take the steps of one process, and hold the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.test_trainsys.layouts import Layout
+from tests.test_trainsys.test_native import check, layout, move
+
+MOE = ("--model.moe.num_experts=4", "--model.moe.ffn_dim=32", "--model.moe.balance_weight=0")
+
+
+def streamed(*settings: str, **layout_of: Any) -> Layout:
+    return layout(0, "--offload.parameters=streamed", *settings, **layout_of)
+
+
+def test_streamed_replicas_take_the_steps_of_one_process_and_hold_equal_bits() -> None:
+    """In float64 within 1e-12, with two micro-batches a rank, with and without clipping, and with unused experts."""
+    check(
+        2,
+        [
+            streamed("--engine.gradient_clip_norm=0", "--engine.recompute=full", replicate=2),
+            streamed(*MOE, "--model.num_layers=2", "--offload.window_layers=1", replicate=2),
+        ],
+    )
+
+
+def test_streamed_replicas_go_on_with_any_other_number_of_ranks(tmp_path: Path) -> None:
+    move(tmp_path, streamed(replicate=2), [streamed(), layout(3, shard=2)], 1e-12)
