@@ -125,7 +125,10 @@ def decide(incident: Incident, before: Sequence[Incident], situation: Situation,
         fitting = [size for size in situation.smaller_sizes if size <= available]
         if fitting:
             return Shrink(max(fitting), pause_s)
-    return Wait(f"{available} of {wanted} ranks are there, and the run has no smaller layout that fits them")
+    there = f"{available} of {wanted} ranks are there"
+    if not config.shrink:
+        return Wait(f"{there}, and it may not go on with fewer (faulttol.policy.shrink); goes on when others are ready")
+    return Wait(f"{there}, and the run has no smaller layout that fits them; goes on when others are ready")
 
 
 def _give_up(incident: Incident, before: Sequence[Incident], config: PolicyConfig) -> Stop | None:

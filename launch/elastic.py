@@ -37,6 +37,7 @@ from launch.supervisor import StopWish
 from launch.verdict import Limits
 
 _LAGGARD_S = 1.0  # for the last ones to leave a generation that stands still, once others have
+_NAMED_LAGGARD_S = 0.1  # where those are whom the records name: who waits for nobody leaves no collective
 
 _FENCED = fence.Fenced.__name__
 _STANDSTILLS = (FindingKind.HANG, FindingKind.COMMUNICATION_HANG, FindingKind.DESYNC)
@@ -341,7 +342,9 @@ class _Watch:
                 break
             if ending.is_stall and len(remaining) < len(self.ranks):
                 # They have all stood still for long: nobody is in the middle of something, but who has not left yet.
-                deadline_s = min(deadline_s, self.now_s + _LAGGARD_S)
+                named = hang.culprits if (hang := self._finding(FindingKind.HANG)) is not None else ()
+                is_named = all(member.rank in named for member in remaining)
+                deadline_s = min(deadline_s, self.now_s + (_NAMED_LAGGARD_S if is_named else _LAGGARD_S))
             if self.now_s > deadline_s:
                 self._roster.collect_stacks(remaining)
                 hang = self._finding(FindingKind.HANG)
@@ -363,6 +366,10 @@ class _Watch:
                 ending.losses[member.index] = found
                 if found.kind != "raised":
                     self._roster.end(member)
+                if found.kind == "dead" and member.status.exit is None:
+                    self.look()  # its process was seen to be gone; now that it is reaped, it is known how it went
+                    if member.status.exit is not None:
+                        ending.losses[member.index] = member.own_loss()
         for witness in self.ranks:
             for rank in witness.accuses(self.generation) or ():
                 member = self.ranks[rank]
