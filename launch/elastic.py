@@ -9,7 +9,8 @@ all others told to leave their collectives. Whoever does not leave them in time 
 that hangs outside of a collective shows itself, whatever the others saw. Nothing is decided before every process of
 the generation has left its groups or is gone.
 
-`member` knows one process, `roster` all of them, `narration` tells; here is what is done, and when.
+`member` knows one process, `roster` all of them, `narration` tells, `isolation` ends a generation; here is what is
+done, and when.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from launch.diagnosis import Diagnosis, told
 from launch.entry import Returned
 from launch.errors import LaunchError
 from launch.fleet import Fleet, Recovery
+from launch.isolation import FENCED, Isolation
 from launch.job import Job, JobResult
 from launch.member import Ending, Member, Trouble
 from launch.narration import Narrator
@@ -36,10 +38,6 @@ from launch.slowness import Straggler
 from launch.supervisor import StopWish
 from launch.verdict import Limits
 
-_LAGGARD_S = 1.0  # for the last ones to leave a generation that stands still, once others have
-_NAMED_LAGGARD_S = 0.1  # where those are whom the records name: who waits for nobody leaves no collective
-
-_FENCED = fence.Fenced.__name__
 _STANDSTILLS = (FindingKind.HANG, FindingKind.COMMUNICATION_HANG, FindingKind.DESYNC)
 
 
@@ -99,7 +97,7 @@ class _Watch:
         self._placed_s = 0.0
         self._resumed_step = -1
         self._saved_when_whole: int | None = None
-        self._straggler = self._new_straggler()
+        self._straggler = Straggler(care.recovery.policy, care.recovery.total_steps, care.recovery.saved_step)
         self._incidents: list[Incident] = []
 
     @property
@@ -186,7 +184,7 @@ class _Watch:
         self._is_recovering = True
         found = [self._trouble_of(member) for member in self.ranks]
         for loss in found:
-            if isinstance(loss, Loss) and loss.error == _FENCED:  # not by this launch: it has not fenced them yet
+            if isinstance(loss, Loss) and loss.error == FENCED:  # not by this launch: it has not fenced them yet
                 if self._is_overtaken():
                     self._fail({self.ranks[loss.rank].index: loss}, None)
                 self._narrator.say(f"rank {loss.rank}: {loss.detail}; but no other launch has taken the run over")
@@ -195,10 +193,11 @@ class _Watch:
         # Who was lost while it loaded lost no step: the run has got as far as where it resumed.
         step = max(self._roster.step, self._resumed_step)
         self._fence(self.generation + 1)
-        self._mark(ending, "fenced")
+        self._roster.mark(ending, "fenced")
         outlier = self._outlier()
-        self._accuse_by_findings(ending, planned or {}, outlier)
-        self._end_generation(ending)
+        isolation = Isolation(self._roster, ending, self._trouble_of, self._finding, self.look)
+        isolation.accuse(planned or {}, outlier)
+        isolation.run(self._recovery.policy.abort_timeout_s)
         self._distrust(outlier)  # ranks, which may write the same of what they compared, have left by now
         incident = Incident(ending.began_s, step, tuple(ending.losses.values()))
         is_whole = self._size == self._job.world_size
@@ -211,17 +210,17 @@ class _Watch:
             self._fail(ending.losses or {self.ranks[0].index: Loss(0, "hung", "all lost one another")}, decision)
         if decision is None:
             return
-        self._mark(ending, "decided")
+        self._roster.mark(ending, "decided")
         seats = self._roster.seats(before, decision.world_size)
         for member in before.values():
             member.rank = None
         self.generation += 1
         self._place(seats)
         self._narrator.say(f"generation {self.generation}: {decision.summary}")
-        self._mark(ending, "assigned")
+        self._roster.mark(ending, "assigned")
         self._refill()
         self._await_work(seats)
-        self._mark(ending, "rejoined")
+        self._roster.mark(ending, "rejoined")
         self._narrator.keep(self.generation, ending, incident, decision)
 
     def refill(self) -> None:
@@ -232,6 +231,8 @@ class _Watch:
     def finish(self, outcome: Literal["completed", "stopped"]) -> JobResult:
         """Let all leave, end what still runs, and tell how the job ended."""
         ranks, fleet = self.ranks, self._roster.fleet
+        if not self.has_finished:
+            self._tell_unsaved()
         ends_wrong = outcome == "stopped" and self.ends_wrong()
         if self.has_finished:
             for member in self._roster.members:
@@ -257,10 +258,6 @@ class _Watch:
         )
 
     # ---- what is seen
-
-    def _new_straggler(self) -> Straggler:
-        recovery = self._recovery
-        return Straggler(recovery.policy, recovery.total_steps, recovery.saved_step)
 
     def _finding(self, *kinds: FindingKind) -> Finding | None:
         """What holds now of these kinds, the gravest; None where nobody looks."""
@@ -311,72 +308,14 @@ class _Watch:
             ) from error
         self._narrator.say(f"no checkpoint after step {step} is gone on from: {outlier.summary}")
 
-    def _accuse_by_findings(self, ending: Ending, planned: Mapping[int, Loss], outlier: Finding | None) -> None:
-        """Take for lost whom the records of the generation, or the plan, name; their processes need not show it."""
-        desync = self._finding(FindingKind.DESYNC)
-        for rank in (desync.culprits or (0,)) if desync is not None else ():
-            assert desync is not None
-            ending.losses[self.ranks[rank].index] = Loss(rank, "desync", desync.summary)
-        accused = dict(planned)
-        if outlier is not None:
-            (rank,) = outlier.culprits
-            accused[self.ranks[rank].index] = Loss(rank, "numeric", outlier.summary)
-        for index, loss in accused.items():
-            ending.losses[index] = loss
-            self._roster.end(self._roster.members[index])
-
-    def _end_generation(self, ending: Ending) -> None:
-        """End the ranks at fault, and see all others leave their groups; who does not is at fault."""
-        ordered = False
-        deadline_s = self.now_s + self._recovery.policy.abort_timeout_s
-        while True:
-            self._end_lost(ending)
-            if not ordered:
-                self._mark(ending, "isolated")
-                for member in self.ranks:
-                    if not member.is_gone:
-                        self._roster.fleet.order(member.index, orders.abort(self.generation))
-                ordered = True
-            remaining = [member for member in self.ranks if not member.has_left(self.generation)]
-            if not remaining:
-                break
-            if ending.is_stall and len(remaining) < len(self.ranks):
-                # They have all stood still for long: nobody is in the middle of something, but who has not left yet.
-                named = hang.culprits if (hang := self._finding(FindingKind.HANG)) is not None else ()
-                is_named = all(member.rank in named for member in remaining)
-                deadline_s = min(deadline_s, self.now_s + (_NAMED_LAGGARD_S if is_named else _LAGGARD_S))
-            if self.now_s > deadline_s:
-                self._roster.collect_stacks(remaining)
-                hang = self._finding(FindingKind.HANG)
-                text = "it did not leave when its collectives were broken off" + (f"; {hang.summary}" if hang else "")
-                for member in remaining:
-                    ending.losses[member.index] = Loss(member.number, "hung", text)
-                    self._roster.end(member)
-                break
-            time.sleep(POLL_S)
-            self.look()
-        self._mark(ending, "quiesced")
-
-    def _end_lost(self, ending: Ending) -> None:
-        """End the ranks that are in trouble of their own, or whose numbers others found to be wrong."""
-        for member in self.ranks:
-            found = self._trouble_of(member)
-            # A fence that was met now is the one that ends this generation.
-            if isinstance(found, Loss) and found.error != _FENCED and member.index not in ending.losses:
-                ending.losses[member.index] = found
-                if found.kind != "raised":
-                    self._roster.end(member)
-                if found.kind == "dead" and member.status.exit is None:
-                    self.look()  # its process was seen to be gone; now that it is reaped, it is known how it went
-                    if member.status.exit is not None:
-                        ending.losses[member.index] = member.own_loss()
-        for witness in self.ranks:
-            for rank in witness.accuses(self.generation) or ():
-                member = self.ranks[rank]
-                if member.index not in ending.losses:  # it was broken off before it could tell as well
-                    assert witness.standing is not None
-                    ending.losses[member.index] = Loss(rank, "numeric", witness.standing.messages[0])
-                    self._roster.end(member)
+    def _tell_unsaved(self) -> None:
+        """Say why a stop that was asked for saves nothing, where that is so."""
+        found = [loss for member in self.ranks if isinstance(loss := self._trouble_of(member), Loss)]
+        if not self.ranks:
+            self._narrator.say("stopped as asked before all its ranks were ready: nothing was trained since its start")
+        elif found:
+            told = "; ".join(f"rank {loss.rank} {loss.kind}: {loss.detail}" for loss in found)
+            self._narrator.say(f"asked to stop, but {told}; the others cannot save without it and are ended")
 
     def _decide(
         self,
@@ -417,11 +356,10 @@ class _Watch:
     def _place(self, seats: list[Member]) -> None:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
-        self._is_recovering, self._placed_s = False, self.now_s
-        is_first = self.generation == self._recovery.first_generation
-        self._resumed_step = -1 if is_first else self._recovery.saved_step()
+        recovery, self._is_recovering, self._placed_s = self._recovery, False, self.now_s
+        self._resumed_step = -1 if self.generation == recovery.first_generation else recovery.saved_step()
         self._saved_when_whole = None
-        self._straggler = self._new_straggler()
+        self._straggler = Straggler(recovery.policy, recovery.total_steps, recovery.saved_step)
         if self._diagnosis is not None:
             self._diagnosis.begin(self.generation, self._size)
         fleet = self._roster.fleet
@@ -453,9 +391,6 @@ class _Watch:
                 f"{self._recovery.fence}: cannot fence generation {generation}: {error}; nothing goes on that an older "
                 "generation could overwrite: make room, and resume"
             ) from error
-
-    def _mark(self, ending: Ending, state: str) -> None:
-        ending.times[state] = round(self._roster.since_s(ending.began_s), 4)
 
     def _fail(self, losses: Mapping[int, Loss], decision: Stop | None) -> NoReturn:
         """End every member and raise the RankFailed that tells of all, the one at fault first."""

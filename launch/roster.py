@@ -9,7 +9,7 @@ from dataclasses import replace
 from faulttol.config import HealthConfig
 from faulttol.health import Vitals
 from launch.fleet import Fleet
-from launch.member import Member
+from launch.member import Ending, Member
 from launch.supervisor import LONGEST_TICK_S, STACKS_S
 from launch.verdict import RankStatus
 
@@ -62,6 +62,10 @@ class Roster:
     def since_s(self, began_s: float) -> float:
         """Seconds from a time of this clock until now, which is later than the last look."""
         return time.monotonic() - self._looked_s + self.now_s - began_s
+
+    def mark(self, ending: Ending, state: str) -> None:
+        """Note when recovery from an ending came to a state."""
+        ending.times[state] = round(self.since_s(ending.began_s), 4)
 
     def vitals(self, generation: int, placed_s: float) -> list[Vitals]:
         """Of the ranks that have not finished, under their numbers in this generation."""

@@ -84,8 +84,9 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
         )
     if result.killed:
         raise RunError(
-            f"{run.path}: asked to stop, {len(result.killed)} rank(s) had not saved after launch.stop_grace_s = "
-            f"{config.launch.stop_grace_s:g} s and were killed; --resume continues from the last checkpoint before"
+            f"{run.path}: asked to stop, {len(result.killed)} rank(s) had not saved, within launch.stop_grace_s = "
+            f"{config.launch.stop_grace_s:g} s or for want of a lost rank, and were killed; --resume continues from "
+            "the last checkpoint before"
         )
     return result
 

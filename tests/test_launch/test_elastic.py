@@ -18,8 +18,9 @@ import pytest
 from faulttol import fence
 from faulttol.config import HealthConfig, PolicyConfig
 from faulttol.finding import Finding, FindingKind, Suspect
+from faulttol.health import Vitals
 from faulttol.recovery import Standing
-from launch import LaunchError, RankFailed, elastic, roster, slowness
+from launch import LaunchError, RankFailed, elastic, isolation, roster, slowness
 from launch.entry import Outcome, Raised
 from launch.fleet import MemberReport, Recovery, member_log
 from launch.job import Job
@@ -285,6 +286,68 @@ def test_a_survivor_that_dies_while_its_generation_ends_is_replaced_as_well(job:
     fleet, care = _Fleet(job, 4, script), _care(tmp_path, shrink=False)
     assert _supervise(fleet, job, care) == "completed"
     assert [member for member, order in fleet.orders if order["order"] == "assign"][2:] == [2, 3]
+
+
+def test_a_rank_that_the_records_name_for_a_hang_is_ended_as_soon_as_all_others_have_left(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_LAGGARD_S", 1e9)  # what one gets whom nothing names
+    records = _Records()
+
+    class Deaf(_Fleet):
+        def order(self, member: int, order: Order) -> None:
+            if (member, order["order"]) != (1, "abort"):
+                super().order(member, order)
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            records.current = (Finding(kind=FindingKind.HANG, suspects=(Suspect(1, 1.0),), summary="it sleeps"),)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    care = replace(_care(tmp_path, abort_timeout_s=1e9), diagnosis=cast(Any, records))
+    assert _supervise(Deaf(job, 3, script), job, care) == "completed"
+    assert _losses(care) == [[(1, "hung")]]
+
+
+def test_how_a_process_went_is_told_though_it_was_seen_to_be_gone_before_it_was_reaped(
+    job: Job, tmp_path: Path
+) -> None:
+    class Watched(_Fleet):
+        def look(self) -> list[MemberReport]:
+            reports = super().look()
+            if self.generation == 0 and self.num_looks > 3:
+                reports[1] = replace(reports[1], vitals=Vitals(rank=1, process_alive=False))
+            return reports
+
+        def end(self, member: int) -> None:
+            self.ended.setdefault(member, Exit(signal=signal.SIGSEGV))
+
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 1:
+            fleet.finish()
+
+    care = _care(tmp_path)
+    assert _supervise(Watched(job, 3, script), job, care) == "completed"
+    (loss,) = json.loads(care.recovery.record.read_text())["losses"]
+    assert (loss["kind"], loss["detail"]) == ("dead", "killed by SIGSEGV (signal 11)")
+
+
+def test_a_stop_that_a_lost_rank_keeps_from_saving_says_so(job: Job, tmp_path: Path) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif fleet.num_looks == 7:
+            fleet.ended[1] = Exit(signal=signal.SIGKILL)
+
+    told: list[bytes] = []
+    fleet = _Fleet(job, 3, script)
+    result = elastic.supervise(fleet, job, _care(tmp_path), stop_grace_s=1e9, on_output=told.append)
+    assert (result.outcome, result.killed) == ("stopped", [0])
+    assert b"asked to stop, but rank 1 dead: killed by SIGKILL (signal 9); the others cannot save" in b"".join(told)
 
 
 @pytest.mark.parametrize(("accused", "expected"), [((1,), [(1, "numeric")]), ((), [])])
