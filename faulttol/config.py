@@ -60,11 +60,11 @@ class DetectorConfig:
     confirmations: int = 2
     """Views in a row that must agree before a finding about a hang or about speed is reported."""
     window_steps: int = 16
-    """Steps that a rule about speed looks at."""
+    """Steps that a rule about speed looks at, at least; up to four times as many, where it takes them to be sure."""
+    window_least_s: float = 1.0
+    """... and they last at least this many seconds: for less, the machine may have had no time for a rank."""
     fast_steps: int = 6
-    """Steps of a shorter window, in which only what is much slower counts."""
-    fast_least_s: float = 1.0
-    """... and that lasts at least this many seconds: for less, the machine may have had no time for a rank."""
+    """Steps of a shorter window, in which only what is much slower counts, if they last as long."""
     fast_excess: float = 1.0
     """Share of the step that counts there, instead of `straggler_excess`."""
     straggler_excess: float = 0.2
@@ -72,7 +72,10 @@ class DetectorConfig:
     straggler_floor_s: float = 0.002
     """... and by at least this many seconds."""
     straggler_share: float = 0.7
-    """... and it comes last in at least this share of the steps of the window."""
+    """... in at least this share of the steps of the window."""
+    straggler_chance: float = 1e-6
+    """... and it comes last in so many of them as one of ranks that are late at random does with at most this
+    probability, all ranks together."""
     slow_excess: float = 0.3
     """A transfer is slow when it takes this share longer than it used to."""
     slow_floor_s: float = 0.001
@@ -83,8 +86,6 @@ class DetectorConfig:
     """A cell of the delay matrix is slow at this multiple of its class's median."""
     link_floor_s: float = 0.001
     """... and at least this many seconds above it."""
-    imbalance_correlation: float = 0.8
-    """Local times that follow the tokens at least this closely are explained by them."""
     gradient_deviations: float = 8.0
     """A gradient norm this many (robust) deviations from its peers', on a log scale, is an outlier."""
 

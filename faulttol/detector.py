@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.finding import Finding, FindingKind
 from faulttol.rules.numeric import numeric
-from faulttol.rules.speed import Baseline, Window, slow, window
+from faulttol.rules.speed import slow
 from faulttol.rules.stop import stops
+from faulttol.rules.window import Baseline, usual, window
 from faulttol.view import JobView
 
 _HEALTHY_WINDOWS = 8
-"""How many healthy windows the baseline is the median of."""
+"""How many healthy windows the baseline is the lower median of."""
 _AT_ONCE = frozenset({FindingKind.CRASH, FindingKind.NUMERIC})
 _Key = tuple[FindingKind, tuple[tuple[int, int], ...]]
 
@@ -43,15 +43,7 @@ class Memory:
     @property
     def baseline(self) -> Baseline | None:
         """What is usual in this job; None before the first healthy window."""
-        if not self.healthy:
-            return None
-        ranks = set.intersection(*(set(one.local_s) for one in self.healthy))
-        keys = set.intersection(*(set(one.transfer_s) for one in self.healthy))
-        return Baseline(
-            {rank: median(one.local_s[rank] for one in self.healthy) for rank in sorted(ranks)},
-            median(one.span_s for one in self.healthy),
-            {key: median(one.transfer_s[key] for one in self.healthy) for key in sorted(keys)},
-        )
+        return usual(self.healthy)
 
 
 def observe(
@@ -84,10 +76,8 @@ def _pace(memory: Memory, view: JobView, config: DetectorConfig, health: HealthC
         return memory
     findings = tuple(slow(found, memory.baseline, config))
     memory = replace(memory, judged_step=found.steps[-1], slow=findings)
-    if any(finding.kind.is_fault for finding in findings) or found.steps[0] <= memory.learnt_step:
+    recent = found.last(found.num_lasting(config.window_steps, config.window_least_s))
+    if any(finding.kind.is_fault for finding in findings) or recent.steps[0] <= memory.learnt_step:
         return memory
-    return replace(memory, healthy=_learnt(memory, found), learnt_step=found.steps[-1])
-
-
-def _learnt(memory: Memory, found: Window) -> tuple[Baseline, ...]:
-    return (*memory.healthy, found.baseline())[-_HEALTHY_WINDOWS:]
+    healthy = (*memory.healthy, recent.baseline())[-_HEALTHY_WINDOWS:]
+    return replace(memory, healthy=healthy, learnt_step=recent.steps[-1])

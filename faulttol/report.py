@@ -14,6 +14,7 @@ from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.detector import Memory, observe
 from faulttol.events import CollectiveEvent, RankRecord
 from faulttol.finding import Finding
+from faulttol.rules.window import LONGEST
 from faulttol.view import JobView
 
 
@@ -46,7 +47,7 @@ def episodes(records: Sequence[RankRecord], config: DetectorConfig, health: Heal
 
 def _until(records: Sequence[RankRecord], step: int, window: int) -> JobView:
     """Return the view of a run that had come to the end of a step, of what a detector looks at then."""
-    oldest = step - 2 * window
+    oldest = step - (LONGEST + 1) * window
     return JobView(
         {
             record.rank: dataclasses.replace(

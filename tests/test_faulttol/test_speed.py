@@ -11,12 +11,15 @@ from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.detector import Memory, observe
 from faulttol.finding import Finding, FindingKind
 from faulttol.rules.pace import paces, period
-from faulttol.rules.speed import slow, window
+from faulttol.rules.speed import slow
+from faulttol.rules.window import window
 from faulttol.view import JobView
 from tests.test_faulttol.scenes import Scene
 
-CONFIG, HEALTH = DetectorConfig(), HealthConfig()
-HEALTHY, TOTAL = 40, 80
+CONFIG, HEALTH = DetectorConfig(window_least_s=0.15), HealthConfig()
+"""Most scenes have steps of 12 ms."""
+LASTING = DetectorConfig()
+HEALTHY, TOTAL = 80, 120
 
 
 def judge(scene: Scene, *, learnt: bool = True) -> list[Finding]:
@@ -88,7 +91,7 @@ def test_a_transfer_that_takes_longer_is_no_straggler() -> None:
     [
         Scene(work_ms=lambda r, s: 10 * noise(r, s)),
         Scene(work_ms=lambda r, s: 20.0 if faulty(s) else 10.0),
-        Scene(work_ms=lambda r, s: 200.0 if (r, s) == (1, 70) else 10.0),
+        Scene(work_ms=lambda r, s: 200.0 if (r, s) == (1, 110) else 10.0),
         Scene(work_ms=lambda r, s: 200.0 if r == 1 and s % 20 == 0 else 10.0),
         Scene(work_ms=lambda r, s: 10.0 + r),
         Scene(
@@ -138,7 +141,7 @@ def test_a_detector_learns_what_is_usual_and_tells_when_it_changes() -> None:
     """Views every 4 steps: the baseline comes from healthy ones, and stays while a rank is slow."""
     scene = Scene(work_ms=lambda r, s: 30.0 if r == 3 and faulty(s) else 10.0)
     memory, seen = Memory(), list[tuple[int, Finding]]()
-    for steps in range(20, 200, 4):
+    for steps in range(20, 140, 4):
         memory, findings = observe(memory, JobView(scene.run(steps)), CONFIG, HEALTH)
         seen += [(steps, finding) for finding in findings]
     first, finding = seen[0]
@@ -162,21 +165,21 @@ def test_a_finding_needs_a_second_window_that_agrees() -> None:
 
 def told(num_steps: int, scene: Scene) -> list[Finding]:
     """What is said so many steps after the healthy ones."""
-    before = window(JobView(scene.run(HEALTHY)), 0, CONFIG, HEALTH)
-    found = window(JobView(scene.run(HEALTHY + num_steps)), 0, CONFIG, HEALTH)
+    before = window(JobView(scene.run(HEALTHY)), 0, LASTING, HEALTH)
+    found = window(JobView(scene.run(HEALTHY + num_steps)), 0, LASTING, HEALTH)
     assert before is not None
     assert found is not None
-    return slow(found, before.baseline(), CONFIG)
+    return slow(found, before.baseline(), LASTING)
 
 
 def test_what_is_much_slower_is_told_from_fewer_steps() -> None:
     scene = Scene(work_ms=lambda r, s: (400.0 if r == 1 and faulty(s) else 100.0) * noise(r, s))
-    assert not told(CONFIG.fast_steps - 1, scene)
-    assert [finding.culprits for finding in told(CONFIG.fast_steps, scene)] == [(1,)]
+    assert not told(LASTING.fast_steps - 1, scene)
+    assert [finding.culprits for finding in told(LASTING.fast_steps, scene)] == [(1,)]
     mild = Scene(work_ms=lambda r, s: (150.0 if r == 1 and faulty(s) else 100.0) * noise(r, s))
-    assert not told(CONFIG.fast_steps, mild)
+    assert not told(LASTING.fast_steps, mild)
     link = Scene(work_ms=lambda r, s: 100.0, transfer_ms=lambda s: 400.0 if faulty(s) else 20.0)
-    assert [finding.kind for finding in told(CONFIG.fast_steps, link)] == [FindingKind.COMMUNICATION_SLOW]
+    assert [finding.kind for finding in told(LASTING.fast_steps, link)] == [FindingKind.COMMUNICATION_SLOW]
 
 
 def test_a_third_of_a_second_without_a_processor_is_no_straggler() -> None:
