@@ -102,6 +102,9 @@ def _report(options: argparse.Namespace) -> int:
 
     records, config, health = run.records(options.run, options.generation), _config(options), HealthConfig()
     print(report.text(records, config, health), end="")
+    if recoveries := run.recoveries(options.run):
+        print("", f"RECOVERIES  {len(recoveries)}, of all generations; the rest is of one (--generation)", sep="\n")
+        print(*recoveries, sep="\n")
     return int(any(episode.finding.kind.is_fault for episode in report.episodes(records, config, health)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from faulttol import ring, table
@@ -33,3 +34,21 @@ def records(run: str | Path, generation: int | None = None) -> list[RankRecord]:
     if wanted not in generations:
         raise RunError(f"{run}: no generation {generation}; there are {', '.join(map(str, generations))}")
     return [record for record in merged if record.generation == wanted]
+
+
+def recoveries(run: str | Path) -> list[str]:
+    """Return a line on each loss of ranks that a launcher with recovery wrote down, and what it did about it, in order.
+
+    Of a folder of this machine; a URI has none. A last line that a kill cut off is left out.
+    """
+    told: list[str] = []
+    for path in sorted(Path(run).rglob("recoveries.jsonl")) if Path(run).is_dir() else ():
+        for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not text.endswith("\n"):
+                continue
+            line = json.loads(text)
+            lost = "; ".join(f"rank {loss['rank']} {loss['kind']}: {loss['detail']}" for loss in line["losses"])
+            after_s = line["after_s"].get("rejoined")
+            now = "" if after_s is None else f"generation {line['generation']}, after {after_s:.2f} s: "
+            told.append(f"step {line['step']}: {lost or 'the ranks lost one another'} -> {now}{line['decision']}")
+    return told

@@ -9,8 +9,7 @@ all others told to leave their collectives. Whoever does not leave them in time 
 that hangs outside of a collective shows itself, whatever the others saw. Nothing is decided before every process of
 the generation has left its groups or is gone.
 
-`member` knows one process, `roster` all of them, `narration` tells, `isolation` ends a generation; here is what is
-done, and when.
+`member` knows one process, `roster` all, `narration` tells, `isolation` ends a generation; here is what is done when.
 """
 
 from __future__ import annotations
@@ -207,6 +206,7 @@ class _Watch:
         if planned is None:
             self._incidents.append(incident)
         if isinstance(decision, Stop):
+            self._narrator.keep(self.generation, ending, incident, decision)
             self._fail(ending.losses or {self.ranks[0].index: Loss(0, "hung", "all lost one another")}, decision)
         if decision is None:
             return

@@ -51,15 +51,20 @@ class Narrator:
         told = told or "the ranks lost one another"
         self.say(f"generation {generation} ended at step {incident.step}: {told}")
 
-    def keep(self, generation: int, ending: Ending, incident: Incident, decision: Resume | Shrink) -> None:
-        """Append a recovery, to this generation, to the record."""
+    def keep(self, generation: int, ending: Ending, incident: Incident, decision: Resume | Shrink | Stop) -> None:
+        """Append a recovery, to this generation, to the record; or that there is none, after this generation."""
+        told, size = decision.summary, 0
+        if isinstance(decision, Stop):
+            told = f"recovery is given up ({decision.cause}): {told}"
+        else:
+            size = decision.world_size
         line = {
             "time": round(time.time(), 3),
             "generation": generation,
             "step": incident.step,
             "losses": [asdict(loss) for loss in incident.losses],
-            "decision": decision.summary,
-            "world_size": decision.world_size,
+            "decision": told,
+            "world_size": size,
             "after_s": ending.times,
         }
         append_line(self._record, line)

@@ -62,6 +62,11 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
     from trainsys.trainer import rank_payload
 
     check(resolved.config, sources=resolved.sources)
+    memory = resolved.config.checkpoint.memory
+    if resolved.config.launch.kind == "local" and memory.every and memory.peers:
+        source = resolved.sources.get("checkpoint.memory.peers", "config")
+        problem = f"{memory.peers} copies on other hosts, and launch.kind = 'local' has one host; allowed: 0"
+        raise ConfigError([f"{source}: checkpoint.memory.peers: {problem}"])
     config = _with_console(resolved.config)
     with folder.open_run(resolved, resume=resume) as run:
         if config.faulttol.mode != "act":  # where it is, recovery does

@@ -310,7 +310,14 @@ def test_a_report_of_a_fault_has_exit_code_1_and_one_of_nothing_2(
 ) -> None:
     for ring in write_rings(stuck(), tmp_path / "rings"):
         ring.close()
+    # The last line was cut off by a kill.
+    line = {"generation": 1, "step": 7, "losses": [], "decision": "go on with 4 ranks", "after_s": {"rejoined": 0.25}}
+    (tmp_path / "rings" / "recoveries.jsonl").write_text(
+        json.dumps(line) + '\n{"generation": 2, "st'
+    )  # a kill cut it off
     assert main(["report", str(tmp_path / "rings"), "--hang-after", "1"]) == 1
+    told = "step 7: the ranks lost one another -> generation 1, after 0.25 s: go on with 4 ranks\n"
+    assert capsys.readouterr().out.endswith(told)
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "no rings and no shipped events" in capsys.readouterr().err
     assert main(["watch", str(tmp_path / "nothing"), "--once"]) == 2

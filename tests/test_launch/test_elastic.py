@@ -20,6 +20,7 @@ from faulttol.config import HealthConfig, PolicyConfig
 from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.health import Vitals
 from faulttol.recovery import Standing
+from faulttol.run import recoveries
 from launch import LaunchError, RankFailed, elastic, isolation, roster, slowness
 from launch.entry import Outcome, Raised
 from launch.fleet import MemberReport, Recovery, member_log
@@ -257,6 +258,23 @@ def test_a_member_that_raised_but_lingers_is_ended_before_its_successor_starts(j
     fleet = _Fleet(job, 2, script)
     assert _supervise(fleet, job, _care(tmp_path, shrink=False)) == "completed"
     assert fleet.most_alive == 2
+
+
+def test_the_record_ends_with_why_a_run_was_given_up(job: Job, tmp_path: Path) -> None:
+    def script(fleet: _Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        fleet.pulse = Pulse(1, 1, 5, "train")
+        for member, standing in enumerate(fleet.standings):
+            if member == 1 and standing is not None and standing.state == "working" and fleet.num_looks > 3:
+                fleet.standings[1] = replace(standing, state="failed", messages=("KeyError: 'bad sample'",))
+
+    care = _care(tmp_path)
+    with pytest.raises(RankFailed, match="KeyError in step 5, 2 times"):
+        _supervise(_Fleet(job, 3, script), job, care)
+    first, last = recoveries(tmp_path)
+    loss = "step 5: rank 1 raised: KeyError: 'bad sample' -> "
+    assert first.startswith(f"{loss}generation 1, after ")
+    assert last.startswith(f"{loss}recovery is given up (user error): KeyError in step 5, 2 times")
 
 
 def test_two_ranks_lost_at_once_are_both_replaced_though_one_spare_is_still_to_start(job: Job, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from trainsys import ConfigError, drill, recipe
 from trainsys.check import check
 from trainsys.elastic import smaller_sizes, with_ranks
 from trainsys.folder import RunFolder
+from trainsys.session import launch_ranks
 
 _SETTINGS = (
     *("--steps=14", "--parallel.replicate=3", "--batch.global_sequences=12", "--checkpoint.every=1"),
@@ -229,3 +230,9 @@ def test_a_run_shrinks_by_whole_replicas_that_share_the_same_batch() -> None:
 def test_recovery_that_cannot_work_is_refused_with_the_reason(settings: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
         check(_config(*settings))
+
+
+def test_copies_on_other_hosts_are_refused_where_all_ranks_are_on_one() -> None:
+    settings = ["--launch.kind=local", "--checkpoint.memory.every=1"]
+    with pytest.raises(ConfigError, match=r"checkpoint\.memory\.peers: 1 copies on other hosts.*allowed: 0"):
+        launch_ranks(recipe.load(["tiny"], settings), resume=False, on_output=lambda _: None)
