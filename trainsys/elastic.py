@@ -56,7 +56,8 @@ def promise(config: RunConfig) -> str:
     ]
     compared = f", and wrong numbers by {', '.join(filter(None, numbers))}" if any(numbers) else ""
     if watching.mode == "observe":
-        return f"faulttol.mode = observe: faults{compared} are told and kept in RUN/events; a lost rank ends the run, --resume continues it"
+        ends = "a lost rank ends the run, --resume continues it"
+        return f"faulttol.mode = observe: faults{compared} are told and kept in RUN/events; {ends}"
     shrink = "fewer ranks" if watching.policy.shrink and any(smaller_sizes(config)) else "nothing less than all ranks"
     return (
         f"faulttol.mode = act: a rank at fault{compared} is replaced, by {config.launch.spares} spare(s) that wait or "
