@@ -1,7 +1,7 @@
 """Faults with labels, and what the detector says of them: precision, recall, culprits, delays, false alarms.
 
     python -m faulttol.bench.labelled [--jobs ddp,fsdp,pipeline] [--ranks 4,8] [--kinds …] [--magnitudes 1.2,1.5,2,4]
-        [--seeds 6,7,…] [--minutes M] [--runs FILE] [--traces FOLDER] [--json FILE] [--smoke]
+        [--seeds 6,7,…] [--budget-s S] [--runs FILE] [--traces FOLDER] [--json FILE] [--markdown FILE] [--smoke]
 
 Jobs of 4 and 8 gloo ranks on this machine: DistributedDataParallel, FSDP2, a pipeline of two stages. Their
 collectives, messages, gradients, rings, agents and sockets are real; a device's work is a sleep, since there are more
@@ -17,8 +17,10 @@ Seeds of `grid.TUNED_SEEDS` may be looked at to make a rule better, those of `gr
 made first, told apart, and gated. Where none of a class was made, its gates are of what there is.
 
 A job goes on from trial to trial; what ends it is followed by a new one. Every beginning of the order of trials is
-balanced. `--runs` keeps every trial as a line of JSON: a second run makes only what is missing, and `--minutes` bounds
-one run. `--traces` keeps what the ranks recorded in each. Rivals judge the same records
+balanced. `--runs` keeps every trial as a line of JSON, with a digest of the code that made and judged it: a second run
+makes only what is missing, the figures are of all lines of this code, and lines of other code count for nothing.
+`--budget-s` bounds one run; with 0 it tells what the lines say. `--traces` keeps what the ranks recorded in each, for
+looking at: it can not be judged anew as a whole, since probes answer a suspicion. Rivals judge the same records
 (`faulttol.bench.labels.rivals`); those that need a run of their own are in `trainsys.bench.rivals`. A magnitude is how
 many times longer the steps are meant to become; what became of it is kept too, and slow faults are gated at those that
 made steps at least 1.5 times as long.
@@ -31,17 +33,18 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from math import comb
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 from faulttol import flight
-from faulttol.bench import Gate, Report, arguments, table
+from faulttol.bench import Report, arguments
 from faulttol.bench.labels import rivals as other
 from faulttol.bench.labels import traces
+from faulttol.bench.labels.figures import judge, markdown, summary
 from faulttol.bench.labels.grid import (
     BENIGN,
     CLASSES,
@@ -59,17 +62,18 @@ from faulttol.bench.labels.grid import (
 )
 from faulttol.bench.labels.jobs import BACKLOG_S, JOBS, Withdraw
 from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, TrialError, running, settle, strike
+from faulttol.bench.labels.version import code_version
+from faulttol.inject import KINDS
 from faulttol.rules.pace import paces
 from faulttol.view import JobView
 
+_RANKS = (4, 8)
+_EVERY = (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING)
 _WATCH_S = {"none": 2.0, "crash": 3.0, "hang": 2.4, "desync": 4.0, "slow": 6.0, "numeric": 3.0}
 _WATCH_STEPS = 40
 """Slow faults are watched for so many of the steps that they are meant to make, at least."""
-_HELD_OUT, _TUNED = "held out", "tuned"
-_IN_TIME = "found within threshold + 1 s"
-_COLUMNS = ("trials", "precision", "recall", "culprit", _IN_TIME)
-_LIMITS = {"precision": 0.99, "recall": 0.99, "culprit": 0.95}
-_SLOW_LIMITS = {"precision": 0.95, "recall": 0.9, "culprit": 0.95}
+_BENIGN_STEPS = 24
+"""Benign runs are watched for so many: more than a straggler needs to be found."""
 _SMOKE_KINDS = ("clean", "slow", "hang", "kill")
 
 
@@ -82,10 +86,11 @@ def main(words: list[str]) -> int:
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.labels.jobs"])
     wanted = cases(options.jobs, options.ranks, options.kinds, options.magnitudes, options.seeds)
-    made = _read(options.runs)
+    made, num_others = read(options.runs)
+    if num_others:
+        print(f"{options.runs}: {num_others} lines were made by other code and count for nothing", flush=True)
     missing = [case for case in wanted if case.name not in made]
-    begun_s = time.monotonic()
-    for verdict in _trials(missing, begun_s + 60 * options.minutes, options.traces):
+    for verdict in _trials(missing, time.monotonic() + options.budget_s, options.traces):
         made[verdict.name] = verdict
         if options.runs:
             with options.runs.open("a") as file:
@@ -96,17 +101,15 @@ def main(words: list[str]) -> int:
             f"{verdict.named} after {verdict.after_s:.2f} s, steps x {verdict.grown:.2f}",
             flush=True,
         )
-    names = {case.name for case in wanted}
-    verdicts = [verdict for name, verdict in made.items() if name in names]
+    whole = cases(list(JOBS), _RANKS, _EVERY, MAGNITUDES, (*HELD_OUT_SEEDS, *TUNED_SEEDS))
+    verdicts = [made[case.name] for case in whole if case.name in made]
     report = Report(
         "faulttol.labelled",
         {
-            "jobs": options.jobs,
-            "ranks": options.ranks,
-            "magnitudes": options.magnitudes,
-            "seeds": options.seeds,
             "trials": len(verdicts),
-            "trials of the whole grid": len(wanted),
+            "trials of the whole grid": len(whole),
+            "trials by layout": dict(sorted(Counter(v.name.rpartition(f"/{v.kind}/")[0] for v in verdicts).items())),
+            "version": code_version(),
             "hang_after_s": DETECTOR.hang_after_s,
             "emulated": "the device's work, by sleeping",
             "rivals": "their rules on our records, except torch's flight recorder and analyser, which ran",
@@ -116,106 +119,9 @@ def main(words: list[str]) -> int:
     )
     judge(report, verdicts)
     print(summary(report))
+    if options.markdown:
+        options.markdown.write_text(markdown(report), encoding="utf-8")
     return report.finish(options)
-
-
-def judge(report: Report, verdicts: Sequence[Verdict]) -> None:
-    """Add figures and gates of the trials to the report."""
-    kept = [v for v in verdicts if v.truth != "slow" or v.grown >= 1.5]
-    held_out, tuned = [v for v in kept if v.is_held_out], [v for v in kept if not v.is_held_out]
-    for name in ("crash", "hang", "desync", "slow", "numeric"):
-        has_held_out = any(v.truth == name for v in held_out)
-        _by_class(report, name, held_out, _HELD_OUT, is_gated=True)
-        _by_class(report, name, tuned, _TUNED, is_gated=not has_held_out)
-    _by_magnitude(report, verdicts)
-    has_held_out = any(v.truth == "none" for v in held_out)
-    _benign(report, [v for v in held_out if v.truth == "none"], _HELD_OUT, is_gated=True)
-    _benign(report, [v for v in tuned if v.truth == "none"], _TUNED, is_gated=not has_held_out)
-
-
-def summary(report: Report) -> str:
-    """Return the figures of every class as one table."""
-    figures = {(case, metric): values for (case, metric, _), values in report.samples.items()}
-    rows: list[tuple[str, ...]] = [("CLASS", *(column.upper() for column in _COLUMNS), "FOUND AFTER, S (MEDIAN, MOST)")]
-    for case in dict.fromkeys(case for case, _, _ in report.samples):
-        if (case, "precision") in figures:
-            cells = [figures.get((case, column)) for column in _COLUMNS]
-            after = figures.get((case, "found after"))
-            told = "" if after is None else f"{median(after):.2f}, {max(after):.2f}"
-            rows.append((case, *("" if cell is None else f"{cell[0]:.3g}" for cell in cells), told))
-    return table(rows)
-
-
-def _by_class(report: Report, name: str, verdicts: Sequence[Verdict], what: str, *, is_gated: bool) -> None:
-    """Of trials that are all held out, or all not."""
-    given = [v for v in verdicts if v.said == name]
-    of_class = [v for v in verdicts if v.truth == name]
-    right = [v for v in of_class if v.is_right]
-    if not of_class:
-        return
-    case = f"{name}, {what}"
-    found = {
-        "precision": len(right) / len(given) if given else 0.0,
-        "recall": len(right) / len(of_class),
-        "culprit": sum(v.named == v.culprit for v in right) / len(right) if right else 0.0,
-    }
-    limits = _SLOW_LIMITS if name == "slow" else _LIMITS
-    if name == "hang" and right:
-        limit_s = DETECTOR.hang_after_s + 1.0
-        found[_IN_TIME] = sum(v.after_s <= limit_s for v in right) / len(right)
-        limits = {**limits, _IN_TIME: 1.0}
-    report.add(case, "trials", "1", len(of_class))
-    for metric, value in found.items():
-        report.add(case, metric, "1", value)
-        if is_gated:
-            report.gates.append(Gate(f"{name}: {metric}", value, limits[metric], value >= limits[metric]))
-    if right:
-        report.add(case, "found after", "s", *(v.after_s for v in right))
-    for rival, how in other.RIVALS.items():
-        said = [(v.rivals[rival], v.culprit) for v in of_class if rival in v.rivals]
-        if said:
-            report.add(f"{case}, {rival} ({how})", "recall", "1", fmean(one[0] == name for one, _ in said))
-            report.add(f"{case}, {rival} ({how})", "culprit", "1", fmean(one[1] == culprit for one, culprit in said))
-
-
-def _by_magnitude(report: Report, verdicts: Sequence[Verdict]) -> None:
-    slow = [v for v in verdicts if v.truth == "slow"]
-    for magnitude in sorted({v.magnitude for v in slow}):
-        those = [v for v in slow if v.magnitude == magnitude]
-        report.add(f"slow x {magnitude:g}", "recall", "1", sum(v.is_right for v in those) / len(those))
-        report.add(f"slow x {magnitude:g}", "steps grew", "1", *(v.grown for v in those))
-    for kind in sorted({v.kind for v in verdicts}):
-        those = [v for v in verdicts if v.kind == kind]
-        report.add(f"kind {kind}", "right", "1", sum(v.is_right for v in those) / len(those))
-
-
-def _benign(report: Report, verdicts: Sequence[Verdict], what: str, *, is_gated: bool) -> None:
-    if not verdicts:
-        return
-    case = f"benign, {what}"
-    alarms = sum(v.said != "none" for v in verdicts)
-    report.add(case, "trials", "1", len(verdicts))
-    report.add(case, "alarms", "1", alarms)
-    report.add(case, "share of alarms, at most (95 %)", "1", at_most(alarms, len(verdicts)))
-    report.add(case, "suspicions that a probe dropped, and imbalances", "1", sum(v.suspicions for v in verdicts))
-    if is_gated:
-        report.gates.append(Gate("alarms in clean and benign runs", alarms, 0, alarms == 0))
-    for rival, how in other.RIVALS.items():
-        false = sum(v.rivals[rival][0] != "none" for v in verdicts if rival in v.rivals)
-        report.add(f"{case}, {rival} ({how})", "alarms", "1", false)
-
-
-def at_most(num: int, num_trials: int) -> float:
-    """Return the share of which so few in so many trials would be seen with a probability of 5 % (Clopper, Pearson)."""
-
-    def seen(share: float) -> float:
-        return sum(comb(num_trials, k) * share**k * (1 - share) ** (num_trials - k) for k in range(num + 1))
-
-    low, high = num / num_trials, 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if seen(middle) > 0.05 else (low, middle)
-    return high
 
 
 def _trials(missing: Sequence[Case], until_s: float, folder: Path | None) -> Iterator[Verdict]:
@@ -244,13 +150,16 @@ def _trials(missing: Sequence[Case], until_s: float, folder: Path | None) -> Ite
 def _trial(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
     baseline = job.watch.memory.baseline
     assert baseline is not None
-    fault, culprit = fault_of(case, baseline.span_s)
+    fault, culprit = fault_of(case, baseline.span_s, median(baseline.local_s.values()))
     first_step = job.step + 1
     watch_s = _WATCH_S[case.truth]
     if case.kind == "stuck_link":
         watch_s = _WATCH_S["slow"]  # it does not pass by itself
     if case.truth == "slow":
         watch_s = max(watch_s, _WATCH_STEPS * case.magnitude * baseline.span_s)
+    if case.truth == "none":
+        longer = case.magnitude if fault is not None and KINDS[case.kind].is_lasting else 1.0
+        watch_s = max(watch_s, _BENIGN_STEPS * longer * baseline.span_s)
     outcome = strike(job, fault, watch_s=watch_s)
     if not outcome.struck_s:
         raise TrialError(f"{case.name}: the fault did not strike")
@@ -278,6 +187,7 @@ def _trial(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
         suspicions=len(outcome.others),
         rivals=_rivals(job, outcome, case, dict(baseline.local_s), first_step),
         summary="" if finding is None else finding.summary,
+        version=code_version(),
     )
 
 
@@ -316,11 +226,13 @@ def _rivals(
     return said
 
 
-def _read(path: Path | None) -> dict[str, Verdict]:
+def read(path: Path | None) -> tuple[dict[str, Verdict], int]:
+    """Return by name the trials that this code made and judged, and how many lines are of other code."""
     if path is None or not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["name"]: Verdict(**line) for line in lines}
+        return {}, 0
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    own = [line for line in lines if line.get("version") == code_version()]
+    return {line["name"]: Verdict(**line) for line in own}, len(lines) - len(own)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -328,20 +240,20 @@ def _parser() -> argparse.ArgumentParser:
         return text.split(",")
 
     parser = arguments(__doc__)
-    every = (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING)
     parser.add_argument("--jobs", type=words, default=list(JOBS), help="of ddp, fsdp, pipeline (default: all)")
-    parser.add_argument("--ranks", type=lambda text: [int(word) for word in words(text)], default=[4, 8])
-    parser.add_argument("--kinds", type=words, default=list(every), help=f"of {', '.join(every)} (default: all)")
+    parser.add_argument("--ranks", type=lambda text: [int(word) for word in words(text)], default=list(_RANKS))
+    parser.add_argument("--kinds", type=words, default=list(_EVERY), help=f"of {', '.join(_EVERY)} (default: all)")
     parser.add_argument(
         "--magnitudes", type=lambda text: [float(word) for word in words(text)], default=list(MAGNITUDES)
     )
     parser.add_argument(
         "--seeds", type=lambda text: [int(word) for word in words(text)], default=[*HELD_OUT_SEEDS, *TUNED_SEEDS]
     )
-    parser.add_argument("--minutes", type=float, default=1e6, help="make no new trial after so long")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no trial after so long")
     parser.add_argument(
         "--runs", type=Path, metavar="FILE", help="lines of JSON, one a trial, that are kept and added to"
     )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of the README there")
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="keep what the ranks recorded of each trial")
     return parser
 

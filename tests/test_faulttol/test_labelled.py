@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 
 from faulttol.bench import Report
-from faulttol.bench.labelled import at_most, judge, summary
+from faulttol.bench.labelled import main, read
 from faulttol.bench.labels import rivals
+from faulttol.bench.labels.figures import at_most, judge, markdown, summary
 from faulttol.bench.labels.grid import (
     BENIGN,
     ENDING,
@@ -26,6 +30,7 @@ from faulttol.bench.labels.grid import (
     cases,
     fault_of,
 )
+from faulttol.bench.labels.version import code_version, meaning
 from faulttol.bench.overhead import interval
 from faulttol.inject import KINDS
 from faulttol.view import JobView
@@ -63,9 +68,9 @@ def test_every_beginning_of_the_grid_is_balanced(key: Callable[[Case], Hashable]
 @pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "clean"])
 def test_a_case_is_one_fault_and_the_same_each_time(kind: str) -> None:
     case = Case("pipeline", 8, kind, 2.0, 3)
-    fault, culprit = fault_of(case, 0.02)
+    fault, culprit = fault_of(case, 0.02, 0.01)
     assert fault is not None
-    assert (fault, culprit) == fault_of(case, 0.02)
+    assert (fault, culprit) == fault_of(case, 0.02, 0.01)
     assert fault.kind == kind
     if culprit.startswith("link"):
         assert abs(fault.rank - fault.to_rank) == 4  # the other stage
@@ -73,21 +78,7 @@ def test_a_case_is_one_fault_and_the_same_each_time(kind: str) -> None:
 
 
 def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
-    right = Verdict(
-        name="ddp/4/hang/2/7",
-        truth="hang",
-        kind="hang",
-        magnitude=2.0,
-        said="hang",
-        said_kind="hang",
-        named="rank 1",
-        culprit="rank 1",
-        after_s=1.1,
-        grown=1.0,
-        suspicions=0,
-        rivals={"Ray alone": ("none", "")},
-        summary="",
-    )
+    right = _verdict("ddp/4/hang/2/7", "hang", rivals={"Ray alone": ("none", "")})
     verdicts = [
         *[right] * 6,
         *[replace(right, named="rank 2")] * 2,
@@ -113,6 +104,53 @@ def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
     assert report.median("benign, held out", "trials") == 10
     assert report.median("hang, tuned", "recall") == 0
     assert "hang, held out  10      0.889      0.8     0.75" in summary(report)
+    assert "| hang, held out | 10 | 0.889 | 0.8 | 0.75 | 1.10, 1.10 |" in markdown(report)
+    assert "| benign, held out | 10 | 1 | 0.394 |" in markdown(report)
+    assert "| hang: precision | 0.889 | 0.99 | missed |" in markdown(report)
+
+
+def test_lines_of_other_rules_count_for_nothing(tmp_path: Path) -> None:
+    """Without time for new trials the lines alone are told: of all jobs, and of this code only."""
+    runs, told, shown = tmp_path / "runs.jsonl", tmp_path / "told.json", tmp_path / "table.md"
+    own = _verdict("fsdp/8/kill/2/7", "crash", version=code_version())
+    other = _verdict("ddp/4/kill/2/7", "crash", said="none", version="of yesterday")
+    oldest = {key: value for key, value in _verdict("ddp/4/exit/2/7", "crash").line().items() if key != "version"}
+    runs.write_text("".join(json.dumps(line) + "\n" for line in (own.line(), other.line(), oldest)))
+    assert read(runs) == ({own.name: own}, 2)
+    words = ["--jobs=ddp", "--budget-s=-1", f"--runs={runs}", f"--json={told}", f"--markdown={shown}"]
+    assert main(words) == 0
+    document = json.loads(told.read_text())
+    assert document["parameters"]["trials"] == 1
+    assert document["parameters"]["trials by layout"] == {"fsdp/8": 1}
+    assert document["parameters"]["version"] == code_version()
+    assert "1 of 2860 trials" in shown.read_text()
+    assert len(runs.read_text().splitlines()) == 3  # nothing is thrown away, and nothing made
+
+
+def test_a_version_is_of_what_code_does() -> None:
+    source = 'def f(x):\n    """Doc."""\n    return x  # why\n'
+    assert meaning(source) == meaning(source.replace("Doc.", "Other.").replace("why", "because"))
+    assert meaning(source) != meaning(source.replace("return x", "return -x"))
+    assert len(code_version()) == 16
+
+
+def _verdict(name: str, truth: str, **more: Any) -> Verdict:
+    values: dict[str, Any] = {
+        "name": name,
+        "truth": truth,
+        "kind": name.split("/")[2],
+        "magnitude": 2.0,
+        "said": truth,
+        "said_kind": truth,
+        "named": "rank 1",
+        "culprit": "rank 1",
+        "after_s": 1.1,
+        "grown": 1.0,
+        "suspicions": 0,
+        "rivals": {},
+        "summary": "",
+    }
+    return Verdict(**(values | more))
 
 
 def test_no_alarm_in_few_trials_promises_little() -> None:

@@ -1,14 +1,16 @@
 """Traces of real jobs of the labelled benchmark, as they were recorded: to be looked at again, view by view.
 
-python -m tests.test_faulttol.traces FOLDER      # record them anew
+python -m tests.test_faulttol.traces FOLDER [NAME …]      # record them anew, or those only
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 
 from faulttol.bench.labels import traces
 from faulttol.bench.labels.grid import Case, fault_of
@@ -16,6 +18,7 @@ from faulttol.bench.labels.traces import Trace
 from faulttol.bench.labels.trial import running, settle, strike
 
 FOLDER = Path(__file__).parent / "traces"
+_STEPS_BEFORE = 64
 CASES = (
     Case("ddp", 4, "clean", 2.0, 0),
     Case("ddp", 4, "gc_pause", 2.0, 0),
@@ -40,18 +43,20 @@ def load(name: str) -> Trace:
     return traces.load(FOLDER, name)
 
 
-def record(folder: Path) -> None:
-    """Make every trial and keep what its ranks recorded, from 32 steps before the fault on."""
+def record(folder: Path, wanted: Collection[str] = ()) -> None:
+    """Make every trial and keep what its ranks recorded, from `_STEPS_BEFORE` before the fault on."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.labels.jobs"])
     for case in CASES:
+        if wanted and f"{case.job}-{case.kind}" not in wanted:
+            continue
         with running(case.job, case.num_ranks) as job:
             assert settle(job), case
             baseline = job.watch.memory.baseline
             assert baseline is not None
-            fault, culprit = fault_of(case, baseline.span_s)
-            first = job.step - 32
-            outcome = strike(job, fault, watch_s=1.5 if case.truth == "none" else 4.0)
+            fault, culprit = fault_of(case, baseline.span_s, median(baseline.local_s.values()))
+            first = job.step - _STEPS_BEFORE
+            outcome = strike(job, fault, watch_s=1.5 if case.truth == "none" else 8.0)
             kept = {
                 rank: replace(
                     one,
@@ -66,4 +71,4 @@ def record(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    record(Path(sys.argv[1]))
+    record(Path(sys.argv[1]), sys.argv[2:])

@@ -97,6 +97,8 @@ class Verdict:
     rivals: dict[str, Any]
     """By rival: (class, who)."""
     summary: str
+    version: str = ""
+    """Of the code that made and judged it."""
 
     @property
     def is_held_out(self) -> bool:
@@ -164,8 +166,12 @@ def _part(whole: list[Case], index: int, num: int) -> list[Case]:
     return whole[len(whole) * index // num : len(whole) * (index + 1) // num]
 
 
-def fault_of(case: Case, span_s: float) -> tuple[Fault | None, str]:
-    """Return the fault of a case and the name of its culprit, for steps that usually take `span_s`."""
+def fault_of(case: Case, span_s: float, local_s: float) -> tuple[Fault | None, str]:
+    """Return the fault of a case and the name of its culprit.
+
+    Steps usually take `span_s`, of which a rank works `local_s` by itself: what has twice the tokens takes three times
+    that, between what a matrix product and what attention takes, and at most a step more.
+    """
     if case.kind == "clean":
         return None, ""
     chance = random.Random(case.name)
@@ -186,7 +192,7 @@ def fault_of(case: Case, span_s: float) -> tuple[Fault | None, str]:
         "evaluation": {"rank": rank, "seconds": 1.5},
         "checkpoint": {"rank": rank, "seconds": 1.5},
         "uneven": {"rank": -1, "seconds": span_s},
-        "imbalance": {"rank": rank, "seconds": span_s, "factor": 2.0},
+        "imbalance": {"rank": rank, "seconds": min(span_s, 2 * local_s), "factor": 2.0},
         "jitter": {"rank": -1, "seconds": 0.1 * span_s},
         "all_slow": {"rank": -1, "seconds": span_s},
         "gradient": {"rank": rank, "factor": 1e3},

@@ -196,16 +196,17 @@ def running(name: str, num_ranks: int, **more: Any) -> Iterator[RunningJob]:
 def settle(job: RunningJob, timeout_s: float = 30.0) -> bool:
     """Wait until the job is healthy and the detector knows what is usual; False if it does not get there."""
     until_s = time.monotonic() + timeout_s
-    clean_since = job.step
+    clean_since, clean_since_s = job.step, time.monotonic()
     while time.monotonic() < until_s:
         time.sleep(LOOK_S)
         job.look()
         if any(kind.is_fault for kind, _ in job.watch.holding):
-            clean_since = job.step
-        if job.watch.memory.baseline is not None and job.step >= clean_since + DETECTOR.window_steps + 2:
+            clean_since, clean_since_s = job.step, time.monotonic()
+        is_long = time.monotonic() >= clean_since_s + DETECTOR.window_least_s
+        if job.watch.memory.baseline is not None and job.step >= clean_since + DETECTOR.window_steps + 2 and is_long:
             if job.usual_links is None:
                 job.usual_links = job.links(10.0)
-                clean_since = job.step
+                clean_since, clean_since_s = job.step, time.monotonic()
                 continue
             return True
     return False
