@@ -78,7 +78,7 @@ class Copies:
         self._draft = draft
         self._streams = streams
         self._bases = [draft.tensors[base] for base in blueprint.bases]
-        self._addresses = [base.data_ptr() for base in self._bases]
+        self._addresses = [draft.addresses[base] for base in blueprint.bases]
         self._flats: dict[int, Tensor | None] = {}
         self._is_plain = [
             base.device.type == "cpu" and piece.tensor.is_contiguous()

@@ -31,6 +31,10 @@ from checkpoint.state import (
 
 UpdateOrder = Sequence[Sequence[str]]
 """Names of the tensors of each group, in the order in which the groups are updated."""
+Places = tuple[int, tuple[int, ...]]
+"""How many bytes of a tensor are looked at in a place, and how far from its first byte the places are."""
+LOOK_BYTES = 16
+"""Bytes looked at in a place, if there are as many side by side."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +59,8 @@ class Blueprint:
     """For each group, the entries that are copied in its turn."""
     devices: tuple[torch.device, ...]
     """The devices of the pieces, but for the host."""
+    places: Mapping[int, Places]
+    """Where to look at each watched entry of host memory that is not empty."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +70,8 @@ class Draft:
     blueprint: Blueprint
     tensors: Sequence[Tensor]
     """The memory of the entries: it stays even if an entry is given other memory (`parameter.data = …`)."""
+    addresses: Sequence[int]
+    """Where the entries started: memory may be freed or moved while it is copied."""
     versions: Sequence[int]
     """How often each entry had been changed in place."""
 
@@ -90,15 +98,15 @@ class Planner:
 
     def draft(self, tensors: Mapping[str, TensorLike], update_order: UpdateOrder) -> Draft:
         """Return how to save these tensors. Raises InvalidState, naming every offending entry."""
-        key, bases = _structure(tensors, update_order)
+        key, bases, addresses = _structure(tensors, update_order)
         if key is not None and self._blueprint is not None and key == self._key:
-            return Draft(self._blueprint, bases, _versions(bases))
+            return Draft(self._blueprint, bases, addresses, _versions(bases))
         pieces = pieces_of(tensors)
         groups = _groups(tensors, update_order)
         self._blueprint = self._plan(pieces, tensors, groups)
         self._key = key
         bases = [base_of(value) for value in tensors.values()]
-        return Draft(self._blueprint, bases, _versions(bases))
+        return Draft(self._blueprint, bases, [base.data_ptr() for base in bases], _versions(bases))
 
     def _plan(self, held: Sequence[Piece], tensors: Mapping[str, TensorLike], groups: Mapping[str, int]) -> Blueprint:
         pieces = written_by(self._rank, self._world_size, held)
@@ -106,9 +114,9 @@ class Planner:
         values = list(tensors.values())
         bases = [entry[p.name] for p in pieces]
         turns = [min(groups.get(name, 0) for name in (p.name, *p.aliases)) for p in pieces]
+        own = {i: base_of(values[i]) for i in set(bases)}
         offsets = [
-            p.tensor.data_ptr() - base_of(values[i]).data_ptr() if p.nbytes else 0
-            for p, i in zip(pieces, bases, strict=True)
+            p.tensor.data_ptr() - own[i].data_ptr() if p.nbytes else 0 for p, i in zip(pieces, bases, strict=True)
         ]
         shapes = [replace(p, tensor=_without_memory(p.tensor)) for p in pieces]
         devices = {p.tensor.device for p in pieces if p.tensor.device.type != "cpu" and p.nbytes}
@@ -128,6 +136,7 @@ class Planner:
             tuple(tensors),
             tuple(tuple(entries) for entries in watched),
             tuple(sorted(devices, key=str)),
+            {i: _places(t) for i, t in own.items() if t.device.type == "cpu" and t.numel()},
         )
 
 
@@ -143,20 +152,43 @@ def base_of(value: Any) -> Tensor:
     return base
 
 
-def _structure(tensors: Mapping[str, TensorLike], update_order: UpdateOrder) -> tuple[object, list[Tensor]]:
-    """Return what decides how a state is saved, comparable by ==, and the entries' tensors; None for rare kinds."""
+def _places(tensor: Tensor) -> Places:
+    """Return where to look at a host tensor: in its middle and at its end, nowhere outside of it."""
+    size = tensor.element_size()
+    if tensor.is_contiguous():
+        nbytes = tensor.numel() * size
+        length = min(LOOK_BYTES, nbytes)
+        return length, ((nbytes - length) // 2, nbytes - length)
+    steps = [(n, stride * size) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return size, (sum(n // 2 * step for n, step in steps), sum((n - 1) * step for n, step in steps))
+
+
+def _structure(tensors: Mapping[str, TensorLike], update_order: UpdateOrder) -> tuple[object, list[Tensor], list[int]]:
+    """Return what decides how a state is saved, comparable by ==, the entries' tensors and addresses.
+
+    None for rare kinds.
+    """
     facts: list[object] = []
     bases: list[Tensor] = []
+    addresses: list[int] = []
     seen: dict[int, int] = {}
     for name, value in tensors.items():
         base, more = _anatomy(value)
-        if type(base) not in _PLAIN or base.layout is not torch.strided or base.is_conj() or base.is_neg():
-            return None, []
+        if (
+            type(base) not in _PLAIN
+            or base.layout is not torch.strided
+            or base.is_conj()
+            or base.is_neg()
+            or base.is_nested
+            or (not base.untyped_storage().nbytes() and base.numel())
+        ):
+            return None, [], []
         bases.append(base.detach())
         address = base.data_ptr()
+        addresses.append(address)
         first = seen.setdefault(address, len(facts))  # tied tensors are written once
         facts.append((name, more, base.dtype, base.shape, base.stride(), base.device, first))
-    return (facts, [list(names) for names in update_order]), bases
+    return (facts, [list(names) for names in update_order]), bases, addresses
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

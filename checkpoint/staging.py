@@ -133,13 +133,12 @@ class Snapshot:
         self._let_go()
 
     def begin(self, draft: Draft, plan: Callable[[], ShardPlan], streams: Streams) -> None:
-        """Look at the tensors for the first time, plan, and offer their parcels to who copies.
+        """Look at the tensors on GPUs for the first time, plan, and offer their parcels to who copies.
 
         Raises what ended the copies, if they ended before they began.
         """
         if self._error is not None:
             raise self._error
-        self._guard.look()
         for device in draft.blueprint.devices:
             with streams.on(device) as stream:
                 for moment in self._moments:
