@@ -17,6 +17,8 @@ from typing import Any
 from checkpoint.errors import CorruptCheckpoint, InvalidState
 
 _TAG = "$"
+_MAX_INT_BITS = 14_000
+"""Python itself reads no text of an integer that has more than 4,300 digits."""
 
 
 def encode(value: object, source: str) -> bytes:
@@ -47,7 +49,15 @@ def parse(text: bytes, source: str) -> Any:
 
 def to_json(value: object, source: str) -> Any:
     """Return a tree of JSON values that `from_json` turns back into an equal value."""
-    if value is None or type(value) in (bool, int, str):
+    if value is None or type(value) is bool:
+        return value
+    if type(value) is str:
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise InvalidState(f"{source}: has half of a surrogate pair, which is no text; pass bytes")
+        return value
+    if type(value) is int:
+        if value.bit_length() > _MAX_INT_BITS:
+            raise InvalidState(f"{source}: has {value.bit_length()} bits; allowed are {_MAX_INT_BITS}; pass bytes")
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {_TAG: "float", "value": repr(value)}

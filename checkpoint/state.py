@@ -334,6 +334,10 @@ def _tensor(value: object) -> torch.Tensor:
             f"is a {type(value).__name__}; allowed are torch.Tensor, DTensor, FlatSlice, BoxSlice, LayoutSlice, "
             "Replica and RankLocal (numbers and strings go into objects)"
         )
+    if torch.nn.parameter.is_lazy(value):
+        raise InvalidState("is a parameter without a shape yet; run a forward pass first")
+    if value.is_nested:
+        raise InvalidState("is a nested tensor; only dense tensors are saved")
     if value.layout is not torch.strided:
         raise InvalidState(f"has layout {value.layout}; only dense tensors are saved")
     if value.dtype not in DTYPES:
@@ -343,7 +347,25 @@ def _tensor(value: object) -> torch.Tensor:
         raise InvalidState("is on the meta device and holds no values")
     if value.is_conj() or value.is_neg():
         raise InvalidState("is a lazy conjugate or negative; pass tensor.resolve_conj().resolve_neg()")
+    if not _has_memory(value):
+        raise InvalidState(
+            f"is a {type(value).__name__} without memory of its own (a wrapper, a fake, or its storage was freed); "
+            "pass the plain tensor that holds the values"
+        )
     return value.detach()
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether all elements lie in the tensor's storage: what is copied by address must be there."""
+    if not tensor.numel():
+        return True
+    try:
+        storage = tensor.untyped_storage()
+        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        return storage.device.type != "meta" and bool(storage.data_ptr()) and end <= storage.nbytes()
+    except RuntimeError:  # a wrapper's storage cannot be asked
+        return False
 
 
 def _is_dtensor(value: object) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from checkpoint import (
     BoxSlice,
@@ -201,6 +202,8 @@ def test_stats_add_up(tmp_path: Path):
 
 
 def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
+    freed = torch.ones(100)[50:]
+    freed.untyped_storage().resize_(0)
     wrong = {
         "number": 3,
         "sparse": torch.ones(2, 2).to_sparse(),
@@ -211,6 +214,10 @@ def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
         "box": BoxSlice(torch.ones(2, 2), (3, 3), (2, 0)),
         "": torch.ones(1),
         "half \ud800": torch.ones(1),
+        "freed": freed,
+        "wrapper": AsyncCollectiveTensor(torch.ones(2)),
+        "nested": torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged),
+        "lazy": torch.nn.LazyLinear(1).weight,
     }
     with Checkpointer(tmp_path) as ck, pytest.raises(InvalidState) as caught:
         ck.save(1, wrong)  # type: ignore[arg-type]
@@ -225,6 +232,10 @@ def test_everything_wrong_with_a_state_is_said_at_once(tmp_path: Path):
         "'box': box at [2, 0] of shape [2, 2] leaves shape [3, 3]",
         "'': is not a name; names are non-empty strings",
         "is not a name; it has half of a surrogate pair",
+        "'freed': is a Tensor without memory of its own (a wrapper, a fake, or its storage was freed); pass",
+        "'wrapper': is a AsyncCollectiveTensor without memory of its own",
+        "'nested': is a nested tensor; only dense tensors are saved",
+        "'lazy': is a parameter without a shape yet; run a forward pass first",
     ):
         assert part in message
     assert Checkpointer(tmp_path).latest() is None

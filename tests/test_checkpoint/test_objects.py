@@ -58,9 +58,12 @@ def test_a_value_that_is_not_plain_is_refused_by_its_place(value: object, place:
         objects.encode(value, "objects")
 
 
-def test_a_lone_surrogate_is_refused_by_name():
-    with pytest.raises(InvalidState, match="objects: cannot be kept as JSON"):
+def test_what_no_json_text_can_hold_is_refused_by_its_place():
+    with pytest.raises(InvalidState, match=r"objects\['name'\]: has half of a surrogate pair"):
         objects.encode({"name": "\ud800"}, "objects")
+    with pytest.raises(InvalidState, match=r"objects\['seeds'\]\[1\]: has 14001 bits; allowed are 14000; pass bytes"):
+        objects.encode({"seeds": [2**13_999, -(2**14_000)]}, "objects")
+    assert objects.decode(objects.encode(2**14_000 - 1, "objects"), "file.json") == 2**14_000 - 1
 
 
 @pytest.mark.parametrize(
