@@ -395,6 +395,9 @@ class Checkpointer:
         Raises TimeoutError if one has not ended after `timeout_s`; it goes on while the process lives.
         """
         self._closed = True
+        if self._saver.pid != os.getpid():  # what is to be closed is another process's
+            return
+        self._saver.is_closing = True
         self._preemption.close()
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._saver.wait(timeout_s=timeout_s):
@@ -428,6 +431,8 @@ class Checkpointer:
     def _check(self, step: int) -> None:
         if self._closed:
             raise ValueError("save: this Checkpointer is closed")
+        if self._saver.pid != os.getpid():
+            raise ValueError("save: this Checkpointer was made before the process was forked; make one here")
         if type(step) is not int or step < 0:
             raise InvalidState(f"step: {step!r}; allowed are integers from 0")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,10 +39,20 @@ _MAX_UNDER_WAY = 2
 _TOUCHING = 8
 """Threads that let the pages of staging memory exist."""
 
+_EXIT_S = 10.0
+"""Time that saves under way get when the process ends and nobody has called close."""
+
 _LOOK_S = 0.2
 """Between two looks at whether a save that waits for the one before has been given up."""
 
 _log = logging.getLogger(__name__)
+_savers: weakref.WeakSet[Saver] = weakref.WeakSet()
+
+
+@atexit.register
+def _see_off() -> None:
+    for saver in list(_savers):
+        saver.see_off()
 
 
 class Saver:
@@ -57,6 +69,10 @@ class Saver:
     ) -> None:
         self.admit: Callable[[], object] | None = None
         """Called before each commit and before anything is removed; raises where this process may do neither."""
+        self.pid = os.getpid()
+        """The process whose threads carry the saves out; a fork of it has none."""
+        self.is_closing = False
+        """Whether somebody waits for the saves, so that the end of the process need not."""
         self._tiers = tiers
         self._promoter = promoter
         self._config = config
@@ -74,6 +90,7 @@ class Saver:
         self._under_way: list[tuple[Save, threading.Thread]] = []
         self._telling: list[threading.Thread] = []
         self._lock = threading.Lock()
+        _savers.add(self)
 
     def name_ahead(self, step: int, *, is_asked: bool) -> AttemptName:
         """Return what `name` will return next for a step; or, if `is_asked`, what it returned last."""
@@ -172,6 +189,13 @@ class Saver:
                 return False
             running[0][1].join(left_s)
         return True
+
+    def see_off(self) -> None:
+        """Give the saves under way a moment before the process ends, and say which of them are lost."""
+        if self.is_closing or self.pid != os.getpid() or self.wait(timeout_s=_EXIT_S):
+            return
+        for save, _ in self._running():
+            _log.warning("the save of step %d is lost: the process ends before it; call close()", save.request.step)
 
     def close(self) -> None:
         """Release threads and memory; no save may be under way. Idempotent."""

@@ -414,3 +414,26 @@ def test_a_worker_that_is_forked_while_the_process_starts_keeps_nobody_waiting(
     assert os.waitpid(worker, os.WNOHANG) == (0, 0)  # it has not ended
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
+
+
+LEAVES = """
+import os, sys, torch
+from checkpoint import Checkpointer
+ck = Checkpointer(sys.argv[1])
+ck.save(1, {"w": torch.ones(5_000_000)})
+if os.fork() == 0:
+    try:
+        ck.save(2, {"w": torch.ones(1)})
+    except ValueError as error:
+        print(error)
+    ck.close()
+    sys.exit()
+os.wait()
+"""
+
+
+def test_a_process_that_ends_without_close_commits_first_and_its_fork_saves_nothing(tmp_path: Path):
+    ran = subprocess.run([sys.executable, "-c", LEAVES, tmp_path], capture_output=True, text=True, check=True)
+    assert ran.stdout == "save: this Checkpointer was made before the process was forked; make one here\n"
+    (info,) = Checkpointer(tmp_path).list()
+    assert info.step == 1
