@@ -14,6 +14,7 @@ import torch
 
 from offload import calibrate
 from offload.errors import OptimizerError
+from offload.group import Group
 from offload.kernels import Kernel, KernelName, States, Step, make_kernel
 from offload.schedule import Budget, Interleave, Mode, Plan, Rates, cut, plan
 from offload.states import KINDS, StateStore, TierCache
@@ -60,16 +61,6 @@ class Tiering:
 def default_threads() -> int:
     """Return how many threads update where nobody says."""
     return max(1, len(os.sched_getaffinity(0)) - 2)
-
-
-@dataclass(slots=True)
-class Group:
-    """Hyper-parameters of a parameter group, as they are now."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
 
 
 class Machine:
@@ -134,6 +125,10 @@ class Machine:
         if self.mode == "stream":
             self.round.verdict.set_result(Verdict(1.0))
         return self.round
+
+    def use(self, groups: Sequence[Group]) -> None:
+        """Let the round, of which nothing is submitted yet, use these hyper-parameters."""
+        self._groups = list(groups)
 
     def groups_changed(self, groups: Sequence[Group]) -> bool:
         """Whether the hyper-parameters are not those that the round was opened with."""

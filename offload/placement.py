@@ -9,11 +9,12 @@ Differs: tensors that are touched most often for their size come first, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offload.errors import PlacementError
+from offload.errors import PlacementError, SpecError
 from offload.tier import TierSpec
 
 Walker = Literal["gpu", "cpu", "dma"]
@@ -39,7 +40,11 @@ _REASONS: dict[tuple[Walker, Kind], str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorUse:
-    """A tensor, or many alike, and how a step uses it."""
+    """A tensor, or many alike, and how a step uses it.
+
+    Raises:
+        SpecError: a value is out of range; all of them at once.
+    """
 
     name: str
     num_bytes: int
@@ -50,6 +55,17 @@ class TensorUse:
     when: When = "update"
     divisible: bool = True
     """Whether parts of it may lie in different tiers."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"tensor {self.name}: {key}: {value}; finite, at least 0"
+            for key in ("num_bytes", "reads_per_step", "writes_per_step")
+            if not 0 <= (value := getattr(self, key)) < math.inf
+        ]
+        if self.walker not in _PREFERENCES:
+            problems.append(f"tensor {self.name}: walker: {self.walker!r}; allowed: {', '.join(_PREFERENCES)}")
+        if problems:
+            raise SpecError("\n".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

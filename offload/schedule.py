@@ -171,8 +171,8 @@ def plan(
     are in the tier: they have the longest time to be read.
     """
     budget = budget or Budget()
-    if isinstance(interleave, int) and interleave < 1:
-        raise SpecError(f"interleave: {interleave}; allowed: 'auto', 'cpu', or at least 1")
+    if not (interleave in ("auto", "cpu") or (isinstance(interleave, int) and interleave >= 1)):
+        raise SpecError(f"interleave: {interleave!r}; allowed: 'auto', 'cpu', or at least 1")
     if interleave == "auto" and rates is None:
         raise SpecError("interleave: 'auto' needs measured rates; calibrate, or give a number or 'cpu'")
     paths: list[Path] = ["cpu"] * len(counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -62,6 +63,7 @@ class ThreadedTier(Generic[P]):
         self._blocks: dict[Block, _Held[P]] = {}
         self._used_bytes = 0
         self._closed = False
+        self._pid = os.getpid()
 
     @property
     def spec(self) -> TierSpec:
@@ -157,6 +159,8 @@ class ThreadedTier(Generic[P]):
 
     def close(self) -> None:
         """End all transfers and drop everything held; a second call does nothing."""
+        if self._pid != os.getpid():
+            return
         with self._lock:
             if self._closed:
                 return
@@ -198,6 +202,11 @@ class ThreadedTier(Generic[P]):
     def _check_open(self) -> None:
         if self._closed:
             raise TierError(f"tier {self._spec.label}: it is closed")
+        if self._pid != os.getpid():
+            raise TierError(
+                f"tier {self._spec.label}: it is process {self._pid}'s: this one was forked from it, without its "
+                "threads; use it there, or make a tier here"
+            )
 
     def _await(self, transfers: list[Future[None]]) -> None:
         late = wait(transfers, self._timeout_s).not_done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,7 +30,7 @@ class TierSpec:
     write_bytes_per_s: float
     """Rate of large writes, likewise; above 0."""
     latency_s: float
-    """Time that the smallest read takes; at least 0."""
+    """Time that the smallest read takes; finite, at least 0."""
     emulated: bool = False
     """In place of a device that this machine lacks: transfers are slowed to the rates and the latency above, and
     the label, and so every error, plan and figure, says `emulated`."""
@@ -39,7 +40,7 @@ class TierSpec:
             f"{key}: {getattr(self, key)}; {allowed}"
             for key, allowed, right in (
                 ("capacity_bytes", "at least 0", self.capacity_bytes >= 0),
-                ("latency_s", "at least 0", self.latency_s >= 0),
+                ("latency_s", "finite, at least 0", 0 <= self.latency_s < math.inf),
                 ("read_bytes_per_s", "above 0", self.read_bytes_per_s > 0),
                 ("write_bytes_per_s", "above 0", self.write_bytes_per_s > 0),
             )

@@ -254,7 +254,7 @@ def test_a_spec_tells_all_its_problems() -> None:
         TierSpec(name="x", capacity_bytes=-1, read_bytes_per_s=0.0, write_bytes_per_s=float("nan"), latency_s=-1.0)
     assert str(info.value).splitlines() == [
         "tier x: capacity_bytes: -1; at least 0",
-        "tier x: latency_s: -1.0; at least 0",
+        "tier x: latency_s: -1.0; finite, at least 0",
         "tier x: read_bytes_per_s: 0.0; above 0",
         "tier x: write_bytes_per_s: nan; above 0",
     ]
