@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.bench import iteration
 from offload.errors import SpecError
-from offload.schedule import STATE_BYTES, Budget, Mode, Path, Rates, Subgroup, cut, plan, predict
+from offload.schedule import STATE_BYTES, Budget, Mode, Rates, Subgroup, cut, plan, predict
+from offload.schedule import Path as Way
 from offload.updates import Backlog, Round, Task, Verdict
 
 _H200 = Rates(cpu=5.0e9, device=1.2e11, up=55e9, down=55e9, both=101e9)
@@ -182,6 +186,40 @@ def test_what_the_cpu_updates_takes_its_part_of_the_link() -> None:
     assert crowded.beside[1] == pytest.approx(0.1 * 3.5e9)
 
 
+def test_what_was_recorded_on_an_h200_is_told_but_for_the_order_of_then() -> None:
+    """With the rates of the record and the plan of then, which did not count the link's share.
+
+    In the record an early update took the first subgroup as soon as the host had asked for the step, so it waited for
+    the last gradient of backward: where backward is short, that step lies between those of both orders.
+    """
+    record = json.loads((Path(iteration.__file__).parent / "results" / "iteration-h200.json").read_text())
+    found = {bound["metric"]: bound["value"] for bound in record["bounds"]}
+    rates = Rates(**found)
+    seconds = {(row["case"], row["metric"]): row["median"] for row in record["results"]}
+    counts = [1 << 24] * 122 + [8_500_000]
+    paths: list[Way] = ["resident"] * 6
+    cpu_s = stream_s = 0.0
+    for count in counts[6:]:
+        on_cpu, streamed = cpu_s + count / found["cpu_beside"], stream_s + count / found["stream_beside"]
+        if streamed < on_cpu:
+            paths, stream_s = [*paths, "stream"], streamed
+        else:
+            paths, cpu_s = [*paths, "cpu"], on_cpu
+    shares = (sum(c for c, p in zip(counts, paths, strict=True) if p == way) for way in ("cpu", "resident", "stream"))
+    assert "cpu {:.4g}M, resident {:.4g}M, stream {:.4g}M".format(*(s / 1e6 for s in shares)) in str(record)
+
+    def error(case: str, tokens: int, mode: Mode) -> float:
+        forward_s, backward_s = (seconds[f"resident clip {tokens}", phase] for phase in ("forward", "backward"))
+        told = predict(counts, paths, rates, forward_s=forward_s, backward_s=backward_s, mode=mode)
+        return told.step_s / seconds[f"tiered {case} {tokens}", "iteration"] - 1
+
+    assert error("defer clip", 8192, "defer") == pytest.approx(-0.13, abs=0.005)
+    assert error("defer", 8192, "defer") == pytest.approx(-0.16, abs=0.005)
+    assert error("defer clip", 32768, "defer") == pytest.approx(-0.03, abs=0.005)
+    assert error("stream", 32768, "stream") == pytest.approx(-0.06, abs=0.005)
+    assert error("stream", 8192, "stream") < -0.15 < 0 < error("stream", 8192, "defer") < 0.15
+
+
 class _Coming:
     """A gradient on its way."""
 
@@ -194,7 +232,7 @@ class _Coming:
         return self.is_there
 
 
-def _backlog(mode: Mode, paths: Sequence[Path], *, arrived: int) -> tuple[Backlog, Round, list[_Coming]]:
+def _backlog(mode: Mode, paths: Sequence[Way], *, arrived: int) -> tuple[Backlog, Round, list[_Coming]]:
     """Return a backlog of one task a path, of which the gradients of the last `arrived` are there."""
     coming = [_Coming(is_there=index >= len(paths) - arrived) for index in range(len(paths))]
     tasks = [Task(Subgroup(index, 0, index, 1, ()), path, tickets=[coming[index]]) for index, path in enumerate(paths)]
@@ -223,7 +261,7 @@ def test_early_updates_take_what_is_there_and_then_what_comes_next() -> None:
 
 
 def test_speculation_leaves_what_needs_the_verdict_to_the_end() -> None:
-    paths: list[Path] = ["resident", "cpu", "cpu", "tier"]
+    paths: list[Way] = ["resident", "cpu", "cpu", "tier"]
     backlog, _, _ = _backlog("spec", paths, arrived=4)
     assert _order(backlog) == [1, 2, 0, 3]
     backlog, round_, _ = _backlog("spec", paths, arrived=4)

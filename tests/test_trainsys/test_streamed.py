@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from tests.test_trainsys.layouts import Layout
 from tests.test_trainsys.test_native import check, layout, move
 
 MOE = ("--model.moe.num_experts=4", "--model.moe.ffn_dim=32", "--model.moe.balance_weight=0")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The reference is small: a second thread of torch's only waits for the ranks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def streamed(*settings: str, **layout_of: Any) -> Layout:
