@@ -78,6 +78,8 @@ class RankFailed(LaunchError):
         self.signal = signal
         """That killed the process, likewise."""
         self.traceback = first.traceback
+        self.log = first.log
+        """Path of its log file, which has the traceback too."""
         self.log_tails: Mapping[int, str] = {note.rank: note.log_tail for note in notes}
         lines = [f"{job_name}: rank {rank} of {len(notes)}: {first.summary}", *_tell(first)]
         for note in notes:

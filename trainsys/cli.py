@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 3
 
 _WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-_OVERRIDES = "Any setting is an override: --section.key=value (see `trainsys config`)."
+_OVERRIDES = "Any setting is an override: --section.key=value; `trainsys config tiny` prints all of them."
 
 app = typer.Typer(
     name="trainsys",
@@ -49,7 +49,7 @@ def main() -> None:
 
 @app.command(context_settings=_WITH_OVERRIDES, epilog=_OVERRIDES)
 def train(recipes: Recipes, resume: Resume = False) -> None:
-    """Train in this process, as one rank: torchrun's, or the only one."""
+    """Train in this process, as the only rank or torchrun's."""
     with _reported():
         from trainsys.session import train_here
 
@@ -59,7 +59,10 @@ def train(recipes: Recipes, resume: Resume = False) -> None:
 
 @app.command(context_settings=_WITH_OVERRIDES, epilog=_OVERRIDES)
 def launch(recipes: Recipes, resume: Resume = False) -> None:
-    """Start all ranks of a run, as processes or Ray actors (launch.kind), and watch them; of a swarm all nodes."""
+    """Start all ranks of a run and watch them.
+
+    They are processes of this machine or Ray actors (launch.kind); of a swarm all nodes are started.
+    """
 
     def show(output: bytes) -> None:
         sys.stdout.buffer.write(output)
@@ -85,9 +88,10 @@ def submit(
         Path | None, typer.Option(help="Folder to upload and run in; without it only the recipe travels.")
     ] = None,
 ) -> None:
-    """Run `trainsys launch` as a job on a Ray cluster; prints the job's id, alone, on stdout.
+    """Run `trainsys launch` as a job on a Ray cluster.
 
-    The recipe is resolved and checked here. trainsys must be installed on the cluster's machines.
+    The job's id, alone, is printed on stdout. The recipe is resolved and checked here; trainsys must be installed
+    on the cluster's machines.
     """
     with _reported():
         from launch import ray_job
@@ -137,7 +141,7 @@ def job_stop(job_id: JobId, address: Address) -> None:
 
 @app.command(context_settings=_WITH_OVERRIDES, epilog=_OVERRIDES)
 def config(recipes: Recipes) -> None:
-    """Print every setting of a run with the source of its value."""
+    """Print every setting with the source of its value."""
     with _reported():
         from trainsys import recipe
         from trainsys.check import check
@@ -161,7 +165,7 @@ def plan_run(
         float, typer.Option(min=0.01, max=1.0, help="Share of the matrix rate that forward and backward reach.")
     ] = 0.5,
 ) -> None:
-    """Predict what a run needs of this machine and how long a step takes, without starting it."""
+    """Predict a run's bytes and time per step on this machine."""
     with _reported():
         from offload.calibrate import KEPT
         from trainsys import planning
@@ -186,7 +190,7 @@ def recipes() -> None:
 
 @app.command()
 def env() -> None:
-    """Print versions, devices, and where each package was imported from."""
+    """Print versions, devices, and where packages lie."""
     with _reported():
         from trainsys.environment import describe
 
@@ -214,7 +218,7 @@ def data_prepare(
     with _reported():
         from trainsys.prepare import prepare_data
 
-        prepare_data(overrides or [], out, file_format)
+        prepare_data(_joined(overrides or []), out, file_format)
 
 
 def _launch_swarm(resolved: Resolved, *, resume: bool) -> NoReturn:
@@ -236,10 +240,22 @@ def _resolve(arguments: list[str]) -> Resolved:
     """Split a command's arguments into recipes and overrides, and load them."""
     from trainsys import recipe
 
+    arguments = _joined(arguments)
     return recipe.load(
         [argument for argument in arguments if not argument.startswith("-")],
         [argument for argument in arguments if argument.startswith("-")],
     )
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Return `arguments` with `--key value` as `--key=value`."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and not argument.startswith("-"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _toml(value: Any) -> str:
@@ -259,8 +275,28 @@ def _reported() -> Iterator[None]:
         if isinstance(error, ConfigError):
             _fail(str(error), EXIT_USAGE)
         if isinstance(error, _expected_errors()):
-            _fail(str(error), EXIT_FAILED)
+            _fail(_told(error), EXIT_FAILED)
         raise
+
+
+def _told(error: Exception) -> str:
+    """Return what to print of `error`: where a rank met what a user can cause, its message without the tracebacks."""
+    from launch import RankFailed
+
+    if not isinstance(error, RankFailed) or not error.traceback:
+        return str(error)
+    raised = error.traceback.rpartition("Traceback (most recent call last):")[2].splitlines()
+    known = tuple(f"{kind.__module__}.{kind.__qualname__}: " for kind in _trees(_expected_errors()))
+    if not any(line.startswith(known) for line in raised):
+        return str(error)
+    return f"{str(error).partition(error.traceback.rstrip())[0]}(traceback: {error.log})"
+
+
+def _trees(roots: tuple[type[Exception], ...]) -> Iterator[type[Exception]]:
+    """Yield `roots` and all that is derived from them."""
+    for root in roots:
+        yield root
+        yield from _trees(tuple(root.__subclasses__()))
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

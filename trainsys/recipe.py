@@ -115,6 +115,8 @@ def _read_recipe(recipe: str) -> tuple[str, Tree]:
     path = Path(recipe)
     if path.suffix not in (".toml", ".json"):
         names = shipped()
+        if "=" in recipe:
+            raise ConfigError([f"{COMMAND_LINE}: {recipe}: neither a recipe nor an override; write --{recipe}"])
         if recipe not in names:
             near = difflib.get_close_matches(recipe, names, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(names)}"
@@ -196,7 +198,7 @@ def _known(tree: Mapping[str, Any], prefix: str = "") -> Tree:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, [k for k in known if k], n=1, cutoff=0.8)
-    return f"unknown key; did you mean '{near[0]}'?" if near else "unknown key; `trainsys config` lists every key"
+    return f"unknown key; did you mean '{near[0]}'?" if near else "unknown key; `trainsys config tiny` lists every key"
 
 
 def _first(keys: Mapping[str, Any], section: str) -> str:

@@ -124,11 +124,19 @@ def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
 def test_config_prints_every_setting_with_its_source(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = output_of(monkeypatch, capsys, "config", "tiny", "--seed=5").splitlines()
+    lines = output_of(monkeypatch, capsys, "config", "--seed", "5", "tiny").splitlines()
     assert len(lines) == len(recipe.schema())
     assert any(line.split() == ["seed", "=", "5", "#", "command", "line"] for line in lines)
     assert any(line.startswith("name ") and line.endswith("# tiny.toml") for line in lines)
     assert any(line.startswith("optim.eps") and line.endswith("# default") for line in lines)
+
+
+def test_help_says_of_every_command_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ((), ("job",), ("data",)):
+        help_text = output_of(monkeypatch, capsys, *command, "--help")
+        assert "..." not in help_text.partition("Commands:")[2]  # no sentence is cut off
 
 
 def test_env_says_where_each_package_came_from(
@@ -148,6 +156,8 @@ def test_recipes_lists_what_ships(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     [
         (["launch", "tinny"], 2, "tinny: no such recipe; did you mean 'tiny'?"),
         (["launch", "tiny", "--stepz=1"], 2, "command line: stepz: unknown key; did you mean 'steps'?"),
+        (["launch", "tiny", "--stepz", "1"], 2, "command line: stepz: unknown key; did you mean 'steps'?"),
+        (["launch", "tiny", "steps=1"], 2, "command line: steps=1: neither a recipe nor an override; write --steps=1"),
         (["train", "tiny"], 2, "config: parallel: degrees multiply to 2 but there is 1 rank"),
         (["launch", "tiny", "--batch.global_sequences=3"], 2, "batch.global_sequences: 3 is not a multiple"),
         (["report", "nowhere"], 1, "nowhere: holds no run"),
@@ -180,4 +190,7 @@ def test_a_rank_that_fails_is_named_first_with_its_reason(tmp_path: Path) -> Non
     settings = runs.arguments(f"--data.path={text}", "--data.sequence_length=4096", "--parallel.replicate=1")
     done = runs.run("launch", *settings, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("tiny: rank 0 of 1: raised TooFewTokensError: "), done.stderr
+    first, last = done.stderr.splitlines()  # what a user can cause needs no traceback
+    assert first.startswith("tiny: rank 0 of 1: raised TooFewTokensError: "), done.stderr
+    log = Path(last.removeprefix("(traceback: ").removesuffix(")"))
+    assert "TooFewTokensError" in log.read_text()

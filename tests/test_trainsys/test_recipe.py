@@ -29,6 +29,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name: str) -> None:
     resolved = recipe.load([name])
     assert resolved.config.name == name
     assert len(recipe.shipped()[name]) > 20
+    assert recipe.shipped()[name].endswith(".")  # a whole sentence: `trainsys recipes` prints no more than this line
 
 
 def test_files_compose_left_to_right_and_the_command_line_wins(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_an_override_is_read_as_its_setting_s_type(override: str, value: object)
             "mine.toml: parallel.tenssor: unknown key; did you mean 'parallel.tensor'?",
         ),
         (MINIMAL + "[paralel]\ntensor = 2\n", "mine.toml: paralel: unknown key; did you mean 'parallel'?"),
-        (MINIMAL + "zzz = 1\n", "mine.toml: zzz: unknown key; `trainsys config` lists every key"),
+        (MINIMAL + "zzz = 1\n", "mine.toml: zzz: unknown key; `trainsys config tiny` lists every key"),
         ('name = "r"\nsteps = "fifty"\n', "mine.toml: steps: 'fifty' is not an integer"),
         ('name = "r"\nsteps = 1.5\n', "mine.toml: steps: 1.5 is not an integer"),
         (MINIMAL + "[engine]\ncompile = 1\n", "mine.toml: engine.compile: 1 is not true or false"),
@@ -105,7 +106,7 @@ def test_an_override_is_read_as_its_setting_s_type(override: str, value: object)
         (MINIMAL + "seed =\n", "mine.toml: Invalid value (at line 3, column 7)"),
         (
             MINIMAL + "[optim]\nlr = 'x'\nbeta3 = 1\n[engine]\nzer = 1\n",
-            "mine.toml: engine.zer: unknown key; `trainsys config` lists every key\n"
+            "mine.toml: engine.zer: unknown key; `trainsys config tiny` lists every key\n"
             "mine.toml: optim.beta3: unknown key; did you mean 'optim.beta2'?\n"
             "mine.toml: optim.lr: 'x' is not a number",
         ),
