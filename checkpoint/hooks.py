@@ -9,7 +9,7 @@ only the attributes below are read; where they are absent, everything is fenced.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -100,8 +100,22 @@ def _updated(optimizer: Optimizer, weights_of: WeightsOf | None) -> Iterator[Ten
     """Yield the tensors that the optimizer's next step changes, or that are overwritten right after it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield parameter
-            state = optimizer.state.get(parameter, {})
-            yield from (value for value in state.values() if isinstance(value, Tensor))
+            yield from _memory(parameter)
+            yield from _memory(optimizer.state.get(parameter, {}))
             if weights_of is not None:
                 yield from weights_of(parameter)
+
+
+def _memory(value: object) -> Iterator[Tensor]:
+    """Yield the plain tensors in a value: what wraps them (a DTensor) has no storage that could be asked."""
+    if isinstance(value, Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            names, _ = value.__tensor_flatten__()
+            yield from _memory([getattr(value, name) for name in names])
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _memory(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _memory(part)

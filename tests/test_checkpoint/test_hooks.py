@@ -75,6 +75,31 @@ def test_a_hooked_optimizer_waits_for_the_copies_of_what_it_updates(tmp_path: Pa
         assert len(watched.calls) == 2
 
 
+def test_an_optimizer_of_dtensors_waits_for_the_copies_of_their_memory(tmp_path: Path):
+    assert run_ranks(_step_dtensors, 1, tmp_path) == [None]
+
+
+def _step_dtensors(rank: int, world_size: int, root: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    plain = torch.ones(50)
+    parameter = torch.nn.Parameter(distribute_tensor(plain, init_device_mesh("cpu", (1,)), [Replicate()]))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer.state[parameter]["nested"] = {"more": [torch.zeros(3)]}  # as third parties keep them
+    parameter.grad = parameter.detach().clone()
+    with Checkpointer(root) as ck:
+        ck.prepare({"w": parameter})
+        with stalled(ck) as release:
+            watched = Watched(ck, release)
+            fence_on(optimizer, watched)
+            handle = ck.save(1, {"w": parameter})
+            optimizer.step()
+        ck.load(handle.result(20), {"w": plain.zero_()})
+    assert (plain == 1).all()
+    assert len(watched.calls[0]) == 2
+
+
 def test_a_step_without_its_hook_fails_the_save_and_not_the_training(tmp_path: Path):
     parameter = torch.nn.Parameter(torch.ones(50))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
