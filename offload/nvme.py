@@ -200,15 +200,25 @@ def _sectors(num_bytes: int) -> int:
 
 
 def _open_unnamed(folder: Path, direct: bool, tier_name: str) -> int:
-    """Open a new file and take its name away: it ends with its last descriptor, so with the process."""
-    path = folder / f".tier-{tier_name}-{secrets.token_hex(8)}"
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+    """Open a new file without a name: it ends with its last descriptor, so with the process."""
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     try:
-        return os.open(path, flags, 0o600)
+        try:
+            return os.open(folder, flags | os.O_TMPFILE, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise
+        return _open_and_unlink(folder / f".tier-{tier_name}-{secrets.token_hex(8)}", flags)
     except OSError as error:
         refused = direct and error.errno == errno.EINVAL
         remedy = "direct I/O is refused here; choose another folder or direct=False" if refused else error.strerror
         raise TierError(f"tier {tier_name}: cannot make a file in {folder}: {remedy}") from error
+
+
+def _open_and_unlink(path: Path, flags: int) -> int:
+    """Open a new file and take its name away, where file systems have none without: a kill in between leaves it."""
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
     finally:
         path.unlink(missing_ok=True)
 

@@ -39,8 +39,9 @@ import torch
 
 from offload.bench import Bound, Gate, Report, arguments
 from offload.bench.cases import engines
-from offload.bench.cases.checks import differences
+from offload.bench.cases.checks import differences, too_large
 from offload.bench.cases.engines import Engine
+from offload.bench.cases.judge import judge
 from offload.bench.cases.transformer import Shape
 from offload.kernels import KernelName
 from offload.machine import default_threads
@@ -69,7 +70,7 @@ def main() -> int:
     if not report.samples:
         print("no group gave a result")
         return 1
-    _judge(report, options)
+    judge(report, options.tokens)
     return report.finish(options)
 
 
@@ -101,6 +102,9 @@ def _options() -> Namespace:
     options.groups = ["prepare"] if options.prepare else options.groups.split(",")
     if options.link and torch.cuda.is_available():
         parser.error("--link: it emulates what this machine has; only without a GPU")
+    shape = Shape(options.layers, options.width, options.heads, options.vocabulary)
+    if not torch.cuda.is_available() and (problem := too_large(shape)):
+        parser.error(f"--layers, --width: {problem}; give smaller ones, or --smoke")
     unknown = [group for group in options.groups if group not in (*GROUPS, "prepare")]
     if unknown:
         parser.error(f"--groups: {', '.join(unknown)}; allowed: {', '.join(GROUPS)}")
@@ -377,43 +381,6 @@ def _apart(first: Any, second: Any) -> float:
     if isinstance(first, float):
         return float(second - first)
     return float(first.elapsed_time(second)) / 1e3
-
-
-def _judge(report: Report, options: Namespace) -> None:
-    """Add the issue's figures."""
-
-    def of(case: str, metric: str = "iteration") -> float | None:
-        try:
-            return report.median(case, metric)
-        except ValueError:
-            return None
-
-    def gate(name: str, ours: float | None, theirs: float | None, limit: float, *, least: bool) -> None:
-        if ours and theirs:
-            value = theirs / ours if least else ours / theirs
-            ok = value >= limit if least else value <= limit
-            report.gates.append(Gate(name, value, limit, ok=ok, is_speed=True))
-
-    few = options.tokens[0]
-    fast = min((v for v in (of(f"tiered {mode} {few}") for mode in ("stream", "defer")) if v), default=None)
-    clipped = of(f"tiered defer clip {few}")
-    gate(f"DeepSpeed ZeRO-2 offload / ours, no clipping, {few} tokens", fast, of(f"zero2 {few}"), 2.5, least=True)
-    gate(f"DeepSpeed ZeRO-2 offload / ours, clipping, {few} tokens", clipped, of(f"zero2 clip {few}"), 1.9, least=True)
-    for tokens, limit in ((32768, 1.10), (65536, 1.05)):
-        ours, theirs = of(f"tiered defer clip {tokens}"), of(f"resident clip {tokens}")
-        gate(f"ours / resident, clipping, {tokens} tokens", ours, theirs, limit, least=False)
-    for tokens in options.tokens:
-        theirs, name = of(f"zero2 clip {tokens}", "memory"), f"tiered defer clip {tokens}"
-        ours = of(name, "memory")
-        if ours and theirs:
-            extra = (ours - theirs) * 1e9 / (1 << 30)
-            report.gates.append(
-                Gate(f"GiB more than DeepSpeed, {tokens} tokens", extra, 2, ok=extra <= 2, is_speed=True)
-            )
-    for (case, metric, _), values in list(report.samples.items()):
-        if metric == "predicted":
-            wrong = abs(values[0] / report.median(case, "iteration") - 1)
-            report.gates.append(Gate(f"prediction of {case}", wrong, 0.15, ok=wrong <= 0.15, is_speed=True))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +239,29 @@ def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="SIGKILL"):
         run_ranks(_killed, 1, tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_where_no_file_is_without_a_name_it_loses_its_name_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    real = os.open
+
+    def without_unnamed(path: Any, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        opened.append(str(path))
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", without_unnamed)
+    with NvmeTier(spec(), tmp_path, io="threads") as tier:
+        assert any(path.startswith(f"{tmp_path}/.tier-t-") for path in opened)
+        assert not list(tmp_path.iterdir())
+        data, back = torch.arange(512), torch.empty(512, dtype=torch.int64)
+        block = tier.allocate(4096)
+        tier.write(block, data).result(60)
+        tier.read(block, back).result(60)
+        assert torch.equal(back, data)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,8 @@ from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget, Interleave, Mode
 
 _NUMEL = 100_003
+_BYTES_EACH = 2 * (2 + 2 + 12) + 2
+"""bf16 weight and gradient and three fp32 states, in each of two engines; a gradient on its way."""
 _SHAPE = Shape(layers=2, width=64, heads=2, vocabulary=128)
 
 
@@ -33,6 +36,18 @@ def differences(device: torch.device, kernel: KernelName) -> Iterator[tuple[str,
             got = _trained(device, mode, interleave, resident, max_norm, kernel)
             count = sum(int((a != b).sum()) for a, b in zip(wanted, got, strict=True))
             yield f"parameters, {mode}, interleave {interleave}, max_norm {max_norm}", float(count)
+
+
+def too_large(shape: Shape) -> str:
+    """Return what is wrong with a model that host memory does not hold twice, tiered and plain; else nothing."""
+    needed = shape.num_parameters * _BYTES_EACH
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        f"without a GPU {shape.num_parameters / 1e9:.3g}G parameters take {needed / 1e9:.3g} GB of host memory, and "
+        f"{free / 1e9:.3g} GB are free"
+        if needed > free
+        else ""
+    )
 
 
 def _kernels(device: torch.device, name: KernelName) -> Iterator[tuple[str, float]]:

@@ -21,6 +21,11 @@ class Shape:
     heads: int
     vocabulary: int
 
+    @property
+    def num_parameters(self) -> int:
+        """About how many there are: matrices of blocks, and the embedding."""
+        return 12 * self.layers * self.width**2 + self.vocabulary * self.width
+
 
 class Block(nn.Module):
     """Attention and a feed-forward part, each after a norm and added to its input."""
