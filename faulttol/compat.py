@@ -27,6 +27,8 @@ _PARTS = (
     ("torch._C._after_ADInplaceOrView_keyset", torch._C, "_after_ADInplaceOrView_keyset"),
     ("torch.library._scoped_library", torch.library, "_scoped_library"),
     ("torch._C._is_key_in_tls", torch._C, "_is_key_in_tls"),
+    ("torch._C.DispatchKeySet.raw_repr", torch._C.DispatchKeySet, "raw_repr"),
+    ("torch.ops.…._handle.redispatch_boxed", getattr(torch.ops.aten.add.Tensor, "_handle", object), "redispatch_boxed"),
     ("torch.distributed.Work.unbox", getattr(dist, "Work", object), "unbox"),
     ("torch.distributed.ProcessGroup.unbox", getattr(dist, "ProcessGroup", object), "unbox"),
 )
@@ -154,10 +156,10 @@ def measure(operation: Operation, arguments: tuple[Any, ...]) -> tuple[Any, int]
     if operation.tensors is None:
         return (None if operation.device is None else arguments[operation.device]), 0
     value = arguments[operation.tensors]
+    if type(value) is list and len(value) == 1:
+        value = value[0]
     if isinstance(value, torch.Tensor):
         return value, value.nbytes
-    if len(value) == 1 and isinstance(value[0], torch.Tensor):
-        return value[0], value[0].nbytes
     tensors = [t for item in value for t in (item if isinstance(item, (list, tuple)) else (item,))]
     return (tensors[0] if tensors else None), sum(t.nbytes for t in tensors)
 
@@ -173,15 +175,21 @@ def _below() -> Any:
 
 
 def _kernel(operator: Any, operation: Operation, sink: Sink) -> Callable[..., Any]:
-    redispatch, below = operator.redispatch, _below()
+    redispatch, all_below = operator._handle.redispatch_boxed, _below()
     begin, returned, raised = sink.begin, sink.returned, sink.raised
+    known: dict[int, Any] = {}
+    """By key set: what is below; to look it up takes a tenth of making it anew."""
 
     def kernel(keys: Any, *arguments: Any) -> Any:
         token = begin(operation, None, arguments)
+        bits = keys.raw_repr()
+        below = known.get(bits)
+        if below is None:
+            below = known[bits] = keys & all_below
         if token is None:
-            return redispatch(keys & below, *arguments)
+            return redispatch(below, *arguments)
         try:
-            result = redispatch(keys & below, *arguments)
+            result = redispatch(below, *arguments)
         except BaseException:
             raised(token)
             raise

@@ -80,8 +80,8 @@ class CollectiveEvent:
     device_ns: int | None = None
     """How long the device worked on it, waiting for other ranks included; None on the CPU, or where untimed."""
     end_is_late: bool = False
-    """The end is the moment when somebody looked, up to the recorder's `poll_s` (or the caller's delay in calling
-    `wait`) after the real one. False: it was waited for, or the device timed it."""
+    """The end is the moment when somebody looked: this rank when it next began something or set a mark, the recorder up
+    to `poll_s` later, or the caller when he called `wait`. False: it was waited for, or the device timed it."""
 
     @property
     def is_message(self) -> bool:

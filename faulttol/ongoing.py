@@ -14,7 +14,7 @@ class Group:
         "coalesces",
         "messages",
         "name",
-        "numbers",
+        "names",
         "ranks",
         "ref",
         "seq",
@@ -30,8 +30,8 @@ class Group:
         """How many collectives were begun in it."""
         self.messages: dict[tuple[int, bool], int] = {}
         """How many messages were begun, by (peer, whether this rank sends)."""
-        self.numbers: dict[str, int] = {}
-        """By device type: the ring's number of this group with the backend it has there."""
+        self.names: dict[tuple[str, object], tuple[int, int]] = {}
+        """By device type and dtype: the ring's numbers of this group, with the backend it has there, and the dtype."""
         self.backends: dict[str, str] = {}
         self.timed = False
         self.timed_kinds: set[str] = set()
@@ -42,39 +42,27 @@ class Group:
 
 
 class Token:
-    """An operation that goes on."""
+    """An operation that goes on. What few of them have is only set on those: one is made for every collective."""
 
-    __slots__ = (
-        "age",
-        "channel",
-        "device",
-        "group",
-        "in_backward",
-        "index",
-        "is_over",
-        "kind",
-        "output",
-        "passed",
-        "ready",
-        "ref",
-        "work",
-    )
+    device: Any = None
+    """Index of the device that works on it; None on the CPU."""
+    on_host = True
+    """Whether its tensors are on the CPU, which those that a device does not work on need not be."""
+    ready: Any = None
+    """The device's event before it."""
+    passed: Any = None
+    """The device's event after it, where it runs on the stream that it was called from."""
+    channel: object = None
+    """What the device runs one after the other, and this among it."""
+    output = 0
+    """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
+    work: Any = None
+    in_backward = False
+    """Whether it was begun inside autograd's backward, on the CPU."""
+    ref: Any = None
+    is_late = False
+    """Whether it was over before somebody waited for it."""
+    is_over = False
 
-    def __init__(self, index: int, kind: str, group: Group, device: Any, ready: Any) -> None:
-        self.index, self.kind, self.group = index, kind, group
-        self.device = device
-        """Index of the device that works on it; None on the CPU."""
-        self.ready = ready
-        """The device's event before it."""
-        self.passed: Any = None
-        """The device's event after it, where it runs on the stream that it was called from."""
-        self.output = 0
-        """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
-        self.work: Any = None
-        self.in_backward = False
-        """Whether it was begun inside autograd's backward, on the CPU."""
-        self.ref: Any = None
-        self.channel: object = None
-        """What the device runs one after the other, and this among it."""
-        self.age = 0
-        self.is_over = False
+    def __init__(self, index: int, kind: str, group: Group, begin_ns: int) -> None:
+        self.index, self.kind, self.group, self.begin_ns = index, kind, group, begin_ns

@@ -25,14 +25,15 @@ def install(
     world_size: int | None = None,
     generation: int = 0,
     capacity: int = 8192,
-    poll_s: float = 0.005,
+    poll_s: float = 0.02,
 ) -> Recorder:
     """Record every collective and message of this process into `directory`, one ring a rank; return the recorder.
 
     Before or after the process group is made; nothing in the user's code changes. Put the directory in memory or on a
     local disk, and let all ranks of a machine share it. `rank` and `world_size` are the process group's, or those of
     torchrun, unless given. A job that formed its groups anew installs anew, with the next `generation`. `capacity`
-    records are kept (72 bytes each); ends that nobody waits for in Python are noticed every `poll_s`.
+    records are kept (72 bytes each); ends that nobody waits for in Python are noticed when this process next begins
+    something or sets a mark, or after `poll_s`.
 
     Raises: RecorderError when one is installed already, when the rank is not known, or when this torch lacks what is
     needed; OSError when the ring cannot be made; ValueError for a number that cannot be.

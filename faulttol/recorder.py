@@ -3,7 +3,8 @@
 `install()` once a process, before or after the process groups are made. What is written, and when:
 
     begun    before torch is called; a rank that is stopped or dies inside leaves it in the ring
-    ended    CPU: after `Work.wait`; for those who wait in C++ by the watcher, which asks `is_completed` every `poll_s`
+    ended    CPU: after `Work.wait`; for those who wait in C++ once somebody asks `is_completed`: this thread when it is
+             in the recorder next (it begins another, or sets a mark), else the watcher, every `poll_s`
              device: by the watcher, with the device's own times (`faulttol.device`); nothing waits for the device
     failed   the call or the waiting raised, or the work ended without success
 
@@ -12,6 +13,7 @@ The path of a record is wrapped: a defect in it loses the event, which is counte
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -34,10 +36,14 @@ from faulttol.ring import KIND_NUMBERS, Ring
 _LOG = logging.getLogger(__name__)
 _IDLE_S = 0.1
 """Between two signs of life while nothing goes on."""
-_HELD_S = 1.0
+_HELD_NS = 1_000_000_000
 """How long a work is held that cannot be asked whether it is over; by then whoever waits for it has it."""
-_REST_S = 0.01
+_REST_NS = 10_000_000
 """How long the threads of a backend get to let go of what is over."""
+_DEVICE_POLL_S = 0.005
+"""Between two looks of the watcher at works of devices, which hold their tensors until then."""
+_LOOK_NS = 1_000_000
+"""Between two looks of threads that are in the recorder anyway; many works may go on."""
 _MAX_OUTPUTS = 256
 """Results of functional reduce-scatters that are followed until somebody waits for them."""
 
@@ -51,13 +57,15 @@ class Recorder:
         self._where = (-1, ring.number("phase", "train"))
         self._step_is_open = False
         self._groups: dict[str, Group] = {}
-        self._dtypes: dict[torch.dtype, int] = {}
         self._pending: dict[int, Token] = {}
+        """On the CPU, by `id` of the work."""
+        self._on_device: dict[int, Token] = {}
         self._stamped: dict[object, deque[Token]] = {}
         """By stream: what has no work, since it runs on the stream that it was called from."""
         self._outputs: OrderedDict[int, Token] = OrderedDict()
-        self._resting: deque[Any] = deque()
-        """Works on the CPU that are over, begun inside backward; see `_end`."""
+        self._resting: deque[tuple[int, Any]] = deque()
+        """Since when, and which works on the CPU are over that began inside backward; see `_end`."""
+        self._looked_ns = 0
         self._clocks: dict[int, DeviceClock] = {}
         self._channels = Channels(rank)
         self._follows_tensors = False
@@ -66,6 +74,9 @@ class Recorder:
         self._pid = os.getpid()
         self._poll_s = poll_s
         self._closed = threading.Event()
+        self._pause = threading.Lock()
+        """Held until the end: to wait for a bare lock takes half of what an event takes."""
+        self._pause.acquire()
         self._wake = threading.Event()
         self._is_idle = False
         """Whether the watcher sleeps until something goes on; who begins something then wakes it."""
@@ -102,6 +113,7 @@ class Recorder:
         if not self._is_on:
             return
         try:
+            self._look_in_passing(time.monotonic_ns())
             self._where = (self._step, self.ring.number("phase", self._phase))
             if any(isinstance(value, torch.Tensor) and not value.is_cpu for value in (tokens, loss, grad_norm)):
                 raise TypeError("a mark's number is a tensor of a device: reading it would wait for the device")
@@ -116,40 +128,41 @@ class Recorder:
         if not self._is_on:
             return None
         try:
-            return self._begin(operation, group, arguments)
+            first, size = measure(operation, arguments)
+            on_device = first is not None and not first.is_cpu
+            if on_device and first.is_cuda and is_capturing():
+                return None
+            place = operation.group
+            known = self._channel(group) if place is None else self._group(group_of(arguments[place]))
+            kind, peer = operation.kind, -1
+            if operation.peer is not None:
+                local = arguments[operation.peer]
+                peer = known.ranks[local] if local < len(known.ranks) else local
+            if kind in MESSAGES:
+                key = (peer, kind == "send")
+                seq = known.messages[key] = known.messages.get(key, 0) + 1
+            else:
+                seq = known.seq = known.seq + 1
+            device_type = first.device.type if on_device else "cpu"
+            what = (device_type, None if operation.tensors is None or first is None else first.dtype)
+            names = known.names.get(what) or self._name(known, group, *what)
+            now = time.monotonic_ns()
+            index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._where, peer, names)
+            token = Token(index, kind, known, now)
+            token.on_host = not on_device
+            if on_device and known.backends[device_type] != "gloo":
+                token.device = first.device.index
+                token.channel = (known.name, peer if kind in MESSAGES else -1)
+                if first.is_cuda:
+                    token.ready = self._clock(known, group, token.device).stamp()[0]
+            elif kind in _REDUCE_SCATTERS:
+                self._follow_output(arguments[0], token)
+            if self._pending or self._resting:
+                self._look_in_passing(now)
+            return token
         except Exception:  # noqa: BLE001 - recording may lose an event, and must not end training
             self._lose()
             return None
-
-    def _begin(self, operation: Operation, bare: Any, arguments: tuple[Any, ...]) -> Token | None:
-        first, size = measure(operation, arguments)
-        on_device = first is not None and not first.is_cpu
-        if on_device and first.is_cuda and is_capturing():
-            return None
-        group = self._channel(bare) if operation.group is None else self._group(group_of(arguments[operation.group]))
-        kind = operation.kind
-        peer = -1
-        if operation.peer is not None:
-            local = arguments[operation.peer]
-            peer = group.ranks[local] if local < len(group.ranks) else local
-        if kind in MESSAGES:
-            key = (peer, kind == "send")
-            seq = group.messages[key] = group.messages.get(key, 0) + 1
-        else:
-            seq = group.seq = group.seq + 1
-        device_type = "cpu" if not on_device else first.device.type
-        number = group.numbers.get(device_type) or self._number(group, bare, device_type)
-        is_async = on_device and group.backends[device_type] != "gloo"
-        clock = self._clock(group, bare, first.device.index) if is_async and first.is_cuda else None
-        dtype = 0 if first is None or operation.tensors is None else self._dtype(first.dtype)
-        now = time.monotonic_ns()
-        index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._where, peer, (number, dtype))
-        ready = None if clock is None else clock.stamp()[0]
-        token = Token(index, kind, group, first.device.index if is_async else None, ready)
-        token.channel = (group.name, peer if kind in MESSAGES else -1)
-        if not is_async and kind in _REDUCE_SCATTERS:
-            self._follow_output(arguments[0], token)
-        return token
 
     def returned(self, token: Token, result: Any) -> None:
         """Keep the work until it is over."""
@@ -157,8 +170,11 @@ class Recorder:
             work = work_of(result)
             if work is not None:
                 token.work = work
-                token.in_backward = token.device is None and in_backward()
-                self._pending[id(work)] = token
+                if token.device is None:
+                    token.in_backward = in_backward()
+                    self._pending[id(work)] = token
+                else:
+                    self._on_device[id(work)] = token
             elif token.group.coalesces:
                 token.group.unfinished.append(token)
             elif token.ready is not None:
@@ -179,19 +195,17 @@ class Recorder:
 
     def awaited(self, work: Any) -> Token | None:
         """Return the token of a work on the CPU: its wait is its end. A device's wait is only an order."""
-        token = self._pending.get(id(work))
-        if token is None or token.device is not None:
-            return None
-        del self._pending[id(work)]
-        try:
-            token.age = -1 if work.is_completed() else 0
-        except Exception:  # noqa: BLE001 - as in begin
-            self._lose()
+        token = self._pending.pop(id(work), None)
+        if token is not None:
+            try:
+                token.is_late = work.is_completed()
+            except Exception:  # noqa: BLE001 - as in begin
+                self._lose()
         return token
 
     def over(self, token: Token) -> None:
         """Write that the operation ended; late if it was over before somebody waited."""
-        self._end(token, late=token.age < 0)
+        self._end(token, late=token.is_late)
 
     def coalescing(self, group: Any) -> None:
         """Expect operations without a work of their own."""
@@ -217,18 +231,19 @@ class Recorder:
                     self._end(token, late=True)
                 else:
                     token.work = work
-                    self._pending[id(token)] = token
+                    goes_on = self._pending if token.device is None else self._on_device
+                    goes_on[id(token)] = token
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
 
     def tensor_awaited(self, tensor: Any) -> None:
-        """Write the end of the functional reduce-scatter whose result this is."""
-        if not self._outputs:
-            return
+        """Write the end of the functional reduce-scatter whose result this is, and of what else is over."""
         try:
-            token = self._outputs.get(tensor.data_ptr())
+            token = self._outputs.get(tensor.data_ptr()) if self._outputs else None
             if token is not None:
                 self._end(token, late=False)
+            if self._pending and self._is_on:
+                self._look_in_passing(time.monotonic_ns())
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
 
@@ -256,21 +271,23 @@ class Recorder:
             return
         self._closed.set()
         self._wake.set()
+        self._pause.release()
         self._is_on = False
         self._interception.close()
         if os.getpid() == self._pid:  # a forked child has no such thread
             self._watcher.join()
             self._look_at_all()
             if self._resting:
-                time.sleep(_REST_S)
+                time.sleep(_REST_NS / 1e9)
         self._pending.clear()
+        self._on_device.clear()
         self._resting.clear()
         self.ring.close()
 
     @property
     def num_pending(self) -> int:
         """How many operations go on, as far as the recorder has noticed."""
-        return len(self._pending) + sum(map(len, self._stamped.values()))
+        return len(self._pending) + len(self._on_device) + sum(map(len, self._stamped.values()))
 
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back: what a forked child does."""
@@ -282,13 +299,14 @@ class Recorder:
         if token.is_over:
             return
         token.is_over = True
+        now = time.monotonic_ns()
         if token.in_backward and token.work is not None:
             # Whoever lets go of it last needs Python's lock. Were that gloo's thread, it could wait for a thread that
             # holds the lock and waits for gloo's: DDP's reducer ends so when it outlives the process group.
-            self._resting.append(token.work)
+            self._resting.append((now, token.work))
         try:
-            self.ring.end(token.index, time.monotonic_ns(), None, failed=failed, late=late)
-            if self._outputs.get(token.output) is token:
+            self.ring.end(token.index, now, None, failed=failed, late=late)
+            if token.output and self._outputs.get(token.output) is token:
                 del self._outputs[token.output]
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
@@ -327,10 +345,11 @@ class Recorder:
             if ranks:  # the other end had not told before: what was counted goes on under the ranks' names
                 known.name, known.ranks = name, ranks
                 known.messages = {(ranks[place], sends): n for (place, sends), n in known.messages.items()}
-                known.numbers.clear()
+                known.names.clear()
         return known
 
-    def _number(self, group: Group, bare: Any, device_type: str) -> int:
+    def _name(self, group: Group, bare: Any, device_type: str, dtype: torch.dtype | None) -> tuple[int, int]:
+        """Return the ring's numbers of a group, with the backend that it has for a device, and of a dtype."""
         backend = bare if bare is not None else group.ref()._get_backend(torch.device(device_type))  # type: ignore[union-attr]
         name = backend.name().lower()
         group.backends[device_type] = name
@@ -338,14 +357,9 @@ class Recorder:
             self._follows_tensors = True
             self._interception.follow_functional_waits(self)
         number = self.ring.number("group", group.name, name, group.ranks)
-        group.numbers[device_type] = number
-        return number
-
-    def _dtype(self, dtype: torch.dtype) -> int:
-        number = self._dtypes.get(dtype)
-        if number is None:
-            number = self._dtypes[dtype] = self.ring.number("dtype", str(dtype).removeprefix("torch."))
-        return number
+        dtype_number = 0 if dtype is None else self.ring.number("dtype", str(dtype).removeprefix("torch."))
+        group.names[device_type, dtype] = (number, dtype_number)
+        return number, dtype_number
 
     def _clock(self, group: Group, bare: Any, index: int) -> DeviceClock:
         if not group.timed:
@@ -368,36 +382,61 @@ class Recorder:
     # The watcher's thread.
 
     def _watch(self) -> None:
-        is_ready = False
+        is_ready, begun = False, -1
         while not self._closed.is_set():
-            self._await_something()
-            num_rested = len(self._resting)
-            self._closed.wait(self._poll_s)  # also when just woken: not once for every operation
-            if not self._is_on:
+            if not self.num_pending and self.ring.begun == begun and not self._await_something():
+                self.ring.sign()
+                self._let_go(time.monotonic_ns())
+                continue
+            begun = self.ring.begun  # while more begin it need not be woken for them: each time would cost a look
+            pause_s = min(self._poll_s, _DEVICE_POLL_S) if self._clocks else self._poll_s
+            if self._pause.acquire(timeout=pause_s) or not self._is_on:
                 return
             if self._clocks and not is_ready:  # not before: to ask for devices would make their context
                 is_ready = True
                 if not leave_captures_alone():
                     _LOG.warning("no CUDA runtime found: a graph that is captured while collectives go on may fail")
             self.ring.sign()
-            for _ in range(num_rested):
-                self._resting.popleft()
             self._look_at_all()
 
-    def _await_something(self) -> None:
-        """Return once something goes on, or after `_IDLE_S`."""
+    def _await_something(self) -> bool:
+        """Return whether something goes on, as soon as it does, or after `_IDLE_S`."""
         self._is_idle = True  # before looking: who begins something after that sees it, and wakes
-        if not self.num_pending and not self._resting and self._wake.wait(_IDLE_S):
+        if not self.num_pending and self._wake.wait(_IDLE_S):
             self._wake.clear()
         self._is_idle = False
+        return self._closed.is_set() or self.num_pending > 0
+
+    def _look_in_passing(self, now_ns: int) -> None:
+        """End what is over on the host, in a thread that trains: a look costs less here than the watcher's waking."""
+        if now_ns - self._looked_ns > _LOOK_NS:
+            self._looked_ns = now_ns
+            self._look_at_works(self._pending, only_host=True)
+            self._let_go(now_ns)
+
+    def _look_at_works(self, works: dict[int, Token], *, only_host: bool = False) -> None:
+        for key, token in list(works.items()):
+            if only_host and not token.on_host:
+                continue  # its end would be ordered into this thread's stream
+            try:
+                self._look(works, key, token)
+            except Exception:  # noqa: BLE001 - as in begin
+                works.pop(key, None)
+                self._lose()
+
+    def _let_go(self, now_ns: int) -> None:
+        """Let go of the works that have rested."""
+        with contextlib.suppress(IndexError):  # another thread took the last one
+            while self._resting:
+                rests = self._resting.popleft()
+                if rests[0] + _REST_NS > now_ns:
+                    self._resting.appendleft(rests)
+                    return
 
     def _look_at_all(self) -> None:
-        for key, token in list(self._pending.items()):
-            try:
-                self._look(key, token)
-            except Exception:  # noqa: BLE001 - as in begin
-                self._pending.pop(key, None)
-                self._lose()
+        self._look_at_works(self._pending)
+        self._look_at_works(self._on_device)
+        self._let_go(time.monotonic_ns())
         for tokens in list(self._stamped.values()):
             num_over = self._num_over(tokens)
             for _ in range(num_over):
@@ -430,19 +469,17 @@ class Recorder:
             token.is_over = True
             self.ring.end(token.index, span.end_ns, span.end_ns - span.begin_ns, failed=False, late=False)
 
-    def _look(self, key: int, token: Token) -> None:
+    def _look(self, works: dict[int, Token], key: int, token: Token) -> None:
         work = token.work
         if token.is_over:  # a functional wait was its end
-            self._pending.pop(key, None)
+            works.pop(key, None)
             return
         if work is None:
             return  # only its caller holds it now: its wait or its end tells
         if work.is_completed():
-            if self._pending.pop(key, None) is not None:
+            if works.pop(key, None) is not None:
                 self._end_of_work(token, work)
-            return
-        token.age += 1
-        if token.device is None and token.kind in ENDS_AT_WAIT and token.age * self._poll_s > _HELD_S:
+        elif token.kind in ENDS_AT_WAIT and token.device is None and time.monotonic_ns() - token.begin_ns > _HELD_NS:
             # Held here, it would hold its tensors for as long as nobody waits for it.
             token.ref = weakref.ref(work, lambda _: self._dropped(key, token))
             token.work = None

@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, default=2, help="of the step (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=400, help="of blocks of steps (default: %(default)s)")
-    parser.add_argument("--poll-ms", type=float, default=5.0, help="how often ends are looked for")
+    parser.add_argument("--poll-ms", type=float, default=20.0, help="how often ends are looked for")
     options = parser.parse_args()
     device = cast(Device, options.device)
     sizes = SMOKE if options.smoke else replace(FULL[device], blocks=options.repeats, pairs=options.pairs)

@@ -59,7 +59,7 @@ def test_collectives_of_deepspeed_and_of_inductor_are_recorded_too(tmp_path: Pat
 def _world_of_one(rank: int, world_size: int, folder: str) -> None:
     """What holds of the recorder in any process; one fork is cheaper than many."""
     checks = (_marks, _restores, _never_raises, _failures_are_told, _groups_of_one_name, _one_at_a_time, _rests, _forks)
-    for check in checks:
+    for check in (*checks, _ends_are_seen_in_passing):
         check(Path(folder) / check.__name__)
         faulttol.uninstall()
 
@@ -73,15 +73,39 @@ def _rests(folder: Path) -> None:
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), bucket_cap_mb=1e-4)
     model(torch.ones(2, 8)).sum().backward()  # builds its buckets anew
     recorder = faulttol.install(folder, poll_s=30)
+    recorder._looked_ns = 1 << 62  # nothing is ended in passing
     dist.all_reduce(torch.ones(1))
     model(torch.ones(2, 8)).sum().backward()
-    held = [token.work for token in recorder._pending.values() if token.in_backward] + list(recorder._resting)
+    held = [token.work for token in recorder._pending.values() if token.in_backward] + [
+        work for _, work in recorder._resting
+    ]
     assert len(held) >= 4
     refs = [weakref.ref(work) for work in held]
     held.clear()
     assert all(ref() is not None for ref in refs)
     faulttol.uninstall()
     assert [ref for ref in refs if ref() is not None] == []
+
+
+def _ends_are_seen_in_passing(folder: Path) -> None:
+    """What nobody waits for in Python is ended by a mark and by the next collective, before the watcher looks."""
+    recorder = faulttol.install(folder, poll_s=30)
+    unawaited = []
+    for passing in (lambda: faulttol.mark_step(1), lambda: dist.broadcast(torch.ones(1), 0)):
+        works = [dist.all_reduce(torch.ones(1), async_op=True) for _ in range(3)]
+        while not all(work.is_completed() for work in works):  # type: ignore[union-attr]
+            pass
+        assert recorder.num_pending
+        recorder._looked_ns = 0  # as if the last look had been long ago
+        passing()
+        assert not recorder.num_pending
+        unawaited += works
+    events = faulttol.read_ring(faulttol.ring_path(folder, 0)).events
+    assert [(e.kind, e.state, e.end_is_late) for e in events[:6]] == [("all_reduce", "ended", True)] * 6
+    assert [(e.kind, e.state) for e in events[6:]] == [("broadcast", "ended")]
+    for work in unawaited:
+        work.wait()  # type: ignore[union-attr]
+    assert len(faulttol.read_ring(faulttol.ring_path(folder, 0)).events) == 7
 
 
 def _marks(folder: Path) -> None:
