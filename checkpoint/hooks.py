@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -63,9 +64,11 @@ def fence_on(target: Any, fences: Fences) -> Hook:
         else:
             fences.fence_storages(lambda: {storage_address(t) for t in _updated(optimizer, weights_of)})
 
+    # The compiler of a compiled step is not to trace into locks and threads.
+    hook = torch.compiler.disable(before_step)  # type: ignore[no-untyped-call]
     # ZeRO 3 that keeps a part of the optimizer on the GPU has a second one for it.
     stepped = [inner, getattr(wrapper, "backup_optimizer", None)]
-    return _Hooks([o.register_step_pre_hook(before_step) for o in stepped if isinstance(o, Optimizer)])
+    return _Hooks([o.register_step_pre_hook(hook) for o in stepped if isinstance(o, Optimizer)])
 
 
 class _Hooks:

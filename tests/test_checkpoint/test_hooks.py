@@ -75,6 +75,31 @@ def test_a_hooked_optimizer_waits_for_the_copies_of_what_it_updates(tmp_path: Pa
         assert len(watched.calls) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of what dynamo imports
+def test_a_compiled_step_waits_for_the_copies_and_is_not_traced_into_them(tmp_path: Path):
+    parameter = torch.nn.Parameter(torch.ones(50))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(50)
+    frames: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        frames.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda: optimizer.step(), backend=backend)
+    with Checkpointer(tmp_path) as ck:
+        ck.prepare({"w": parameter})
+        with stalled(ck) as release:
+            fence_on(optimizer, Watched(ck, release))
+            handle = ck.save(1, {"w": parameter})
+            compiled()
+        found = torch.zeros(50)
+        ck.load(handle.result(20), {"w": found})
+    assert (found == 1).all()
+    assert not torch.equal(parameter, found)
+    assert len(frames) <= 1
+
+
 def test_an_optimizer_of_dtensors_waits_for_the_copies_of_their_memory(tmp_path: Path):
     assert run_ranks(_step_dtensors, 1, tmp_path) == [None]
 
