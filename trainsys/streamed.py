@@ -57,10 +57,13 @@ class Streamed:
         self._works: list[dist.Work] = []
         self._is_apart = next(iter(self._parameters.values())).dtype != self._dtype
         self.masters: Sequence[Master] = [self._master(name, each) for name, each in self._parameters.items()]
+        self._tensors = {self._parameters[master.name]: master.tensor for master in self.masters}
 
     def begin(self) -> None:
-        """Start a step."""
+        """Start a step; of one that was broken off nothing counts."""
         self._is_last = False
+        self._works.clear()
+        self._sums.clear()
 
     def micro_batch(self, is_last: bool) -> None:
         """Say before each forward whether it is the last of the step: gradients are added up until then."""
@@ -91,8 +94,10 @@ class Streamed:
     @torch.no_grad()
     def _sum(self, parameter: nn.Parameter, gradient: torch.Tensor | None, group: dist.ProcessGroup) -> None:
         """Begin to sum a gradient in the masters' dtype; without one it was not used in this step, on this rank."""
-        summed = torch.zeros_like(parameter, dtype=self._dtype) if gradient is None else gradient.to(self._dtype)
-        self._sums[parameter] = summed.view(-1)
+        if gradient is None:  # beside the master: the parameter itself may be in a slot of the device now
+            self._sums[parameter] = torch.zeros_like(self._tensors[parameter])
+        else:
+            self._sums[parameter] = gradient.to(self._dtype).view(-1)
         if group.size() > 1:
             work = dist.all_reduce(self._sums[parameter], group=group, async_op=True)
             assert work is not None
