@@ -25,7 +25,8 @@ def one_thread() -> Iterator[None]:
 
 
 def streamed(*settings: str, **layout_of: Any) -> Layout:
-    return layout(0, "--offload.parameters=streamed", *settings, **layout_of)
+    small = ("--model.num_layers=2", "--offload.window_layers=1")
+    return layout(0, "--offload.parameters=streamed", *small, *settings, **layout_of)
 
 
 def test_streamed_replicas_take_the_steps_of_one_process_and_hold_equal_bits() -> None:
@@ -34,10 +35,10 @@ def test_streamed_replicas_take_the_steps_of_one_process_and_hold_equal_bits() -
         2,
         [
             streamed("--engine.gradient_clip_norm=0", "--engine.recompute=full", replicate=2),
-            streamed(*MOE, "--model.num_layers=2", "--offload.window_layers=1", replicate=2),
+            streamed(*MOE, replicate=2),
         ],
     )
 
 
 def test_streamed_replicas_go_on_with_any_other_number_of_ranks(tmp_path: Path) -> None:
-    move(tmp_path, streamed(replicate=2), [streamed(), layout(3, shard=2)], 1e-12)
+    move(tmp_path, streamed(replicate=2), [streamed(), layout(3, "--model.num_layers=2", shard=2)], 1e-12)
