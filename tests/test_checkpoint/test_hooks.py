@@ -80,13 +80,7 @@ def test_a_compiled_step_waits_for_the_copies_and_is_not_traced_into_them(tmp_pa
     parameter = torch.nn.Parameter(torch.ones(50))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     parameter.grad = torch.ones(50)
-    frames: list[Any] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        frames.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(lambda: optimizer.step(), backend=backend)
+    compiled = torch.compile(lambda: optimizer.step(), backend="eager")
     with Checkpointer(tmp_path) as ck:
         ck.prepare({"w": parameter})
         with stalled(ck) as release:
@@ -97,7 +91,8 @@ def test_a_compiled_step_waits_for_the_copies_and_is_not_traced_into_them(tmp_pa
         ck.load(handle.result(20), {"w": found})
     assert (found == 1).all()
     assert not torch.equal(parameter, found)
-    assert len(frames) <= 1
+    (hook,) = optimizer._optimizer_step_pre_hooks.values()
+    assert getattr(hook, "_torchdynamo_disable", False)  # traced, it fails only if the copies take their time just then
 
 
 def test_an_optimizer_of_dtensors_waits_for_the_copies_of_their_memory(tmp_path: Path):
