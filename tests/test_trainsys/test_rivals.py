@@ -26,7 +26,7 @@ def test_a_groups_error_is_taken_for_the_class_that_its_words_are_of(line: str, 
 
 def test_a_rival_is_right_only_with_the_class_and_named_only_with_the_rank() -> None:
     case = Case("ddp", 4, "kill", 2.0, 5)
-    culprit = fault_of(case, 0.025)[1]
+    culprit = fault_of(case, 0.025, 0.015)[1]
     report = Report("trainsys.rivals", {})
     told = [(case, (("crash", culprit), 0.1)), (case, (("crash", "rank 9"), 0.2)), (case, (("hang", ""), 2.0))]
     clean = [(Case("ddp", 4, "clean", 2.0, 5), (NOTHING, 0.0))]

@@ -57,6 +57,8 @@ from launch import ray_cluster
 
 _SPAN_S = 0.025
 """Of a step, about: what slow faults are measured by where nobody has measured the job's."""
+_LOCAL_S = 0.015
+"""... and of what a rank works in it by itself."""
 _STEPS_BEFORE, _STEPS = 20, 60
 _WAITING = 0.2
 _OTHERS_S = 0.3
@@ -75,7 +77,7 @@ def _group_timeout(case: Case, options: Any) -> Answer:
     with running(case.job, case.num_ranks, timeout_s=options.timeout_s) as job:
         if not settle(job):
             raise TrialError(f"{case.name}: the job does not settle")
-        fault, _ = fault_of(case, _SPAN_S)
+        fault, _ = fault_of(case, _SPAN_S, _LOCAL_S)
         begun_s = time.monotonic()
         if fault is not None:
             job.order(fault)
@@ -136,7 +138,7 @@ def _ray_alone(case: Case, options: Any) -> Answer:
             works = [actor.train.remote(rank, fields, listener.address) for rank, actor in enumerate(actors)]
             orders = [listener.accept() for _ in actors]
             _await_steps(follower, case)
-            fault, _ = fault_of(case, _SPAN_S)
+            fault, _ = fault_of(case, _SPAN_S, _LOCAL_S)
             begun_s = time.monotonic()
             if fault is not None:
                 for line in orders:
@@ -177,7 +179,7 @@ def _struck_s(directory: Path) -> float:
 
 
 def _show_straggler(case: Case, options: Any) -> Answer:
-    fault, _ = fault_of(case, _SPAN_S)
+    fault, _ = fault_of(case, _SPAN_S, _LOCAL_S)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(store_folder())
         ranks = [stack.enter_context(Rank("cpu", index)) for index in range(case.num_ranks)]
@@ -295,7 +297,7 @@ def judge(report: Report, told: Mapping[tuple[str, str], Sequence[tuple[Case, An
             continue
         report.add(case, "recall", "1", fmean(said[0] == truth for _, (said, _) in answers))
         report.add(case, "something is wrong", "1", fmean(said != NOTHING for _, (said, _) in answers))
-        culprits = [fault_of(one, _SPAN_S)[1] for one, _ in answers]
+        culprits = [fault_of(one, _SPAN_S, _LOCAL_S)[1] for one, _ in answers]
         named = fmean(said[1] == who for (_, (said, _)), who in zip(answers, culprits, strict=True))
         report.add(case, "culprit", "1", named)
         if after := [after_s for _, (said, after_s) in answers if said != NOTHING]:
