@@ -192,6 +192,9 @@ def _gc(options: argparse.Namespace) -> int:
     if options.keep_last is not None and options.keep_last < 1:
         raise ValueError(f"--keep-last: {options.keep_last}; allowed are integers from 1")
     storage = open_storage(options.path)
+    found = catalog.scan(storage)
+    if not (found.committed or found.broken or found.uncommitted or found.retired):
+        raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
     keep_last = _NEVER if options.keep_last is None else options.keep_last
     abandoned = functools.partial(retention.is_idle_since, storage, time_s=time.time() - options.idle_s)
     kept: dict[str, Any] = {"keep_last": keep_last, "keep_every": options.keep_every, "abandoned": abandoned}

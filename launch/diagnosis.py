@@ -15,7 +15,7 @@ from faulttol.history import Follower
 from launch.records import append_line
 
 _LOOK_S = 0.5
-_KEPT_EVENTS = 512
+_KEPT_EVENTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,10 @@ class RunFolder:
         """Return whether a run was started here."""
         return self.config.exists()
 
+    def has_trained(self) -> bool:
+        """Return whether a step was ever taken here."""
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
     def write_record(self, resolved: recipe.Resolved) -> None:
         """Write `config.json`: a new run, or a new start of the run that is here, whose identity stays.
 
@@ -165,7 +169,8 @@ def choose(config: RunConfig, *, resume: bool) -> RunFolder:
     Without `run_dir` a new run takes the next free of `runs/<name>`, `runs/<name>-2`, …; resuming takes the last.
 
     Raises:
-        RunError: `run_dir` already holds a run and `resume` was not asked for, or there is no run to resume.
+        RunError: `run_dir` already holds a run and `resume` was not asked for, or there is no run to resume, or the
+            last one never came to train and an earlier one did.
     """
     if config.run_dir:
         folder = RunFolder(Path(config.run_dir).absolute())
@@ -179,11 +184,24 @@ def choose(config: RunConfig, *, resume: bool) -> RunFolder:
     if resume and not own:
         raise RunError(f"{root}: holds no run named {config.name!r} to resume; start one without --resume")
     if resume:
-        return RunFolder(own[max(own)])
+        return _newest([RunFolder(own[number]) for number in sorted(own)])
     number = max(own, default=0) + 1
     while (path := root / (config.name if number == 1 else f"{config.name}-{number}")).exists():
         number += 1  # another run's name, or no run
     return RunFolder(path)
+
+
+def _newest(runs: list[RunFolder]) -> RunFolder:
+    """Return the last run, unless it would begin anew where somebody may mean the one before it."""
+    *earlier, newest = runs
+    if not newest.has_trained():
+        for run in reversed(earlier):
+            if run.has_trained():
+                raise RunError(
+                    f"{newest.path}: ended before its first step, so there is nothing to resume; "
+                    f"--run_dir={run.path} continues the run before it"
+                )
+    return newest
 
 
 def _name_of(path: Path) -> str:

@@ -186,6 +186,22 @@ def test_resuming_takes_the_last_run_of_that_name_and_no_other_s(
         assert other.path.name == "gpt-2"
 
 
+def test_a_run_that_never_came_to_train_is_not_resumed_in_the_place_of_the_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    resolved = recipe.load(["tiny"], [])
+    with folder.open_run(resolved, resume=False) as run:
+        pass
+    with folder.open_run(resolved, resume=True) as again:  # there is no other that could be meant
+        assert again == run
+    run.metrics.write_text('{"step": 1}\n')
+    with folder.open_run(resolved, resume=False):
+        pass
+    with pytest.raises(RunError, match=f"nothing to resume; --run_dir={run.path} continues the run before it"):
+        folder.choose(resolved.config, resume=True)
+
+
 def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with (
