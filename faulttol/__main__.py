@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faulttol.config import DetectorConfig, HealthConfig
-from faulttol.errors import FaultTolError
+from faulttol.errors import FaultTolError, RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,6 +136,9 @@ def _inject(options: argparse.Namespace) -> int:
     from faulttol import drill
     from faulttol.inject import Fault
 
+    unknown = [kind for kind in options.kind if kind not in drill.KINDS]
+    if unknown:
+        raise ValueError(f"--kind: {unknown[0]} cannot be done from outside; one of {', '.join(drill.KINDS)} can")
     run = Path(options.run)
     ranks = options.rank or sorted(drill.targets(run))
     template = Fault(kind=options.kind[0], rank=-1, step=-1, seconds=options.seconds, factor=options.factor)
@@ -164,6 +167,7 @@ def _preflight(options: argparse.Namespace) -> int:
 def _ship(options: argparse.Namespace) -> int:
     from faulttol.ship import Convoy
 
+    _tell_if_empty(options)
     with Convoy(Path(options.run), options.target, every_s=options.every):
         if not options.once:
             threading.Event().wait()
@@ -173,6 +177,7 @@ def _ship(options: argparse.Namespace) -> int:
 def _metrics(options: argparse.Namespace) -> int:
     from faulttol.metrics import Metrics, serve, write_forever
 
+    _tell_if_empty(options)
     with Metrics(Path(options.run)) as metrics:
         if options.port is not None:
             with serve(metrics, options.port) as port:
@@ -183,6 +188,15 @@ def _metrics(options: argparse.Namespace) -> int:
         else:
             write_forever(metrics, options.file, options.every, threading.Event())
     return 0
+
+
+def _tell_if_empty(options: argparse.Namespace) -> None:
+    """Say that there are no rings yet; raise RunError where nobody would wait for them."""
+    if any(Path(options.run).rglob("*.ring")):
+        return
+    if options.once:
+        raise RunError(f"{options.run}: no rings; a folder that a recorder writes to has some")
+    print(f"{options.run}: no rings yet; waiting for them", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

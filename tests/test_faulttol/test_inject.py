@@ -241,6 +241,8 @@ def test_a_drill_strikes_a_recorded_rank_from_outside(tmp_path: Path) -> None:
             rank.kill()
     assert [fault.kind for fault in fired(tmp_path / "faults.jsonl")] == ["freeze", "kill"]
     assert main(["inject", str(tmp_path), "--kind", "kill"]) == 2  # nobody is left
+    assert main(["inject", str(tmp_path / "none"), "--kind", "freez"]) == 2
+    assert main(["ship", str(tmp_path / "none"), str(tmp_path / "kept"), "--once"]) == 2
 
 
 def test_a_plan_is_the_same_for_one_seed() -> None:
