@@ -155,9 +155,10 @@ def test_a_rank_that_hangs_is_found_by_its_not_leaving_and_the_run_shrinks_witho
     recovering = [setting for setting in _RECOVERING if "shrink" not in setting and "abort" not in setting]
     stall = ("--faulttol.health.stalled_after_s=2", "--faulttol.policy.spare_wait_s=0")
     runs.succeed("launch", *runs.arguments(*common, *recovering, *stall, f"--run_dir={run}"), cwd=tmp_path)
-    (recovery,) = _recoveries(run)
+    recovery, *later = _recoveries(run)
     assert [(loss["rank"], loss["kind"]) for loss in recovery["losses"]] == [(1, "hung")]
     assert recovery["world_size"] == 2
+    assert not any(one["losses"] for one in later), "a process that was started anew may have come before the end"
     found, expected = runs.losses(run), runs.losses(whole)
     assert found.keys() == expected.keys()
     for step, loss in expected.items():
