@@ -43,7 +43,7 @@ def _ls(options: argparse.Namespace) -> int:
     """List what a root holds."""
     storage = open_storage(options.path)
     found = catalog.scan(storage)
-    if not (found.committed or found.broken or found.uncommitted or found.retired):
+    if found.is_empty:
         raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
     rows: list[dict[str, Any]] = []
     for reader in found.committed:
@@ -192,19 +192,19 @@ def _gc(options: argparse.Namespace) -> int:
     if options.keep_last is not None and options.keep_last < 1:
         raise ValueError(f"--keep-last: {options.keep_last}; allowed are integers from 1")
     storage = open_storage(options.path)
-    found = catalog.scan(storage)
-    if not (found.committed or found.broken or found.uncommitted or found.retired):
-        raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
     keep_last = _NEVER if options.keep_last is None else options.keep_last
     abandoned = functools.partial(retention.is_idle_since, storage, time_s=time.time() - options.idle_s)
     kept: dict[str, Any] = {"keep_last": keep_last, "keep_every": options.keep_every, "abandoned": abandoned}
+    told, removals = "removed", retention.collect(storage, **kept)
     if options.dry_run:
-        for removal in retention.removable(storage, **kept):
-            print(f"would remove {removal}")
-        return 0
-    with contextlib.closing(retention.collect(storage, **kept)) as removals:  # who cannot print any more leaves no mark
+        told, removals = "would remove", (removal for removal in retention.removable(storage, **kept))
+    num_removed = 0
+    with contextlib.closing(removals):  # who cannot print any more leaves no mark
         for removal in removals:
-            print(f"removed {removal}")
+            print(f"{told} {removal}")
+            num_removed += 1
+    if not num_removed and catalog.scan(storage).is_empty:
+        raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
     return 0
 
 

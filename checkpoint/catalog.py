@@ -90,6 +90,11 @@ class Scan:
     retired: tuple[AttemptName, ...]
     """Checkpoints no more: what is left are files that others refer to."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing, so that it may be no root at all."""
+        return not (self.committed or self.broken or self.uncommitted or self.retired)
+
 
 class Known:
     """Checkpoints of one root that were read before: what did not change since is not read again."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from faulttol.channels import Channels
+from faulttol.ring import Ring
+
 
 class Group:
     """One process group, or a bare backend."""
@@ -39,6 +45,56 @@ class Group:
         self.coalesces = False
         self.unfinished: list[Token] = []
         """Begun while it coalesces: one work will stand for all of them."""
+
+
+class Groups:
+    """All process groups and bare backends that operations were begun in."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._by_name: dict[str, Group] = {}
+
+    def of(self, group: Any) -> Group:
+        """Return what is known of a process group."""
+        known = self._by_name.get(group.group_name)
+        return known if known is not None and known.ref() is group else self._meet(group)
+
+    def named(self, name: str) -> Group | None:
+        """Return what is known of the newest process group of a name; None of one that was never met."""
+        return self._by_name.get(name)
+
+    def of_backend(self, backend: Any, channels: Channels) -> Group:
+        """Return what is known of a bare backend."""
+        known: Group | None = channels.known(backend)
+        if known is None:
+            known = Group(backend, *channels.resolve(backend))
+            channels.know(backend, known)
+        elif not known.ranks:
+            name, ranks = channels.resolve(backend)
+            if ranks:  # the other end had not told before: what was counted goes on under the ranks' names
+                known.name, known.ranks = name, ranks
+                known.messages = {(ranks[place], sends): n for (place, sends), n in known.messages.items()}
+                known.names.clear()
+        return known
+
+    def number(self, known: Group, bare: Any, device_type: str, dtype: torch.dtype | None) -> tuple[int, int]:
+        """Return the ring's numbers of a group, with the backend that it has for a device, and of a dtype."""
+        backend = bare if bare is not None else known.ref()._get_backend(torch.device(device_type))  # type: ignore[union-attr]
+        name = known.backends[device_type] = backend.name().lower()
+        number = self._ring.number("group", known.name, name, known.ranks)
+        dtype_number = 0 if dtype is None else self._ring.number("dtype", str(dtype).removeprefix("torch."))
+        known.names[device_type, dtype] = (number, dtype_number)
+        return number, dtype_number
+
+    def _meet(self, group: Any) -> Group:
+        """Get to know a group; one that has the name of a group that is gone gets a name of its own."""
+        name, earlier = group.group_name, self._by_name.get(group.group_name)
+        shown = name
+        if earlier is not None:
+            base, _, count = earlier.name.rpartition("~")
+            shown = f"{base}~{int(count) + 1}" if base else f"{name}~2"
+        known = self._by_name[name] = Group(group, shown, tuple(dist.get_process_group_ranks(group)))
+        return known
 
 
 class Token:

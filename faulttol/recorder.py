@@ -23,13 +23,12 @@ from collections import OrderedDict, deque
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from faulttol.channels import Channels
 from faulttol.compat import Interception, group_of, in_backward, measure, work_of
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
-from faulttol.ongoing import Group, Token
+from faulttol.ongoing import Group, Groups, Token
 from faulttol.operations import ENDS_AT_WAIT, Operation
 from faulttol.ring import KIND_NUMBERS, Ring
 
@@ -56,7 +55,7 @@ class Recorder:
         self._step, self._phase = -1, "train"
         self._where = (-1, ring.number("phase", "train"))
         self._step_is_open = False
-        self._groups: dict[str, Group] = {}
+        self._groups = Groups(ring)
         self._pending: dict[int, Token] = {}
         """On the CPU, by `id` of the work."""
         self._on_device: dict[int, Token] = {}
@@ -132,8 +131,8 @@ class Recorder:
             on_device = first is not None and not first.is_cpu
             if on_device and first.is_cuda and is_capturing():
                 return None
-            place = operation.group
-            known = self._channel(group) if place is None else self._group(group_of(arguments[place]))
+            place, groups = operation.group, self._groups
+            known = groups.of_backend(group, self._channels) if place is None else groups.of(group_of(arguments[place]))
             kind, peer = operation.kind, -1
             if operation.peer is not None:
                 local = arguments[operation.peer]
@@ -211,7 +210,7 @@ class Recorder:
         """Expect operations without a work of their own."""
         try:
             if self._is_on:
-                self._group(group).coalesces = True
+                self._groups.of(group).coalesces = True
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
 
@@ -220,7 +219,7 @@ class Recorder:
         try:
             if not self._is_on:
                 return
-            known = self._groups.get(group.group_name)
+            known = self._groups.named(group.group_name)
             if known is None:
                 return
             known.coalesces = False
@@ -320,46 +319,13 @@ class Recorder:
             self._complained = True
             _LOG.warning("an event could not be recorded; later losses are only counted", exc_info=True)
 
-    def _group(self, group: Any) -> Group:
-        known = self._groups.get(group.group_name)
-        return known if known is not None and known.ref() is group else self._meet(group)
-
-    def _meet(self, group: Any) -> Group:
-        """Get to know a group; one that has the name of a group that is gone gets a name of its own."""
-        name, earlier = group.group_name, self._groups.get(group.group_name)
-        ranks = tuple(dist.get_process_group_ranks(group))
-        shown = name
-        if earlier is not None:
-            base, _, count = earlier.name.rpartition("~")
-            shown = f"{base}~{int(count) + 1}" if base else f"{name}~2"
-        known = self._groups[name] = Group(group, shown, ranks)
-        return known
-
-    def _channel(self, backend: Any) -> Group:
-        known: Group | None = self._channels.known(backend)
-        if known is None:
-            known = Group(backend, *self._channels.resolve(backend))
-            self._channels.know(backend, known)
-        elif not known.ranks:
-            name, ranks = self._channels.resolve(backend)
-            if ranks:  # the other end had not told before: what was counted goes on under the ranks' names
-                known.name, known.ranks = name, ranks
-                known.messages = {(ranks[place], sends): n for (place, sends), n in known.messages.items()}
-                known.names.clear()
-        return known
-
-    def _name(self, group: Group, bare: Any, device_type: str, dtype: torch.dtype | None) -> tuple[int, int]:
-        """Return the ring's numbers of a group, with the backend that it has for a device, and of a dtype."""
-        backend = bare if bare is not None else group.ref()._get_backend(torch.device(device_type))  # type: ignore[union-attr]
-        name = backend.name().lower()
-        group.backends[device_type] = name
-        if name == "gloo" and not self._follows_tensors:
+    def _name(self, known: Group, bare: Any, device_type: str, dtype: torch.dtype | None) -> tuple[int, int]:
+        """Return the ring's numbers of a group and a dtype; and follow waits if it is the first one of gloo."""
+        names = self._groups.number(known, bare, device_type, dtype)
+        if known.backends[device_type] == "gloo" and not self._follows_tensors:
             self._follows_tensors = True
             self._interception.follow_functional_waits(self)
-        number = self.ring.number("group", group.name, name, group.ranks)
-        dtype_number = 0 if dtype is None else self.ring.number("dtype", str(dtype).removeprefix("torch."))
-        group.names[device_type, dtype] = (number, dtype_number)
-        return number, dtype_number
+        return names
 
     def _clock(self, group: Group, bare: Any, index: int) -> DeviceClock:
         if not group.timed:

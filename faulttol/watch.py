@@ -22,7 +22,6 @@ from faulttol.view import JobView
 
 _CLEAR, _HOME, _REST = "\x1b[2J", "\x1b[H", "\x1b[J"
 _RED, _YELLOW, _DIM, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
-_KEPT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ class Watcher:
                 if reader.info.generation < self._generation:
                     reader.close()
                 else:
-                    self._readers[path] = reader, History(_KEPT)
+                    self._readers[path] = reader, History()
 
 
 def run(watcher: Watcher, out: TextIO, every_s: float, once: bool, sleep: Callable[[float], None] = time.sleep) -> None:

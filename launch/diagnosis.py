@@ -15,7 +15,6 @@ from faulttol.history import Follower
 from launch.records import append_line
 
 _LOOK_S = 0.5
-_KEPT_EVENTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +47,7 @@ class Diagnosis:
         """Turn to another generation."""
         self.close()
         self._generation = generation
-        self._follower = Follower(self._observation.rings, range(world_size), generation, _KEPT_EVENTS)
+        self._follower = Follower(self._observation.rings, range(world_size), generation)
         self._memory, self._told, self._current = Memory(), set(), ()
 
     def look(self, vitals: Iterable[Vitals] = (), *, at_once: bool = False) -> Sequence[Finding]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from faulttol.bench import Report
+from faulttol.bench.code import code_digest
 from faulttol.bench.labelled import main, read
 from faulttol.bench.labels import rivals
 from faulttol.bench.labels.figures import at_most, judge, markdown, summary
@@ -30,7 +31,7 @@ from faulttol.bench.labels.grid import (
     cases,
     fault_of,
 )
-from faulttol.bench.labels.version import code_version, meaning
+from faulttol.bench.labels.version import code_version
 from faulttol.bench.overhead import interval
 from faulttol.inject import KINDS
 from faulttol.view import JobView
@@ -127,10 +128,19 @@ def test_lines_of_other_rules_count_for_nothing(tmp_path: Path) -> None:
     assert len(runs.read_text().splitlines()) == 3  # nothing is thrown away, and nothing made
 
 
-def test_a_version_is_of_what_code_does() -> None:
-    source = 'def f(x):\n    """Doc."""\n    return x  # why\n'
-    assert meaning(source) == meaning(source.replace("Doc.", "Other.").replace("why", "because"))
-    assert meaning(source) != meaning(source.replace("return x", "return -x"))
+def test_a_version_is_of_what_code_does(tmp_path: Path) -> None:
+    source = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
+    others = {
+        "told": 'def f(x):\n    """Other."""\n    # because\n    return (x\n        + 1)\n',
+        "done": source.replace("1", "2"),
+    }
+    digests = {}
+    for name, text in {"plain": source, **others}.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(text, encoding="utf-8")
+        digests[name] = code_digest([path])
+    assert digests["told"] == digests["plain"] != digests["done"]
+    assert code_digest([tmp_path / "plain.py"], "more") != digests["plain"]
     assert len(code_version()) == 16
 
 

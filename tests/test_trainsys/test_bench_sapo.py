@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from trainsys.bench import sapo
-from trainsys.bench.swarms import alphabet, grid, version
+from trainsys.bench.swarms import alphabet, grid
 from trainsys.bench.swarms.simulation import Settings
 from trainsys.bench.swarms.stack import PAD, Adam, Shape, Stack
 from trainsys.rl import chart, questions, raster, tasks
@@ -195,14 +195,6 @@ def test_lines_of_other_code_are_no_results(tmp_path: Path, monkeypatch: pytest.
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
     assert list(grid.results(path, scenario, settings, "cpu")) == [[2]]
-
-
-def test_comments_and_docstrings_are_no_other_code_and_a_figure_is() -> None:
-    plain = "def f(x):\n    return x + 1\n"
-    told = 'def f(x):\n    """Say."""\n    # why\n    return (x\n        + 1)\n'
-    assert version.meaning(told) == version.meaning(plain)
-    assert version.meaning(plain.replace("1", "2")) != version.meaning(plain)
-    assert version.code_version() == version.code_version()
 
 
 @pytest.mark.parametrize(
