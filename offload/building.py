@@ -36,6 +36,8 @@ HOST = Recipe(
     ("cc", "gcc", "clang"),
     (
         *("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+        # Of the same bits; on a processor whose cores read memory slowly a fourth faster.
+        *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
         *("-shared", "-fPIC", "-lm", "-lpthread"),
     ),
     "install a C compiler (Debian: apt install gcc), or choose kernel='torch', which is several times slower",

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ from offload.kernels import KernelName, States, Step, make_kernel
 from offload.pages import allocate_pages
 from offload.schedule import STATE_BYTES, Rates
 from offload.tier import Tier
-from offload.transfer import TIMEOUT_S, HostMemory
+from offload.transfer import TIMEOUT_S, HostMemory, Ticket, make_lanes
 
 KEPT = Path.home() / ".cache" / "trainsys" / "probe.json"
 """Where the figures of the last probe are kept, for plans."""
@@ -50,7 +51,7 @@ def calibrate(
     budget_s: float = 3.0,
     tier: Tier | None = None,
 ) -> Rates:
-    """Return this machine's rates for parameters on `device`; takes about `budget_s` and 92 x `numel` bytes of memory.
+    """Return this machine's rates for parameters on `device`; takes about `budget_s` and 140 x `numel` bytes of memory.
 
     On a CPU the copies are those of memory, and nothing is streamed. With a `tier` its rates are measured too.
     """
@@ -107,8 +108,7 @@ def _rates(device: torch.device, num_threads: int, kernel: KernelName, numel: in
     host = make_kernel(kernel, torch.device("cpu"), num_threads=num_threads)
     memory = HostMemory(pinned=device.type == "cuda")
     try:
-        gradient = memory.empty(numel, torch.bfloat16, pinned=False)
-        out = memory.empty(numel, torch.bfloat16, pinned=False)
+        gradient, out = (memory.empty(numel, torch.bfloat16) for _ in range(2))
         rounds = itertools.cycle(
             [States(*(memory.empty(numel, torch.float32, pinned=False) for _ in range(3))) for _ in range(3)]
         )
@@ -121,24 +121,19 @@ def _rates(device: torch.device, num_threads: int, kernel: KernelName, numel: in
             states = next(rounds)
             copied = states.master.nbytes / _seconds(lambda: states.exp_avg.copy_(states.master), each_s)
             return Rates(cpu=cpu, device=cpu, up=copied, down=copied, both=copied)
-        return _with_device(device, kernel, numel, each_s, cpu, on_cpu, memory)
+        found = _of_device(device, kernel, numel, each_s, cpu, memory)
+        return _with_both_at_once(found, on_cpu, (gradient, out), device, memory, budget_s=each_s)
     finally:
         host.close()
         memory.close()
 
 
-def _with_device(
-    device: torch.device,
-    kernel: KernelName,
-    numel: int,
-    each_s: float,
-    cpu: float,
-    on_cpu: Callable[[], None],
-    memory: HostMemory,
+def _of_device(
+    device: torch.device, kernel: KernelName, numel: int, each_s: float, cpu: float, memory: HostMemory
 ) -> Rates:
+    """Return the rates of a device and its link, each alone."""
     there = [States.empty(numel, device) for _ in range(2)]
-    here = [States(*(memory.empty(numel, torch.float32) for _ in range(3))) for _ in range(4)]
-    sources, targets = itertools.cycle(here[:2]), itertools.cycle(here[2:])
+    sources, targets = (itertools.cycle(_homes(memory, numel)) for _ in range(2))
     gradient = torch.zeros(numel, dtype=torch.bfloat16, device=device)
     update = make_kernel(kernel, device)
     up, down = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -161,20 +156,68 @@ def _with_device(
         torch.cuda.synchronize(device)
 
     nbytes = STATE_BYTES * numel
-    up_rate = nbytes / _seconds(move(True, False), each_s / 2)
-    down_rate = nbytes / _seconds(move(False, True), each_s / 2)
-    both = 2 * nbytes / _seconds(move(True, True), each_s)
-    on_device_rate = 8 * numel / _seconds(on_device, each_s / 2)
-    cpu_beside, stream_beside = _at_once(on_cpu, move(True, True), numel, each_s)
     return Rates(
         cpu=cpu,
-        device=on_device_rate,
-        up=up_rate,
-        down=down_rate,
-        both=both,
-        cpu_beside=cpu_beside,
-        stream_beside=min(stream_beside, on_device_rate),
+        device=8 * numel / _seconds(on_device, each_s / 2),
+        up=nbytes / _seconds(move(True, False), each_s / 2),
+        down=nbytes / _seconds(move(False, True), each_s / 2),
+        both=2 * nbytes / _seconds(move(True, True), each_s),
     )
+
+
+def _with_both_at_once(
+    rates: Rates,
+    on_cpu: Callable[[], None],
+    moved: tuple[torch.Tensor, torch.Tensor],
+    device: torch.device,
+    memory: HostMemory,
+    *,
+    budget_s: float,
+) -> Rates:
+    """Add what the CPU and the stream do while the other does, by the lanes of the optimizer.
+
+    `moved` are the host's gradient and result of an update on the CPU, which cross the link too.
+    """
+    gradient, out = moved
+    numel = out.numel()
+    slots = [States.empty(numel, device) for _ in range(3)]
+    sources, targets = (itertools.cycle(_homes(memory, numel)) for _ in range(2))
+    there = torch.zeros_like(out, device=device)
+    lanes = make_lanes(device)
+    left: deque[Ticket] = deque(maxlen=len(slots))
+    arrived: deque[Ticket] = deque(maxlen=len(slots))
+
+    def update() -> None:
+        on_cpu()
+        lanes.lane("gradients down").run(lambda: _copy(gradient, there))
+        arrived.append(lanes.lane("parameters up").run(lambda: _copy(there, out)))
+        if len(arrived) == arrived.maxlen:
+            arrived[0].wait()
+
+    def stream() -> None:
+        slot, source, target = slots[0], next(sources), next(targets)
+        slots.append(slots.pop(0))
+        before = []
+        if len(left) == left.maxlen:  # of this slot
+            left[0].wait()
+            before = [left[0]]
+        up = lanes.lane("states up").run(lambda: slot.copy_(source, non_blocking=True), after=before)
+        left.append(lanes.lane("states down").run(lambda: target.copy_(slot, non_blocking=True), after=[up]))
+
+    try:
+        cpu_beside, stream_beside = _at_once(update, stream, numel, budget_s)
+    finally:
+        lanes.close()
+    return dataclasses.replace(rates, cpu_beside=cpu_beside, stream_beside=min(stream_beside, rates.device))
+
+
+def _homes(memory: HostMemory, numel: int) -> list[States]:
+    """Return states in host memory, of two subgroups."""
+    return [States(*(memory.empty(numel, torch.float32) for _ in range(3))) for _ in range(2)]
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)
 
 
 def _at_once(first: Callable[[], None], second: Callable[[], None], numel: int, budget_s: float) -> tuple[float, float]:

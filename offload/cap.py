@@ -28,15 +28,16 @@ def capped(device: torch.device, num_bytes: int) -> Iterator[Usage]:
     """
     if device.type != "cuda":
         raise BudgetError(f"cap: {device} has no memory of its own to cap; give a stream a budget instead")
+    index = torch.cuda.current_device() if device.index is None else device.index  # a fraction needs a number
     torch.cuda.empty_cache()
     used, total = torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     if used > num_bytes:
         raise BudgetError(f"cap: {used} bytes of {device} are in use already, which is more than {num_bytes}")
     usage = Usage()
     torch.cuda.reset_peak_memory_stats(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), index)
     try:
         yield usage
     finally:
         usage.peak_bytes = torch.cuda.max_memory_allocated(device)
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)

@@ -23,7 +23,7 @@ from offload.tracing import STALL, Trace
 from offload.transfer import TIMEOUT_S, HostMemory, Lanes, Ring, Ticket, finished, make_lanes
 from offload.updates import DeviceWorker, HostWorker, Round, Run, Task, Verdict, Worker, Workplace
 
-NUM_OUTS = 3
+NUM_OUTS = 4
 """Subgroups of new parameters on their way to the device at once."""
 _PAGE_NUMEL = 1024
 """fp32 elements of a page of memory, the least that can be pinned."""

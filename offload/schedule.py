@@ -95,10 +95,10 @@ class Rates:
     both: float
     """Bytes of both ways at once, summed."""
     cpu_beside: float | None = None
-    """Parameters updated by the CPU while states are streamed; None: from the bytes alone."""
+    """Parameters updated by the CPU while states are streamed; None: as alone."""
     stream_beside: float | None = None
-    """Parameters streamed while the CPU updates others, whose gradients and values do not move; None: from the bytes
-    alone."""
+    """Parameters streamed while the CPU updates others, whose gradients and values cross the link too; None: what
+    these leave of it."""
     tier_read: float = math.inf
     tier_write: float = math.inf
 
@@ -119,9 +119,9 @@ class Rates:
     def beside(self) -> tuple[float, float]:
         """Parameters a second of the CPU and of the stream while both run."""
         cpu = self.cpu_beside or self.cpu
-        alone = min(self.up, self.down, self.both / 2)
-        way = STATE_BYTES * self.stream_beside if self.stream_beside else alone
-        # What the CPU updates takes its part of the link: gradients down, parameters up.
+        if self.stream_beside:
+            return cpu, self.stream_beside
+        way = min(self.up, self.down, self.both / 2)
         return cpu, min(self.device, max(0.1 * way, way - 2 * cpu) / STATE_BYTES)
 
     @property

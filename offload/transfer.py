@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -101,10 +102,15 @@ class _EventTicket:
 
 
 class _CudaLane:
-    def __init__(self, name: str, device: torch.device, trace: Trace | None) -> None:
+    """A stream. Work of a lane with a lane to `pass_first` comes behind what that one can do when it is enqueued."""
+
+    def __init__(self, name: str, device: torch.device, trace: Trace | None, pass_first: _CudaLane | None) -> None:
         self.name = name
         self.num_bytes = 0
-        self._trace = trace
+        self._trace, self._pass_first = trace, pass_first
+        self._lock = threading.Lock()
+        self._under_way: deque[tuple[Sequence[Ticket], Ticket]] = deque()
+        """What is not known to have ended: what it waits for, and its own ticket."""
         with torch.cuda.device(device):
             # Small beside the model's kernels, and somebody waits for them.
             self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
@@ -118,15 +124,37 @@ class _CudaLane:
         uses: Sequence[torch.Tensor] = (),
     ) -> Ticket:
         self.num_bytes += num_bytes
+        passing = None if self._pass_first is None else self._pass_first.ready()
         with torch.cuda.stream(self.stream):
-            for ticket in after:
+            for ticket in after if passing is None else (*after, passing):
                 _hold(self.stream, ticket)
             seen = self._trace.device_span(self.name, self.name, num_bytes) if self._trace else None
             with seen or contextlib.nullcontext():
                 work()
         for tensor in uses:
             tensor.record_stream(self.stream)
-        return _record(self.stream)
+        ticket = _record(self.stream)
+        with self._lock:
+            while self._under_way and self._under_way[0][1].done():
+                self._under_way.popleft()
+            self._under_way.append((after, ticket))
+        return ticket
+
+    def ready(self) -> Ticket | None:
+        """Return the ticket of the last work that need not wait for anything; None: there is none."""
+        found = None
+        with self._lock:
+            while self._under_way and all(ticket.done() for ticket in self._under_way[0][0]):
+                found = self._under_way.popleft()[1]
+        return found
+
+
+_PASSED_BY = {"states up": "parameters up", "states down": "gradients down"}
+"""Lanes that are full for long, and lanes of small copies in the same direction.
+
+A copy engine serves one stream until nothing of it is ready. The small copies would wait for all states (on an H200
+0.26 s), and whoever waits for them, too.
+"""
 
 
 class CudaLanes:
@@ -137,11 +165,12 @@ class CudaLanes:
         self._lanes: dict[str, _CudaLane] = {}
         self._lock = threading.Lock()
 
-    def lane(self, name: str) -> Lane:
+    def lane(self, name: str) -> _CudaLane:
         """Return the lane of a name, made at the first call."""
+        first = self.lane(_PASSED_BY[name]) if name in _PASSED_BY else None
         with self._lock:
             if name not in self._lanes:
-                self._lanes[name] = _CudaLane(name, self._device, self._trace)
+                self._lanes[name] = _CudaLane(name, self._device, self._trace, first)
             return self._lanes[name]
 
     def now(self) -> Ticket:
@@ -269,7 +298,8 @@ class HostMemory:
     def __init__(self, *, pinned: bool, limit_bytes: int | None = None) -> None:
         self._pinned = pinned
         self._limit_bytes = limit_bytes
-        self._regions: list[tuple[int, int]] = []
+        self._regions: list[torch.Tensor] = []
+        """What is pinned; kept, for memory that is pinned must not go."""
         self.num_bytes = 0
         """Bytes given out."""
 
@@ -301,18 +331,17 @@ class HostMemory:
                 f"host memory: {tensor.nbytes} bytes cannot be pinned (CUDA error {code}); raise the limit of locked "
                 "memory (ulimit -l) or lower what is streamed"
             )
-        self._regions.append((tensor.data_ptr(), tensor.nbytes))
+        self._regions.append(tensor)
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes that are pinned now."""
-        return sum(num_bytes for _, num_bytes in self._regions)
+        return sum(tensor.nbytes for tensor in self._regions)
 
     def close(self) -> None:
         """Unpin everything; a second call does nothing."""
         while self._regions:
-            address, _ = self._regions.pop()
-            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+            torch.cuda.cudart().cudaHostUnregister(self._regions.pop().data_ptr())  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
@@ -253,6 +253,19 @@ def awaited(round_: Round, task: Task) -> list[Ticket]:
     return [*task.tickets, *([] if round_.may_write is None else [round_.may_write])]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A ticket for work that another thread enqueues."""
+
+    enqueued: Future[Ticket]
+
+    def wait(self) -> None:
+        self.enqueued.result(TIMEOUT_S).wait()
+
+    def done(self) -> bool:
+        return self.enqueued.done() and self.enqueued.result().done()
+
+
 class HostWorker(Worker):
     """Updates subgroups in DRAM and in a tier, on the CPU."""
 
@@ -261,6 +274,12 @@ class HostWorker(Worker):
         self._kernel = kernel
         self._outs = outs
         self._tier = tier
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="offload-send")
+
+    def close(self) -> None:
+        """End, when all tasks are done and on their way; a second call does nothing."""
+        super().close()
+        self._sender.shutdown()
 
     def _serve(self) -> None:
         while (taken := self.backlog.take(wait=True)) is not None:
@@ -292,8 +311,18 @@ class HostWorker(Worker):
         self._compute(task, runs, out, states, into)
         if self._tier is not None and task.path == "tier":
             self._tier.give(task.index, keep=task.index in round_.keep)
-        ticket = self._send(round_, task, out)
-        self._outs.give(index, ticket)
+        sent: Future[Ticket] = Future()
+        self._outs.give(index, _Sent(sent))
+        self._sender.submit(self._guarded, round_, task, functools.partial(self._finish, used, out, sent))
+
+    def _finish(self, used: Verdict, out: torch.Tensor, sent: Future[Ticket], round_: Round, task: Task) -> None:
+        """Send the new parameters and settle the task, while the worker goes on with the next one."""
+        try:
+            ticket = self._send(round_, task, out)
+        except BaseException as error:
+            sent.set_exception(error)
+            raise
+        sent.set_result(ticket)
         self._settle(round_, task, used, ticket)
 
     def _compute(self, task: Task, runs: Sequence[Run], out: torch.Tensor, states: States, into: States) -> None:

@@ -16,6 +16,7 @@ from offload.errors import BudgetError
 from offload.streaming import LayerStream, fit
 from offload.swap_plan import Choice
 from offload.tracing import COMPUTE, Trace
+from offload.transfer import CudaLanes, HostMemory
 from tests.contracts.tier import TierContract, spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -34,10 +35,38 @@ class TestPinnedCpuTier(TierContract):
 
 
 @pytest.fixture(autouse=True)
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_small_copies_pass_the_states_that_are_enqueued_after_them(way: str) -> None:
+    lanes = CudaLanes(CUDA)
+    states, small = (
+        lanes.lane(name) for name in (f"states {way}", f"{'parameters' if way == 'up' else 'gradients'} {way}")
+    )
+    there = torch.zeros(1 << 26, dtype=torch.uint8, device=CUDA)
+    with HostMemory(pinned=True) as memory:
+        here = memory.empty(1 << 26, torch.uint8)
+        target, source = (there, here) if way == "up" else (here, there)
+        ends: list[torch.cuda.Event] = []
+
+        def copy(count: int) -> None:
+            target[:count].copy_(source[:count], non_blocking=True)
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
+
+        for _ in range(4):
+            states.run(lambda: copy(1 << 26))
+        small.run(lambda: copy(1 << 20))
+        for _ in range(20):
+            states.run(lambda: copy(1 << 26))
+        lanes.close()
+        assert ends[4].elapsed_time(ends[6]) > 0  # before the second of those that were enqueued after it
+        assert ends[3].elapsed_time(ends[-1]) > 0
 
 
 def make(*, recompute: bool = False) -> Decoder:
