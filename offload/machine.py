@@ -16,7 +16,7 @@ from offload import calibrate
 from offload.errors import OptimizerError
 from offload.group import Group
 from offload.kernels import Kernel, KernelName, States, Step, make_kernel
-from offload.schedule import Budget, Interleave, Mode, Plan, Rates, cut, plan
+from offload.schedule import STATE_BYTES, Budget, Interleave, Mode, Plan, Rates, cut, plan
 from offload.states import KINDS, StateStore, TierCache
 from offload.tier import Tier
 from offload.tracing import STALL, Trace
@@ -90,6 +90,8 @@ class Machine:
         self._kernels: list[Kernel] = []
         self.round: Round | None = None
         self.passed: set[int] = set()
+        self.prefetched: set[int] = set()
+        """Subgroups of the round, or of the last one, whose states were on the device before the end of backward."""
         self._num_rounds = 0
         try:
             self._furnish(tiering)
@@ -121,7 +123,7 @@ class Machine:
             for group, path in zip(self.subgroups, self.plan.paths, strict=True)
         ]
         self.round = Round(tasks, speculates=self.mode == "spec", is_early=self.mode in ("stream", "spec"))
-        self.passed = set()
+        self.passed, self.prefetched = set(), set()
         if self.mode == "stream":
             self.round.verdict.set_result(Verdict(1.0))
         return self.round
@@ -155,6 +157,25 @@ class Machine:
                 )
                 task.tickets.append(copied)
         return mine
+
+    def prefetch(self, task: Task) -> None:
+        """Bring the states of a subgroup whose gradients were taken to the device, if a step's peak leaves room.
+
+        For updates that wait for the end of backward, whose own way up is idle until then.
+        """
+        assert self.round is not None
+        if task.path != "stream" or self.round.is_early:
+            return
+        num_bytes = STATE_BYTES * task.subgroup.count
+        if self.device.type == "cuda" and not _has_room(self.device, num_bytes):
+            return
+        self._device_worker.prefetch(task, States.empty(task.subgroup.count, self.device))
+        self.prefetched.add(task.index)
+
+    def drop_prefetched(self) -> None:
+        """Forget states that are on the device early; call it before others are written to their home."""
+        for task in [] if self.round is None else self.round.tasks:
+            task.prefetched = None
 
     def submit(self, task: Task, *, order: int | None = None) -> None:
         """Let a worker update a subgroup, whose gradients have all been taken."""
@@ -253,6 +274,7 @@ class Machine:
     def read_parameters(self, numbers: Set[int]) -> None:
         """Set the masters of some parameters to their values, but for those that round to them already."""
         self.settle()
+        self.drop_prefetched()
         for index in sorted({index for number in numbers for index in self.subgroups_of[number]}):
             states = self.store.read(index)
             for piece in self.subgroups[index].pieces:
@@ -402,3 +424,9 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
         target.copy_(source, non_blocking=True)
 
     return copy
+
+
+def _has_room(device: torch.device, num_bytes: int) -> bool:
+    """Whether so many bytes more do not raise the peak of what torch has allocated; backward frees much of it."""
+    allocated = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
+    return bool(allocated["current"] + num_bytes <= allocated["peak"])

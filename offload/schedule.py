@@ -12,7 +12,7 @@ next forward, where clipping allows no earlier start, and all of it is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,9 +247,18 @@ class _Server:
 
 
 def predict(
-    counts: Sequence[int], paths: Sequence[Path], rates: Rates, *, forward_s: float, backward_s: float, mode: Mode
+    counts: Sequence[int],
+    paths: Sequence[Path],
+    rates: Rates,
+    *,
+    forward_s: float,
+    backward_s: float,
+    mode: Mode,
+    prefetched: Set[int] = frozenset(),
 ) -> Timeline:
     """Return the timeline of a step whose forward and backward take so long on the device.
+
+    The states of `prefetched` subgroups of `stream` are on the device before backward ends.
 
     Gradients arrive evenly in backward, the last subgroup's first. Updates start at their gradients' arrival in
     `stream` and `spec`, after backward otherwise; of what is there, what forward needs first is first. The forward
@@ -265,7 +274,8 @@ def predict(
     done = [0.0] * len(counts)
     host = _Server([i for i, path in enumerate(paths) if path in ("cpu", "tier")])
     device = _Server([i for i, path in enumerate(paths) if path in ("stream", "resident")])
-    now = _serve(host, device, counts, paths, rates, ready, done)
+    works = ["prefetched" if index in prefetched else path for index, path in enumerate(paths)]
+    now = _serve(host, device, counts, works, rates, ready, done)
     clock = max(now, backward_s) if mode == "sync" else backward_s
     for index, count in enumerate(counts):
         # The way up of a CPU subgroup's parameters.
@@ -286,7 +296,7 @@ def _serve(
     host: _Server,
     device: _Server,
     counts: Sequence[int],
-    paths: Sequence[Path],
+    works: Sequence[str],
     rates: Rates,
     ready: Sequence[float],
     done: list[float],
@@ -297,7 +307,7 @@ def _serve(
         for server in (host, device):
             if server.current is None:
                 _start(server, counts, ready, now)
-        speeds = [_speed(server, other, paths, rates) for server, other in ((host, device), (device, host))]
+        speeds = [_speed(server, other, works, rates) for server, other in ((host, device), (device, host))]
         ends = [
             now + server.left / speed
             for server, speed in zip((host, device), speeds, strict=True)
@@ -327,15 +337,19 @@ def _start(server: _Server, counts: Sequence[int], ready: Sequence[float], now: 
         server.left = float(counts[server.current])
 
 
-def _speed(server: _Server, other: _Server, paths: Sequence[Path], rates: Rates) -> float:
+def _speed(server: _Server, other: _Server, works: Sequence[str], rates: Rates) -> float:
     if server.current is None:
         return 1.0
-    path = paths[server.current]
-    beside = other.current is not None and "stream" in (path, paths[other.current])
-    if path == "resident":
+    work = works[server.current]
+    beside = None if other.current is None else works[other.current]
+    if work == "resident":
         return rates.device
-    if path == "tier":
+    if work == "tier":
         return rates.tier
-    if path == "stream":
-        return rates.beside[1] if beside else rates.stream
-    return rates.beside[0] if beside else rates.cpu
+    if work == "stream":
+        return rates.stream if beside is None else rates.beside[1]
+    if work == "prefetched":  # only the way down is left
+        return min(rates.device, rates.down / STATE_BYTES)
+    if beside == "prefetched":
+        return (rates.cpu + rates.beside[0]) / 2  # half of the copies that calibration saw
+    return rates.beside[0] if beside == "stream" else rates.cpu

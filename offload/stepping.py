@@ -143,14 +143,18 @@ class Stepping(torch.optim.Optimizer):
             )
         machine = self._open()
         self._take(number, parameter)
+        assert machine.round is not None
+        tasks = [machine.round.tasks[index] for index in machine.subgroups_of[number]]
+        whole = [task for task in tasks if all(piece.parameter in self._taken for piece in task.subgroup.pieces)]
         if self.mode in ("stream", "spec"):
             early = ("cpu", "stream") if self.mode == "spec" else ("cpu", "stream", "resident", "tier")
             self._guard(number, parameter)
-            assert machine.round is not None
-            for index in machine.subgroups_of[number]:
-                task = machine.round.tasks[index]
-                if task.path in early and all(piece.parameter in self._taken for piece in task.subgroup.pieces):
+            for task in whole:
+                if task.path in early:
                     machine.submit(task)
+            return
+        for task in whole:
+            machine.prefetch(task)
 
     def _open(self) -> Machine:
         """Return the machine with a round open; the one before ends first."""

@@ -50,6 +50,14 @@ class Run:
     step: Step
 
 
+@dataclass(frozen=True, slots=True)
+class Prefetched:
+    """States of a subgroup in memory of the device that is theirs for one step."""
+
+    states: States
+    up: Ticket
+
+
 @dataclass(slots=True)
 class Task:
     """The update of one subgroup."""
@@ -66,6 +74,8 @@ class Task:
     """Done when the gradients are where the update reads them."""
     updated: Future[Ticket] = field(default_factory=Future)
     """Has the ticket after which the parameters may be read."""
+    prefetched: Prefetched | None = None
+    """The states, if they are on the device already."""
     speculated: Ticket | None = None
     """The ticket of an update that waits for the verdict."""
     submitted: bool = False
@@ -387,6 +397,15 @@ class DeviceWorker(Worker):
         if index in self._down:
             self._down[index].wait()
 
+    def prefetch(self, task: Task, states: States) -> None:
+        """Bring a subgroup's states to where the caller has made room for them, by its current stream."""
+        home = self.place.store.current(task.index)
+        after = [self.place.lanes.now(), *([self._down[task.index]] if task.index in self._down else [])]
+        up = self.place.lanes.lane("states up").run(
+            lambda: states.copy_(home, non_blocking=True), after=after, num_bytes=home.nbytes, uses=states.tensors
+        )
+        task.prefetched = Prefetched(states, up)
+
     def _serve(self) -> None:
         ahead = len(self._slots) if self._slots is not None else 1
         while True:
@@ -401,7 +420,9 @@ class DeviceWorker(Worker):
 
     def _stage(self, round_: Round, task: Task) -> None:
         staged = _Staged(round_, task)
-        if task.path == "stream":
+        if task.prefetched is not None:
+            staged.states, staged.up = task.prefetched.states, task.prefetched.up
+        elif task.path == "stream":
             assert self._slots is not None
             staged.slot, slot = self._slots.take()
             staged.states = slot.narrow(0, task.subgroup.count)
@@ -425,17 +446,21 @@ class DeviceWorker(Worker):
         states = staged.states or self.place.store.current(task.index)
         runs = self.place.runs(task, used.scale)
         gradients = dict(task.gradients)  # the task's are dropped when it is done, which is before the device is
+        passing = () if task.prefetched is None else states.tensors
+        task.prefetched = None
         after = [*([] if staged.up is None else [staged.up]), *awaited(round_, task)]
         ticket = self.place.lanes.lane("gpu update").run(
-            lambda: self._compute(task, gradients, runs, states), after=after, uses=list(gradients.values())
+            lambda: self._compute(task, gradients, runs, states), after=after, uses=[*gradients.values(), *passing]
         )
-        if staged.slot is not None and self._slots is not None:
+        if task.path == "stream":
             home = self.place.store.next(task.index)
             down = self.place.lanes.lane("states down").run(
-                lambda: home.copy_(states, non_blocking=True), after=[ticket], num_bytes=home.nbytes
+                lambda: home.copy_(states, non_blocking=True), after=[ticket], num_bytes=home.nbytes, uses=passing
             )
-            self._down[task.index] = self._slot_down[staged.slot] = down
-            self._slots.give(staged.slot, ticket)
+            self._down[task.index] = down
+            if staged.slot is not None and self._slots is not None:
+                self._slot_down[staged.slot] = down
+                self._slots.give(staged.slot, ticket)
         self._settle(round_, task, used, ticket)
 
     def _compute(self, task: Task, gradients: dict[int, torch.Tensor], runs: Sequence[Run], states: States) -> None:

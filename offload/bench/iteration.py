@@ -320,9 +320,17 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
             machine = engine.optimizer.machine
             counts = [group.count for group in machine.subgroups]
             told = predict(
-                counts, machine.plan.paths, machine.rates, forward_s=phases[0], backward_s=phases[1], mode=variant.mode
+                counts,
+                machine.plan.paths,
+                machine.rates,
+                forward_s=phases[0],
+                backward_s=phases[1],
+                mode=variant.mode,
+                prefetched=machine.prefetched,
             )
             yield _result(label, "predicted", "s", told.step_s)
+            early = sum(counts[index] for index in machine.prefetched)
+            yield _result(label, "came early", "parameters", early)
     for name, wait_s in waits.items():
         if waits.get("tiered sync"):
             hidden = 1 - wait_s / waits["tiered sync"]

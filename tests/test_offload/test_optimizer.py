@@ -72,7 +72,8 @@ def test_every_schedule_equals_torchs_adamw_after_50_steps(mode: Mode, tmp_path:
         reference = Reference(reference_model, max_norm)
         train(reference_model, reference, steps=50, accumulation=accumulation, overflow_at=overflow_at)
         for schedule in schedules:
-            early = accumulation if mode in ("stream", "spec") or accumulation > 1 else None
+            is_early = mode in ("stream", "spec") or accumulation > 1 or schedule in (1, 3, "mixed")
+            early = accumulation if is_early else None  # with it states come to the device under backward
             model = small_model(dtype)
             with (
                 tiering(schedule, tmp_path, accumulation_steps=early) as settings,
@@ -84,6 +85,31 @@ def test_every_schedule_equals_torchs_adamw_after_50_steps(mode: Mode, tmp_path:
                 assert optimizer.num_skipped == (overflow_at is not None)
                 if mode != "stream":
                     assert optimizer.last_norm == reference.last_norm
+
+
+@pytest.mark.parametrize("what", ["model", "states"])
+def test_what_is_loaded_between_backward_and_step_replaces_states_that_came_early(what: str, tmp_path: Path) -> None:
+    found = []
+    for early in (None, 1):
+        model = small_model(torch.bfloat16)
+        with (
+            tiering(1, tmp_path, accumulation_steps=early) as settings,
+            optimizer_of(model, "defer", None, settings) as optimizer,
+        ):
+            train(model, optimizer, steps=2)
+            saved = optimizer.state_dict()
+            train(model, optimizer, steps=1)
+            model(torch.arange(8)).float().sum().backward()
+            assert bool(optimizer.machine.prefetched) == (early == 1)
+            if what == "model":
+                model.load_state_dict({name: value / 2 for name, value in model.state_dict().items()})
+            else:
+                optimizer.load_state_dict(saved)
+            optimizer.step()
+            found.append(optimizer.state_dict()["state"])
+    for number, plain in found[0].items():
+        for kind, value in plain.items():
+            assert torch.equal(found[1][number][kind], value), (number, kind)
 
 
 def test_the_torch_kernel_gives_the_same_bits(tmp_path: Path) -> None:
