@@ -156,7 +156,7 @@ def _options() -> argparse.Namespace:
 def deterministic() -> Iterator[None]:
     """Let kernels that add in an order of chance choose a fixed one."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
