@@ -16,12 +16,14 @@ from offload import calibrate
 from offload.errors import OptimizerError
 from offload.group import Group
 from offload.kernels import Kernel, KernelName, States, Step, make_kernel
+from offload.room import room_of
+from offload.rounds import Round, Run, Task, Verdict
 from offload.schedule import STATE_BYTES, Budget, Interleave, Mode, Plan, Rates, cut, plan
 from offload.states import KINDS, StateStore, TierCache
 from offload.tier import Tier
 from offload.tracing import STALL, Trace
 from offload.transfer import TIMEOUT_S, HostMemory, Lanes, Ring, Ticket, finished, make_lanes
-from offload.updates import DeviceWorker, HostWorker, Round, Run, Task, Verdict, Worker, Workplace
+from offload.updates import DeviceWorker, HostWorker, Worker, Workplace
 
 NUM_OUTS = 4
 """Subgroups of new parameters on their way to the device at once."""
@@ -54,6 +56,10 @@ class Tiering:
     """Threads of the CPU's updates; None: all CPUs of this process but two, which launch and copy."""
     link_bytes_per_s: float | None = None
     """Emulates a link of this rate, with parameters on a CPU."""
+    prefetch: bool = False
+    """Brings states that are streamed to the device under backward, in `sync` and `defer` with `accumulation_steps`:
+    where a step's own peak of memory leaves room, and until the end of the next forward. The README says what that
+    gave, and what was not measured."""
     trace: Trace | None = None
     """Gets transfers, updates and stalls."""
 
@@ -79,6 +85,7 @@ class Machine:
         self.rates = tiering.rates
         self.plan = self._plan(tiering)
         self.memory = HostMemory(pinned=self.device.type == "cuda")
+        self.room = room_of(self.device) if tiering.prefetch else None
         self._trace = tiering.trace
         self.lanes: Lanes = make_lanes(self.device, bytes_per_s=tiering.link_bytes_per_s, trace=tiering.trace)
         self.tier: TierCache | None = None
@@ -164,18 +171,23 @@ class Machine:
         For updates that wait for the end of backward, whose own way up is idle until then.
         """
         assert self.round is not None
-        if task.path != "stream" or self.round.is_early:
+        if self.room is None or task.path != "stream" or self.round.is_early:
             return
-        num_bytes = STATE_BYTES * task.subgroup.count
-        if self.device.type == "cuda" and not _has_room(self.device, num_bytes):
+        if not self.room.borrow(STATE_BYTES * task.subgroup.count):
             return
         self._device_worker.prefetch(task, States.empty(task.subgroup.count, self.device))
         self.prefetched.add(task.index)
 
+    @property
+    def num_early(self) -> int:
+        """Subgroups that have memory which was lent to them."""
+        return self._device_worker.num_early
+
     def drop_prefetched(self) -> None:
         """Forget states that are on the device early; call it before others are written to their home."""
         for task in [] if self.round is None else self.round.tasks:
-            task.prefetched = None
+            if task.prefetched is not None:
+                task.prefetched.is_over, task.prefetched = True, None
 
     def submit(self, task: Task, *, order: int | None = None) -> None:
         """Let a worker update a subgroup, whose gradients have all been taken."""
@@ -315,7 +327,12 @@ class Machine:
                 ticket.wait()
             else:
                 self.lanes.hold(ticket)
+        if index in self.passed:
+            return
         self.passed.add(index)
+        if self.room is not None and len(self.passed) == len(self.subgroups):
+            self.room.give_back(self._device_worker.release())
+            self.room.measure()
 
     def _stall(self, task: Task) -> contextlib.AbstractContextManager[None]:
         """Record what is waited for a task, if anything is, under the name of where its states are."""
@@ -424,9 +441,3 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
         target.copy_(source, non_blocking=True)
 
     return copy
-
-
-def _has_room(device: torch.device, num_bytes: int) -> bool:
-    """Whether so many bytes more do not raise the peak of what torch has allocated; backward frees much of it."""
-    allocated = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
-    return bool(allocated["current"] + num_bytes <= allocated["peak"])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from offload.rounds import Verdict
 from offload.transfer import Lanes, Ticket
-from offload.updates import Verdict
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

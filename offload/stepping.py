@@ -19,8 +19,8 @@ from offload.errors import OptimizerError
 from offload.group import Group
 from offload.machine import Machine, Tiering
 from offload.optimizer_checks import check_apart, check_gradient, check_groups, check_parameters
+from offload.rounds import Verdict
 from offload.schedule import Mode
-from offload.updates import Verdict
 
 
 class Stepping(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""One optimizer step in flight, and the two threads that work on it.
+"""The two threads that work on an optimizer step.
 
 A `Round` has a task for every subgroup. The host's worker updates what is in DRAM or in a tier; the device's worker
 what is resident or streamed. Of what has arrived both take the lowest subgroup first, because the next forward needs it
@@ -18,156 +18,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from offload.errors import OptimizerError
-from offload.kernels import Kernel, States, Step
-from offload.schedule import Path, Piece, Subgroup
+from offload.kernels import Kernel, States
+from offload.rounds import Backlog, Prefetched, Round, Run, Task, Verdict
+from offload.schedule import Piece
 from offload.states import StateStore, TierCache
 from offload.tracing import Trace
 from offload.transfer import TIMEOUT_S, Lanes, Ring, Ticket
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the norm decided."""
-
-    scale: float
-    """Multiplies every gradient."""
-    skip: bool = False
-    """Whether the step is not made: something was not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring elements of a subgroup that make the same step."""
-
-    offset: int
-    count: int
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class Prefetched:
-    """States of a subgroup in memory of the device that is theirs for one step."""
-
-    states: States
-    up: Ticket
-
-
-@dataclass(slots=True)
-class Task:
-    """The update of one subgroup."""
-
-    subgroup: Subgroup
-    path: Path
-    gradients: dict[int, torch.Tensor] = field(default_factory=dict)
-    """On the device, flat, by the number of the parameter; for a path on the device."""
-    host_gradient: torch.Tensor | None = None
-    """Flat, of the whole subgroup; for a path on the host."""
-    present: set[int] = field(default_factory=set)
-    """Parameters that have a gradient."""
-    tickets: list[Ticket] = field(default_factory=list)
-    """Done when the gradients are where the update reads them."""
-    updated: Future[Ticket] = field(default_factory=Future)
-    """Has the ticket after which the parameters may be read."""
-    prefetched: Prefetched | None = None
-    """The states, if they are on the device already."""
-    speculated: Ticket | None = None
-    """The ticket of an update that waits for the verdict."""
-    submitted: bool = False
-    """Whether a worker has got it."""
-    wrote: bool = False
-    """Whether a speculative update has changed the parameters."""
-    arrived: bool = False
-    """Whether the gradients were found to be there."""
-
-    def has_arrived(self) -> bool:
-        """Whether an update would not have to wait for its gradients."""
-        self.arrived = self.arrived or all(ticket.done() for ticket in self.tickets)
-        return self.arrived
-
-    @property
-    def index(self) -> int:
-        return self.subgroup.index
-
-
-@dataclass(slots=True)
-class Round:
-    """One step of the optimizer."""
-
-    tasks: list[Task]
-    speculates: bool
-    is_early: bool = False
-    """Whether updates begin in backward."""
-    may_write: Ticket | None = None
-    """Done when nothing on the device reads the parameters' old values any more; None: the gradients' tickets say."""
-    verdict: Future[Verdict] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Over the verdict and what tasks make of it."""
-    has_stepped: bool = False
-    keep: frozenset[int] = frozenset()
-    """Subgroups of the tier that stay in their buffers."""
-
-    def wait(self) -> Verdict:
-        """Return the verdict."""
-        try:
-            return self.verdict.result(TIMEOUT_S)
-        except FutureTimeout as error:
-            raise OptimizerError(f"step() did not follow within {TIMEOUT_S} s after the gradients") from error
-
-
-class Backlog:
-    """Tasks that wait for a worker."""
-
-    def __init__(self) -> None:
-        self._tasks: list[tuple[Round, Task, int]] = []
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def put(self, round_: Round, task: Task, order: int | None = None) -> None:
-        """Add a task; of what can begin, lower orders (default: the subgroup's index) are first."""
-        with self._changed:
-            self._tasks.append((round_, task, task.index if order is None else order))
-            self._changed.notify()
-
-    def take(self, *, wait: bool) -> tuple[Round, Task] | None:
-        """Return the next task; None: it was closed, or there is none and nobody is to wait."""
-        with self._changed:
-            while wait and not self._tasks and not self._closed:
-                self._changed.wait()
-            if not self._tasks:
-                return None
-            entry = self._ordered()[0]
-            self._tasks.remove(entry)
-            return entry[0], entry[1]
-
-    def upcoming(self) -> list[Task]:
-        """Return what waits, in the order in which it would be taken."""
-        with self._changed:
-            return [task for _, task, _ in self._ordered()]
-
-    def close(self) -> None:
-        """Let nobody wait any more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _ordered(self) -> list[tuple[Round, Task, int]]:
-        """Return what waits, in the order in which to do it; all of it is of one round."""
-        waiting = sorted(self._tasks, key=lambda entry: entry[2])
-        if not waiting or not waiting[0][0].is_early:
-            return waiting
-        is_judged = waiting[0][0].verdict.done()
-        coming = [entry for entry in waiting if is_judged or entry[1].path in ("cpu", "stream")]
-        later = [] if is_judged else [entry for entry in waiting if entry[1].path not in ("cpu", "stream")]
-        there = []
-        while coming and coming[-1][1].has_arrived():  # the highest come first: nothing below is asked in vain
-            there.append(coming.pop())
-        return [*reversed(there), *reversed(coming), *later]
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +239,7 @@ class _Staged:
     slot: int | None = None
     states: States | None = None
     up: Ticket | None = None
+    early: Prefetched | None = None
 
 
 class DeviceWorker(Worker):
@@ -391,6 +252,7 @@ class DeviceWorker(Worker):
         self._down: dict[int, Ticket] = {}
         self._slot_down: dict[int, Ticket] = {}
         self._staged: deque[_Staged] = deque()
+        self._early: list[Prefetched] = []
 
     def returned(self, index: int) -> None:
         """Wait until a subgroup's states are back in host memory."""
@@ -398,13 +260,28 @@ class DeviceWorker(Worker):
             self._down[index].wait()
 
     def prefetch(self, task: Task, states: States) -> None:
-        """Bring a subgroup's states to where the caller has made room for them, by its current stream."""
+        """Bring a subgroup's states to memory that the caller's current stream has given."""
         home = self.place.store.current(task.index)
         after = [self.place.lanes.now(), *([self._down[task.index]] if task.index in self._down else [])]
         up = self.place.lanes.lane("states up").run(
-            lambda: states.copy_(home, non_blocking=True), after=after, num_bytes=home.nbytes, uses=states.tensors
+            lambda: states.copy_(home, non_blocking=True), after=after, num_bytes=home.nbytes
         )
         task.prefetched = Prefetched(states, up)
+        self._early.append(task.prefetched)
+
+    @property
+    def num_early(self) -> int:
+        """Subgroups that have memory which was lent to them."""
+        return len(self._early)
+
+    def release(self) -> int:
+        """Wait until states that were prefetched are back, let go of them, and return how many bytes they took."""
+        num_bytes = 0
+        for early in [early for early in self._early if early.is_over]:
+            early.last.wait()
+            self._early.remove(early)
+            num_bytes += early.states.nbytes
+        return num_bytes
 
     def _serve(self) -> None:
         ahead = len(self._slots) if self._slots is not None else 1
@@ -415,13 +292,15 @@ class DeviceWorker(Worker):
             elif self._staged:
                 staged = self._staged.popleft()
                 self._guarded(staged.round, staged.task, functools.partial(self._update, staged))
+                del staged  # which would keep memory on the device that was lent
             else:
                 return
 
     def _stage(self, round_: Round, task: Task) -> None:
         staged = _Staged(round_, task)
         if task.prefetched is not None:
-            staged.states, staged.up = task.prefetched.states, task.prefetched.up
+            staged.early, task.prefetched = task.prefetched, None
+            staged.states, staged.up = staged.early.states, staged.early.last
         elif task.path == "stream":
             assert self._slots is not None
             staged.slot, slot = self._slots.take()
@@ -441,23 +320,25 @@ class DeviceWorker(Worker):
         if used.skip:
             if staged.slot is not None and staged.up is not None and self._slots is not None:
                 self._slots.give(staged.slot, staged.up)
+            if staged.early is not None:
+                staged.early.is_over = True
             self._restore(round_, task)
             return
         states = staged.states or self.place.store.current(task.index)
         runs = self.place.runs(task, used.scale)
         gradients = dict(task.gradients)  # the task's are dropped when it is done, which is before the device is
-        passing = () if task.prefetched is None else states.tensors
-        task.prefetched = None
         after = [*([] if staged.up is None else [staged.up]), *awaited(round_, task)]
         ticket = self.place.lanes.lane("gpu update").run(
-            lambda: self._compute(task, gradients, runs, states), after=after, uses=[*gradients.values(), *passing]
+            lambda: self._compute(task, gradients, runs, states), after=after, uses=list(gradients.values())
         )
         if task.path == "stream":
             home = self.place.store.next(task.index)
             down = self.place.lanes.lane("states down").run(
-                lambda: home.copy_(states, non_blocking=True), after=[ticket], num_bytes=home.nbytes, uses=passing
+                lambda: home.copy_(states, non_blocking=True), after=[ticket], num_bytes=home.nbytes
             )
             self._down[task.index] = down
+            if staged.early is not None:
+                staged.early.last, staged.early.is_over = down, True
             if staged.slot is not None and self._slots is not None:
                 self._slot_down[staged.slot] = down
                 self._slots.give(staged.slot, ticket)

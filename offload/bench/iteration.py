@@ -87,6 +87,7 @@ def _options() -> Namespace:
     parser.add_argument("--subgroup", type=int, default=1 << 24, help="parameters of a subgroup (default: %(default)s)")
     parser.add_argument("--device-mib", type=int, default=1900, help="device memory for states (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=3, help="subgroups in the device at once (default: %(default)s)")
+    parser.add_argument("--prefetch", action="store_true", help="of ours: bring states to the device under backward")
     parser.add_argument("--link", type=float, metavar="GB/S", help="without a GPU: emulate a link of this rate")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of the CPU's updates")
     parser.add_argument("--kernel", choices=("native", "torch"), default="native")
@@ -115,7 +116,10 @@ def _options() -> Namespace:
 
 def _parameters(options: Namespace) -> dict[str, Any]:
     names = ("tokens", "groups", "layers", "width", "heads", "vocabulary", "sequence", "modes", "interleave")
-    found = {name: getattr(options, name) for name in (*names, "subgroup", "device_mib", "threads", "kernel", "link")}
+    found = {
+        name: getattr(options, name)
+        for name in (*names, "subgroup", "device_mib", "threads", "kernel", "link", "prefetch")
+    }
     return {**found, "repeats": options.repeats, "clip": CLIP}
 
 
@@ -228,6 +232,7 @@ def _tiering(options: Namespace) -> Tiering:
         budget=Budget(device_bytes=options.device_mib << 20, num_slots=options.slots),
         kernel=options.kernel,
         num_threads=options.threads,
+        prefetch=options.prefetch,
         link_bytes_per_s=options.link and options.link * 1e9,
     )
 
@@ -329,8 +334,9 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
                 prefetched=machine.prefetched,
             )
             yield _result(label, "predicted", "s", told.step_s)
-            early = sum(counts[index] for index in machine.prefetched)
-            yield _result(label, "came early", "parameters", early)
+            if options.prefetch:
+                early = sum(counts[index] for index in machine.prefetched)
+                yield _result(label, "came early", "parameters", early)
     for name, wait_s in waits.items():
         if waits.get("tiered sync"):
             hidden = 1 - wait_s / waits["tiered sync"]

@@ -76,7 +76,7 @@ def test_every_schedule_equals_torchs_adamw_after_50_steps(mode: Mode, tmp_path:
             early = accumulation if is_early else None  # with it states come to the device under backward
             model = small_model(dtype)
             with (
-                tiering(schedule, tmp_path, accumulation_steps=early) as settings,
+                tiering(schedule, tmp_path, accumulation_steps=early, prefetch=is_early) as settings,
                 optimizer_of(model, mode, max_norm, settings) as optimizer,
             ):
                 train(model, optimizer, steps=50, accumulation=accumulation, overflow_at=overflow_at)
@@ -93,13 +93,15 @@ def test_what_is_loaded_between_backward_and_step_replaces_states_that_came_earl
     for early in (None, 1):
         model = small_model(torch.bfloat16)
         with (
-            tiering(1, tmp_path, accumulation_steps=early) as settings,
+            tiering(1, tmp_path, accumulation_steps=early, prefetch=True) as settings,
             optimizer_of(model, "defer", None, settings) as optimizer,
         ):
             train(model, optimizer, steps=2)
             saved = optimizer.state_dict()
             train(model, optimizer, steps=1)
-            model(torch.arange(8)).float().sum().backward()
+            loss = model(torch.arange(8)).float().sum()
+            assert not optimizer.machine.num_early  # the end of forward let go of them
+            loss.backward()
             assert bool(optimizer.machine.prefetched) == (early == 1)
             if what == "model":
                 model.load_state_dict({name: value / 2 for name, value in model.state_dict().items()})

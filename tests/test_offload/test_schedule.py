@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from offload.bench import iteration
 from offload.errors import SpecError
+from offload.rounds import Backlog, Round, Task, Verdict
 from offload.schedule import STATE_BYTES, Budget, Mode, Rates, Subgroup, cut, plan, predict
 from offload.schedule import Path as Way
-from offload.updates import Backlog, Round, Task, Verdict
 
 _H200 = Rates(cpu=5.0e9, device=1.2e11, up=55e9, down=55e9, both=101e9)
 _MODES: tuple[Mode, ...] = get_args(Mode)
@@ -187,38 +187,20 @@ def test_what_the_cpu_updates_takes_its_part_of_the_link() -> None:
     assert replace(rates, cpu_beside=30e9).beside[1] == pytest.approx(0.1 * 5e10 / 12)
 
 
-def test_what_was_recorded_on_an_h200_is_told_but_for_the_order_of_then() -> None:
-    """With the rates of the record and the plan of then, which did not count the link's share.
-
-    In the record an early update took the first subgroup as soon as the host had asked for the step, so it waited for
-    the last gradient of backward: where backward is short, that step lies between those of both orders.
-    """
+def test_what_was_recorded_on_an_h200_is_told_within_15_percent() -> None:
     record = json.loads((Path(iteration.__file__).parent / "results" / "iteration-h200.json").read_text())
-    found = {bound["metric"]: bound["value"] for bound in record["bounds"]}
-    rates = Rates(**found)
+    rates = Rates(**{bound["metric"]: bound["value"] for bound in record["bounds"]})
     seconds = {(row["case"], row["metric"]): row["median"] for row in record["results"]}
     counts = [1 << 24] * 122 + [8_500_000]
-    paths: list[Way] = ["resident"] * 6
-    cpu_s = stream_s = 0.0
-    for count in counts[6:]:
-        on_cpu, streamed = cpu_s + count / found["cpu_beside"], stream_s + count / found["stream_beside"]
-        if streamed < on_cpu:
-            paths, stream_s = [*paths, "stream"], streamed
-        else:
-            paths, cpu_s = [*paths, "cpu"], on_cpu
-    shares = (sum(c for c, p in zip(counts, paths, strict=True) if p == way) for way in ("cpu", "resident", "stream"))
-    assert "cpu {:.4g}M, resident {:.4g}M, stream {:.4g}M".format(*(s / 1e6 for s in shares)) in str(record)
-
-    def error(case: str, tokens: int, mode: Mode) -> float:
+    found = plan(counts, rates, budget=Budget(device_bytes=1900 << 20))
+    assert found.reason in str(record["parameters"]["notes"])
+    cases: list[tuple[str, Mode]] = [("defer clip", "defer"), ("stream", "stream")]
+    for tokens in (8192, 32768, 65536):
         forward_s, backward_s = (seconds[f"resident clip {tokens}", phase] for phase in ("forward", "backward"))
-        told = predict(counts, paths, rates, forward_s=forward_s, backward_s=backward_s, mode=mode)
-        return told.step_s / seconds[f"tiered {case} {tokens}", "iteration"] - 1
-
-    assert error("defer clip", 8192, "defer") == pytest.approx(-0.13, abs=0.005)
-    assert error("defer", 8192, "defer") == pytest.approx(-0.16, abs=0.005)
-    assert error("defer clip", 32768, "defer") == pytest.approx(-0.03, abs=0.005)
-    assert error("stream", 32768, "stream") == pytest.approx(-0.06, abs=0.005)
-    assert error("stream", 8192, "stream") < -0.15 < 0 < error("stream", 8192, "defer") < 0.15
+        for case, mode in [*cases, *([("defer", cases[0][1])] if tokens == 8192 else [])]:
+            told = predict(counts, found.paths, rates, forward_s=forward_s, backward_s=backward_s, mode=mode)
+            measured_s = seconds[f"tiered {case} {tokens}", "iteration"]
+            assert told.step_s == pytest.approx(measured_s, rel=0.15), (case, tokens)
 
 
 class _Coming:
