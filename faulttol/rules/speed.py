@@ -98,9 +98,21 @@ def _late(found: Window, excess: _Seconds, share: float, config: DetectorConfig)
     """In which steps each rank is late: by a share of what the step takes without it."""
     late = {}
     for rank, row in excess.items():
-        tolerance_s = max(config.straggler_floor_s, share * (found.span_s - max(0.0, median(row))))
+        tolerance_s = _tolerance_s(found, row, share, config)
         late[rank] = [value > tolerance_s for value in row]
     return late
+
+
+def _tolerance_s(found: Window, row: Sequence[float], share: float, config: DetectorConfig) -> float:
+    return max(config.straggler_floor_s, share * (found.span_s - max(0.0, median(row))))
+
+
+def _holds_up(found: Window, by_peers: Sequence[float] | None, config: DetectorConfig) -> bool:
+    """Whether a rank that is late by its past is so by its peers, if there are any.
+
+    Where all became slower it may only be one of them.
+    """
+    return by_peers is None or median(by_peers) > _tolerance_s(found, by_peers, config.straggler_excess, config)
 
 
 def _stragglers(found: Window, baseline: Baseline | None, config: DetectorConfig) -> _Seconds:
@@ -110,7 +122,9 @@ def _stragglers(found: Window, baseline: Baseline | None, config: DetectorConfig
     compared, it is no fault of theirs.
     """
     stragglers: dict[int, list[float]] = {}
-    for groups, excess in _comparisons(found, baseline, tokens=True):
+    comparisons = _comparisons(found, baseline, tokens=True)
+    by_peers = comparisons[0][1]
+    for groups, excess in comparisons:
         late = _late(found, excess, config.straggler_excess, config)
         for group in groups:
             often = [rank for rank in group if _share(late[rank]) >= config.straggler_share]
@@ -121,7 +135,8 @@ def _stragglers(found: Window, baseline: Baseline | None, config: DetectorConfig
                     for i in range(len(found.steps))
                 )
                 chance = at_least(num, len(found.steps), len(often) / max(2, len(group)))
-                if chance * most * len(found.paces) * _LOOKS <= config.straggler_chance:
+                is_chance = chance * most * len(found.paces) * _LOOKS > config.straggler_chance
+                if not is_chance and _holds_up(found, by_peers.get(rank), config):
                     stragglers.setdefault(rank, excess[rank])
     return stragglers
 
@@ -132,7 +147,9 @@ def _at_once(found: Window, baseline: Baseline, config: DetectorConfig) -> _Seco
     They last a while, and it is no chance that of all steps of all ranks just these are so late.
     """
     stragglers: dict[int, list[float]] = {}
-    for _, excess in _comparisons(found, baseline, tokens=True):
+    comparisons = _comparisons(found, baseline, tokens=True)
+    by_peers = comparisons[0][1]
+    for _, excess in comparisons:
         late = _late(found, excess, config.fast_excess, config)
         num_late = sum(map(sum, late.values()))
         for rank, row in late.items():
@@ -140,7 +157,8 @@ def _at_once(found: Window, baseline: Baseline, config: DetectorConfig) -> _Seco
             if num < config.fast_steps or found.last(num).duration_s < config.window_least_s:
                 continue
             chance = all_of(num, num_late, len(late) * len(found.steps)) * len(found.paces) * _LOOKS
-            if chance <= config.straggler_chance:
+            last = by_peers[rank][-num:] if rank in by_peers else None
+            if chance <= config.straggler_chance and _holds_up(found.last(num), last, config):
                 stragglers.setdefault(rank, excess[rank][-config.fast_steps :])
     return stragglers
 
