@@ -41,6 +41,8 @@ _MAX_CLIENTS = 4096
 _MAX_STRANGERS = 64
 """Connections at once that have proved themselves, and that have not; more are refused."""
 _DRAIN_BYTES = 64 << 10
+_EMPTY_S = 60.0
+"""Longest time without a client for an agent that holds no file, which is of no use to whoever comes later."""
 
 
 class _Connection:
@@ -165,7 +167,7 @@ def _count(request: dict[str, Any], key: str) -> int:
 
 
 class Server:
-    """Accepts clients until it is told to stop, or has had none for `idle_s`."""
+    """Accepts clients until it is told to stop, or has had none for `idle_s`; holding no file, for a minute."""
 
     def __init__(self, listener: socket.socket, token: bytes, limit_bytes: int, idle_s: float) -> None:
         self._listener = listener
@@ -180,13 +182,13 @@ class Server:
 
     def run(self) -> str:
         """Serve; return why it ended."""
-        with selectors.DefaultSelector() as selector:
+        with self._woken, self._wake, selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
             while True:
                 left_s = self._left_s()
                 if left_s <= 0:
-                    return f"had no client for {self._idle_s:g} s"
+                    return f"had no client for {self._lease_s():g} s"
                 ready = [key.fileobj for key, _ in selector.select(left_s)]
                 if self._woken in ready:
                     return "was told to stop"
@@ -195,9 +197,12 @@ class Server:
 
     def _left_s(self) -> float:
         with self._lock:
-            if self._num_clients:
-                return self._idle_s
-            return self._last_client_s + self._idle_s - time.monotonic()
+            if self._num_clients:  # it is looked again when one has gone, or so often
+                return min(self._idle_s, _EMPTY_S)
+            return self._last_client_s + self._lease_s() - time.monotonic()
+
+    def _lease_s(self) -> float:
+        return self._idle_s if self._store.about()["num_files"] else min(self._idle_s, _EMPTY_S)
 
     def _accept(self) -> None:
         try:

@@ -83,7 +83,8 @@ def start(
         folder: this host's, for one run. Whatever it records belongs to the agent that is there.
         limit_bytes: memory for files; of a new agent.
         host: the address to listen at, by which other hosts reach this one; of a new agent.
-        idle_s: the agent ends when it has had no client for so long; of a new agent.
+        idle_s: the agent ends when it has had no client for so long, at most a minute if it holds nothing; of a new
+            agent.
         token: the secret; without it the folder's, or a new one.
 
     Raises:

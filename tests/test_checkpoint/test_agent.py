@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint import StorageError, hosts, wire
+from checkpoint import agent as agent_module
 from checkpoint.client import Agent
 from checkpoint.ram import Rejected, Store
 from checkpoint.wire import Refused
@@ -323,6 +325,18 @@ def test_it_ends_by_itself_when_it_has_had_no_client_for_its_lease(tmp_path: Pat
     log = tmp_path / "agent.log"
     wait_until(lambda: "had no client for 0.3 s" in log.read_text())
     agent.stop()
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_without_a_file_it_does_not_wait_for_its_whole_lease(holds: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agent_module, "_EMPTY_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = agent_module.Server(listener, b"x" * wire.TOKEN_BYTES, MIB, idle_s=1.0)
+        if holds:
+            server._store.commit(server._store.create("file", 0), "tag")
+        began_s = time.monotonic()
+        assert server.run() == f"had no client for {1 if holds else 0.2:g} s"
+        assert time.monotonic() - began_s >= (1.0 if holds else 0.2)
 
 
 def test_it_lives_while_a_client_is_connected(tmp_path: Path):
