@@ -126,7 +126,11 @@ def frame(view: JobView, signs: Mapping[int, Sign], found: Sequence[Finding], *,
             lines[place] = colour + lines[place] + _PLAIN if colour else lines[place]
         lines[0] = _DIM + lines[0] + _PLAIN
     lines.append("")
-    lines += [f"{finding.kind}: {finding.summary}" for finding in found] or ["nothing is wrong, as far as this tells"]
+    lines += [f"{finding.kind}: {finding.summary}" for finding in found]
+    if signs and all(sign.is_done or not sign.is_alive for sign in signs.values()):
+        lines.append("no rank is at work any more; `python -m faulttol report` tells how the run ended")
+    elif not found:
+        lines.append("nothing is wrong, as far as this tells")
     return "\n".join(lines) + "\n"
 
 

@@ -223,8 +223,12 @@ def test_the_live_view_follows_the_newest_generation(tmp_path: Path) -> None:
         view, signs, found = watcher.look()
         assert view.records[0].marks[-1].step == 7
         assert "\x1b[31m" not in frame(view, signs, found, colours=True)
-    old.close()
-    new.close()
+        assert "nothing is wrong" in frame(view, signs, found, colours=False)
+        old.close()
+        new.close()
+        said = frame(*watcher.look(), colours=False)
+        assert "faulttol report` tells how the run ended" in said
+        assert "nothing is wrong" not in said
 
 
 # Dumps.
