@@ -53,6 +53,8 @@ class Chain:
     """The longest that anybody waits for it."""
     num_waiting: int
     """How many ranks wait for it, through others too."""
+    circle: tuple[int, ...] = ()
+    """With a `sink` whose sends were taken to have left: all of the circle that it is in if they have not."""
 
 
 def waits(view: JobView) -> list[Wait]:
@@ -127,7 +129,8 @@ def _chain(component: set[int], blocked: dict[int, list[Wait]], edges: dict[int,
     """Return what a terminal component means; nothing for a rank that neither waits nor is waited for."""
     waiting_for = _reaching(component, edges)
     held_up = [wait for rank in waiting_for for wait in blocked[rank]]
-    if len(component) > 1:
+    circle = tuple(sorted(component)) if len(component) > 1 else ()
+    if circle:
         component = _without_weak(component, blocked)
     own = [wait for rank in component for wait in blocked.get(rank, ())]
     if len(component) > 1:
@@ -142,7 +145,7 @@ def _chain(component: set[int], blocked: dict[int, list[Wait]], edges: dict[int,
     if not pointing:
         return []
     first = max(pointing, key=lambda wait: wait.age_s)
-    return [Chain((rank,), "sink", first.operation, first.age_s, len(waiting_for - {rank}))]
+    return [Chain((rank,), "sink", first.operation, first.age_s, len(waiting_for - {rank}), circle)]
 
 
 def _without_weak(component: set[int], blocked: dict[int, list[Wait]]) -> set[int]:

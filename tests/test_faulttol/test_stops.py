@@ -107,6 +107,27 @@ def test_a_send_that_left_does_not_make_its_rank_wait(records: dict[int, RankRec
     assert (chain.kind, chain.ranks, chain.num_waiting) == ("sink", (2,), 3)
 
 
+@pytest.mark.parametrize("is_stray", [True, False])
+def test_a_stage_that_sends_to_one_that_left_its_order_does_not_hang(is_stray: bool) -> None:
+    """0 sends to 1 in every step. In the last one 1 is in a broadcast that nobody else makes; or it does something."""
+    records = {}
+    for rank, kind in ((0, "send"), (1, "recv")):
+        events = tuple(
+            message(
+                rank, kind, 1 - rank, seq=1 + step, step=step, state="ended", begin_ns=MS * step, end_ns=MS * step + 1
+            )
+            for step in range(STEPS)
+        )
+        record = Scene(num_ranks=2).run(1)[rank]
+        records[rank] = replace(record, events=events, now_ns=MS * STEPS)
+    waiting = [message(0, "send", 1, seq=STEPS + 1, step=STEPS)]
+    if is_stray:
+        waiting.append(all_reduce(1, (0, 1), seq=1, kind="broadcast", peer=0, step=STEPS))
+    finding = only(after(records, waiting, 11.0))
+    assert finding.kind is (FindingKind.DESYNC if is_stray else FindingKind.HANG)
+    assert finding.culprits[0] == 1
+
+
 def test_all_in_and_no_end_is_communication(records: dict[int, RankRecord]) -> None:
     waiting = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS) for rank in FOUR]
     finding = only(after(records, waiting, 11.0))
