@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from faulttol.bench import Report
-from faulttol.bench.code import code_digest
 from faulttol.bench.labelled import main, read
 from faulttol.bench.labels import rivals
+from faulttol.bench.labels.digest import code_digest
 from faulttol.bench.labels.figures import at_most, judge, markdown, summary
 from faulttol.bench.labels.grid import (
     BENIGN,

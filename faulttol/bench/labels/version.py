@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import faulttol
-from faulttol.bench.code import code_digest
+from faulttol.bench.labels.digest import code_digest
 from faulttol.bench.labels.trial import DETECTOR, HEALTH
 
 _JUDGING = ("detector", "finding", "health", "history", "localize", "sdc", "view")

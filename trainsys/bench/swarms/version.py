@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import trainsys
-from faulttol.bench.code import code_digest
+from faulttol.bench.labels.digest import code_digest
 
 _DECIDING = (
     *(f"bench/swarms/{name}.py" for name in ("alphabet", "attack", "simulation", "stack")),
