@@ -66,7 +66,6 @@ def test_small_copies_pass_the_states_that_are_enqueued_after_them(way: str) -> 
             states.run(lambda: copy(1 << 26))
         lanes.close()
         assert ends[4].elapsed_time(ends[6]) > 0  # before the second of those that were enqueued after it
-        assert ends[3].elapsed_time(ends[-1]) > 0
 
 
 def make(*, recompute: bool = False) -> Decoder:
