@@ -56,10 +56,9 @@ class Tiering:
     """Threads of the CPU's updates; None: all CPUs of this process but two, which launch and copy."""
     link_bytes_per_s: float | None = None
     """Emulates a link of this rate, with parameters on a CPU."""
-    prefetch: bool = False
+    prefetch: bool | None = None
     """Brings states that are streamed to the device under backward, in `sync` and `defer` with `accumulation_steps`:
-    where a step's own peak of memory leaves room, and until the end of the next forward. The README says what that
-    gave, and what was not measured."""
+    where a step's own peak of memory leaves room, and until the end of the next forward. None: on a GPU."""
     trace: Trace | None = None
     """Gets transfers, updates and stalls."""
 
@@ -85,7 +84,8 @@ class Machine:
         self.rates = tiering.rates
         self.plan = self._plan(tiering)
         self.memory = HostMemory(pinned=self.device.type == "cuda")
-        self.room = room_of(self.device) if tiering.prefetch else None
+        prefetches = self.device.type == "cuda" if tiering.prefetch is None else tiering.prefetch
+        self.room = room_of(self.device) if prefetches else None
         self._trace = tiering.trace
         self.lanes: Lanes = make_lanes(self.device, bytes_per_s=tiering.link_bytes_per_s, trace=tiering.trace)
         self.tier: TierCache | None = None
@@ -149,6 +149,8 @@ class Machine:
         flat = gradient.detach().reshape(-1)
         arrived = self.lanes.now()
         mine = [self.round.tasks[index] for index in self.subgroups_of[number]]
+        if self.room is not None:
+            self.room.look()
         for task in mine:
             task.present.add(number)
             if task.host_gradient is None:

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -87,7 +87,7 @@ def _options() -> Namespace:
     parser.add_argument("--subgroup", type=int, default=1 << 24, help="parameters of a subgroup (default: %(default)s)")
     parser.add_argument("--device-mib", type=int, default=1900, help="device memory for states (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=3, help="subgroups in the device at once (default: %(default)s)")
-    parser.add_argument("--prefetch", action="store_true", help="of ours: bring states to the device under backward")
+    parser.add_argument("--prefetch", action=BooleanOptionalAction, help="of ours: states to the device under backward")
     parser.add_argument("--link", type=float, metavar="GB/S", help="without a GPU: emulate a link of this rate")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of the CPU's updates")
     parser.add_argument("--kernel", choices=("native", "torch"), default="native")
@@ -334,7 +334,7 @@ def _at(tokens: int, found: list[Engine], options: Namespace, device: torch.devi
                 prefetched=machine.prefetched,
             )
             yield _result(label, "predicted", "s", told.step_s)
-            if options.prefetch:
+            if machine.room is not None:
                 early = sum(counts[index] for index in machine.prefetched)
                 yield _result(label, "came early", "parameters", early)
     for name, wait_s in waits.items():
