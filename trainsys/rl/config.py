@@ -85,8 +85,9 @@ class SharingConfig:
     node: str = ""
     """This node's name among the others, different from theirs: small letters, digits, hyphens."""
     external: int = 0
-    """Of the `rl.questions` groups that a round trains on, those of other nodes (J); the node samples the rest (I).
-    Where fewer have come a round is smaller."""
+    """Of the `rl.questions` groups that a round trains on, those of other nodes (J); the node samples the rest (I)."""
+    fill: bool = True
+    """Where fewer have come the node samples more itself; without it a round is smaller."""
     per_peer: int = 2
     """Groups of one peer in one round; 1 or more."""
     max_age_rounds: int = 8

@@ -169,9 +169,9 @@ class Learner:
         return groups
 
     def ask(self, round_index: int, count: int, attempt: int = 0) -> list[Question]:
-        """Return this rank's `count` questions of a round, of all tasks in turn."""
+        """Return this rank's `count` questions of a round, of all tasks in turn, each round from another task on."""
         key = (self._seed, _TRAINING, round_index, attempt)
-        drawn = questions.draw(self._specs, count * self._num_ranks, key)
+        drawn = questions.draw(self._specs, count * self._num_ranks, key, first=round_index + attempt)
         return drawn[self._world.rank :: self._num_ranks]
 
     def sample(self, asked: Sequence[Question], round_index: int) -> list[Group]:

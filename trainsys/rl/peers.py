@@ -87,12 +87,13 @@ class SharedPeers:
             per_peer=sharing.per_peer,
             filter_external=sharing.filter_uniform,
         )
+        self._fill = sharing.fill
         self._record: metrics.Record = {}
 
-    @property
-    def num_local(self) -> int:
-        """Questions that this node asks in a round."""
-        return self._quota.num_local
+    def num_own(self, round_index: int) -> int:
+        """Return how many questions this node asks in a round: more where others' groups would not fill it."""
+        missing = self._exchange.num_missing(self._quota, now_round=round_index) if self._fill else 0
+        return self._quota.num_local + missing
 
     def trade(self, round_index: int, own: Sequence[Group]) -> tuple[Sequence[Group], Sequence[Group]]:
         """Share all own groups; return those of them and of others that the round trains on. Waits for nothing."""

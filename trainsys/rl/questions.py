@@ -53,13 +53,15 @@ def is_held_out(question: Question) -> bool:
     return xxhash.xxh3_64_intdigest(f"{question.task}\n{question.prompt}".encode("utf-8", "replace")) % _HELD_OUT == 0
 
 
-def draw(specs: Sequence[TaskSpec], count: int, key: Sequence[int], *, held_out: bool = False) -> list[Question]:
-    """Return `count` questions, of the tasks in turn, decided by the integers of `key`.
+def draw(
+    specs: Sequence[TaskSpec], count: int, key: Sequence[int], *, first: int = 0, held_out: bool = False
+) -> list[Question]:
+    """Return `count` questions, of the tasks in turn from number `first` on, decided by the integers of `key`.
 
     Raises:
         TaskError: a task has too few different questions to hold some out.
     """
-    return [_draw(specs[index % len(specs)], (*key, index), held_out) for index in range(count)]
+    return [_draw(specs[(first + index) % len(specs)], (*key, index), held_out) for index in range(count)]
 
 
 def seed_of(*key: int) -> int:

@@ -76,9 +76,8 @@ def place_of(loaded: ck.Loaded) -> Place:
 class Peers(Protocol):
     """Other nodes, as the loop of one sees them: nothing here waits for any of them."""
 
-    @property
-    def num_local(self) -> int:
-        """Questions that this node asks in a round."""
+    def num_own(self, round_index: int) -> int:
+        """Return how many questions this node asks in a round."""
         ...
 
     def trade(self, round_index: int, own: Sequence[Group]) -> tuple[Sequence[Group], Sequence[Group]]:
@@ -238,7 +237,7 @@ class Run:
         self._beat("sample", step)
         started = time.perf_counter()
         index = step - self._settings.warm_start.steps
-        sampled = self._learner.rollouts(index, None if self._peers is None else self._peers.num_local)
+        sampled = self._learner.rollouts(index, None if self._peers is None else self._peers.num_own(index))
         sampling_s = time.perf_counter() - started
         local, external = sampled, list[Group]()
         if self._peers is not None:

@@ -3,6 +3,8 @@
 Follows SAPO (arXiv 2509.08721): groups whose rewards are all equal are dropped, the rest are chosen at random. Differs:
 what is too old is dropped, and peers are drawn from evenly, whatever they offer. Where all groups are drawn alike, who
 offers most gets most places, up to `per_peer`: two peers that send many true groups of one task may hold half a round.
+And where too few groups have come, own ones fill the round: peers that say nothing, or nothing true, cost samples then,
+and less of what is learned.
 """
 
 from __future__ import annotations
@@ -57,6 +59,13 @@ class Selection:
     """Candidates dropped because they are nothing for this policy."""
 
 
+def num_missing(candidates: Sequence[Candidate], quota: Quota, *, now_round: int) -> int:
+    """Return how many places for others' groups would stay empty: so many more a node asks itself."""
+    useful = _useful(_young(candidates, quota, now_round), quota)
+    offers = Counter(candidate.group.node for candidate in useful)
+    return max(0, quota.num_external - sum(min(quota.per_peer, offer) for offer in offers.values()))
+
+
 def select(
     local: Sequence[Group],
     candidates: Sequence[Candidate],
@@ -70,11 +79,12 @@ def select(
 
     Every peer that has something gets one place before any gets its second; which peers, where places are few, and
     which of a peer's groups is as likely for each. No order counts: of the same groups in another order the choice is
-    as likely. `fits` is asked only of groups that would be chosen; another takes the place of one that does not.
+    as likely. `fits` is asked only of groups that would be chosen; another takes the place of one that does not. What
+    others leave empty goes to own groups, as far as there are more than `num_local`.
     """
     own = [group for group in local if group.has_signal or not quota.filter_local]
-    young = [c for c in candidates if now_round - c.arrived_round <= quota.max_age_rounds]
-    useful = [c for c in young if c.group.has_signal or not quota.filter_external]
+    young = _young(candidates, quota, now_round)
+    useful = _useful(young, quota)
     taken: Counter[str] = Counter()
     external: list[Candidate] = []
     kept: list[Candidate] = []
@@ -85,14 +95,23 @@ def select(
         elif fits(candidate.group):
             taken[node] += 1
             external.append(candidate)
+    num_own = min(len(own), quota.num_local + quota.num_external - len(external))
     return Selection(
-        local=tuple(generator.sample(own, min(quota.num_local, len(own)))),
+        local=tuple(generator.sample(own, num_own)),
         external=tuple(external),
         kept=tuple(kept),
         too_old=len(candidates) - len(young),
         without_signal=len(young) - len(useful),
         unfit=len(useful) - len(external) - len(kept),
     )
+
+
+def _young(candidates: Sequence[Candidate], quota: Quota, now_round: int) -> list[Candidate]:
+    return [candidate for candidate in candidates if now_round - candidate.arrived_round <= quota.max_age_rounds]
+
+
+def _useful(candidates: Sequence[Candidate], quota: Quota) -> list[Candidate]:
+    return [candidate for candidate in candidates if candidate.group.has_signal or not quota.filter_external]
 
 
 def _in_turn(candidates: Sequence[Candidate], generator: random.Random) -> list[Candidate]:

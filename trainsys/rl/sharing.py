@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from trainsys.rl import schema
 from trainsys.rl.errors import SharingError
 from trainsys.rl.rollout import Group
-from trainsys.rl.selection import Candidate, Quota, Selection, select
+from trainsys.rl.selection import Candidate, Quota, Selection, num_missing, select
 from trainsys.rl.signing import Signer
 from trainsys.rl.stores import Clock, Store
 from trainsys.rl.validation import Rejection, Validator
@@ -195,6 +195,11 @@ class Exchange:
                 self._outbox.popleft()
                 self._counts["unpublished"] += 1
         self._wake.set()
+
+    def num_missing(self, quota: Quota, *, now_round: int) -> int:
+        """Return how many of a round's places for others' groups nothing has come for yet."""
+        with self._lock:
+            return num_missing(list(self._pool.values()), quota, now_round=now_round)
 
     def take(
         self,

@@ -37,6 +37,7 @@ SCENARIOS = (
     Scenario(name="4/4 at speeds 1 to 4", num_local=4, num_external=4, period=(1, 2, 3, 4, 2)),
     Scenario(name="4/4 one killed", num_local=4, num_external=4, killed=(1,)),
     Scenario(name="4/4 without filter", num_local=4, num_external=4, filter_external=False),
+    Scenario(name="4/4 not filled", num_local=4, num_external=4, fill=False),
     _split("skill-gap", 6),
     _split("skill-gap", 2),
     _split("homogeneous", 8),

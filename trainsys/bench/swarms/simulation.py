@@ -61,6 +61,8 @@ class Scenario:
     """What nodes are warm-started on: two skills each, or all."""
     num_local: int = 8
     num_external: int = 0
+    fill: bool = True
+    """Whether nodes sample more themselves where others' groups do not fill a round."""
     oversample: int = 1
     """Groups generated for each local one that is trained on."""
     filter_local: bool = False
@@ -207,10 +209,7 @@ class Swarms:
         """Make a round of some nodes: ask, sample, share, take, update."""
         scenario, settings = self._scenario, self._settings
         nodes = [self._nodes[index] for index in active]
-        asked = [self._questions(node) for node in nodes]
         policies = None if len(active) == self._num else torch.tensor(active, device=self._device)
-        drawn = self._sample(policies, asked, settings.group_size, self._generator)
-        own = [_groups(node, item) for node, item in zip(nodes, zip(asked, drawn, strict=True), strict=True)]
         quota = Quota(
             num_local=scenario.num_local,
             num_external=scenario.num_external,
@@ -218,26 +217,42 @@ class Swarms:
             filter_local=scenario.filter_local,
             filter_external=scenario.filter_external,
         )
+        own = self._own(active, quota)
         for node, groups in zip(nodes, own, strict=True):
             if node.number not in scenario.absent:
                 node.exchange.share(groups)
                 node.exchange.publish_waiting()
         rows: list[list[_Row]] = []
         for node, groups in zip(nodes, own, strict=True):
-            if scenario.num_external:
-                node.exchange.poll()
             chosen = node.exchange.take(groups, quota, now_round=node.rounds, generator=node.random)
             node.count(groups, chosen.external)
             external = [candidate.group for candidate in chosen.external]
             rows.append(self._rows(chosen.local, "signed") + self._rows(external, scenario.external))
         self._update(active, policies, rows, optimizer)
 
-    def _questions(self, node: _Node) -> list[Question]:
+    def _own(self, active: Sequence[int], quota: Quota) -> list[list[Group]]:
+        """Return what active nodes sample in a round, when they have read what has come since the last."""
+        asked = [self._questions(self._nodes[index], quota) for index in active]
+        groups: dict[int, list[Group]] = {}
+        for count in sorted({len(of_node) for of_node in asked}):
+            some = [(index, of_node) for index, of_node in zip(active, asked, strict=True) if len(of_node) == count]
+            which = [index for index, _ in some]
+            policies = None if len(which) == self._num else torch.tensor(which, device=self._device)
+            questions_of = [of_node for _, of_node in some]
+            drawn = self._sample(policies, questions_of, self._settings.group_size, self._generator)
+            for index, item in zip(which, zip(questions_of, drawn, strict=True), strict=True):
+                groups[index] = _groups(self._nodes[index], item)
+        return [groups[index] for index in active]
+
+    def _questions(self, node: _Node, quota: Quota) -> list[Question]:
         """Return what a node asks in its next round: the skills in turn, going on where the last round ended."""
         count = self._scenario.num_local * self._scenario.oversample
-        first = node.rounds * count
-        specs = [_SPECS[(first + index) % len(_SPECS)] for index in range(count)]
-        return questions.draw(specs, count, (node.seed, node.number, node.rounds))
+        if self._scenario.num_external:
+            node.exchange.poll()
+            if self._scenario.fill:
+                count += node.exchange.num_missing(quota, now_round=node.rounds)
+        first, node.asked = node.asked, node.asked + count
+        return questions.draw(_SPECS, count, (node.seed, node.number, node.rounds), first=first)
 
     def _sample(
         self,
@@ -371,6 +386,8 @@ class _Node:
     exchange: Exchange
     random: random.Random
     rounds: int = 0
+    asked: int = 0
+    """Questions so far, which say whose turn the next is."""
     reward: float = 0.0
     generated: int = 0
     with_signal: int = 0
