@@ -113,6 +113,7 @@ def _exchange(rank: int, world_size: int) -> dict[str, Any]:
     with _learner(_config(rl__loss__importance="behaviour", rl__loss__external="positive")) as learner:
         own = learner.rollouts(1)
         found["node"], found["own"] = own[0].node, len(own)
+        found["turns"] = [learner.ask(index, 1)[0].task for index in range(4)]
         row = learner.policy.rows(foreign)[3]
         assert row is not None
         found["text"] = len(row.completion), row.behaviour
@@ -202,6 +203,7 @@ def _log_prob(learner: Learner, group: Group) -> float:
 def test_groups_of_others_come_as_text_and_teach_what_they_reward() -> None:
     (found,) = run_ranks(_exchange, 1)
     assert (found["node"], found["own"]) == ("me", 4)
+    assert found["turns"] == ["largest", "increment"] * 2, "a task comes round, however few questions a round asks"
     assert found["text"] == (3, None), "two characters and the end, without log-probabilities"
     assert found["mixed"] == ([False, True, False, False], [1, 0, 0]), "a reward is for a whole completion, none is cut"
     assert found["larger"] == ([2.646, 2.646, 0, 0], 4), "as many as ours, of advantages among all of theirs"

@@ -7,7 +7,7 @@ from collections import Counter
 
 from tests.test_trainsys.rollouts import group
 from trainsys.rl.rollout import Group
-from trainsys.rl.selection import Candidate, Quota, Selection, select
+from trainsys.rl.selection import Candidate, Quota, Selection, num_missing, select
 
 
 def _candidate(seed: int, *, node: str = "anna", right: int = 2, arrived: int = 0, size: int = 4) -> Candidate:
@@ -111,6 +111,24 @@ def test_own_groups_are_kept_as_they_are_unless_the_filter_is_asked_for() -> Non
     for filtered, expected in ((False, 4), (True, 2)):
         quota = Quota(num_local=8, num_external=0, filter_local=filtered)
         assert len(select(local, [], quota, now_round=0, generator=random.Random(0)).local) == expected
+
+
+def test_own_groups_take_the_places_that_others_leave_empty() -> None:
+    random.seed(1)
+    own = [group(100 + seed) for seed in range(10)]
+    for _ in range(200):
+        quota = Quota(num_local=4, num_external=random.randint(0, 6), max_age_rounds=4, per_peer=random.randint(1, 3))
+        candidates = [
+            _candidate(seed, node=f"n{seed % random.randint(1, 4)}", right=random.randint(0, 4), arrived=seed % 9)
+            for seed in range(random.randint(0, 12))
+        ]
+        missing = num_missing(candidates, quota, now_round=8)
+        for asked in (4 + missing, 10):
+            found = select(own[:asked], candidates, quota, now_round=8, generator=random.Random(0))
+            assert len(found.external) == quota.num_external - missing
+            assert len(found.local) + len(found.external) == 4 + quota.num_external, "a whole round, and no more"
+        few = select(own[:4], candidates, quota, now_round=8, generator=random.Random(0))
+        assert sorted(few.local, key=lambda g: g.question.seed) == own[:4]
 
 
 def test_without_the_filter_peers_groups_are_taken_as_they_come() -> None:

@@ -64,8 +64,8 @@ class _Policy:
         return [Row((1,), (2,)) if len(found.text) <= 8 else None for found in group.completions]
 
 
-def _peers(box: Mailbox, node: str, *, refused: str = "") -> SharedPeers:
-    config = recipe.load(["rl_swarm"], ["--rl.sharing.store=unused", f"--rl.sharing.node={node}"]).config
+def _peers(box: Mailbox, node: str, *words: str, refused: str = "") -> SharedPeers:
+    config = recipe.load(["rl_swarm"], ["--rl.sharing.store=unused", f"--rl.sharing.node={node}", *words]).config
     exchange = Exchange(box, Validator(node, Rules()), Identity(node=node, model=""), Pace())
     return SharedPeers(config, _Policy(refused), exchange)
 
@@ -77,11 +77,12 @@ def box() -> Mailbox:
 
 def test_a_round_trains_on_own_groups_and_on_others_and_says_so(box: Mailbox) -> None:
     anna, bert = _peers(box, "anna"), _peers(box, "bert")
-    assert anna.num_local == 4
+    assert anna.num_own(0) == 8, "nothing has come: all of the round is its own"
     bert.trade(1, [group(seed, node="bert") for seed in range(4)])
     bert._exchange.publish_waiting()
     anna._exchange.poll()
-    own = [group(100 + seed) for seed in range(4)]
+    assert anna.num_own(1) == 6, "of bert two at most"
+    own = [group(100 + seed) for seed in range(6)]
     local, external = anna.trade(1, own)
     assert sorted(local, key=lambda g: g.question.seed) == own
     assert [found.node for found in external] == ["bert", "bert"]
@@ -92,6 +93,10 @@ def test_a_round_trains_on_own_groups_and_on_others_and_says_so(box: Mailbox) ->
     assert record["sharing/waiting"] == 2
     for exchange in (anna, bert):
         exchange.close()
+
+
+def test_a_round_is_smaller_where_it_is_not_filled(box: Mailbox) -> None:
+    assert _peers(box, "anna", "--rl.sharing.fill=false").num_own(0) == 4
 
 
 def test_a_prompt_that_does_not_fit_the_policy_is_left_out(box: Mailbox) -> None:

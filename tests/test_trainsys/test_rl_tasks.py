@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 
 import pytest
 
@@ -104,6 +105,15 @@ def test_a_recipe_names_tasks_with_parameters() -> None:
     for text in ("add:digits", "add:digits=x", "add:size=3", "subtraction"):
         with pytest.raises(TaskError):
             questions.parse_spec(text)
+
+
+def test_every_task_has_its_turn_however_few_questions_a_round_asks() -> None:
+    specs = [questions.TaskSpec(name) for name in ("add", "reverse", "sort", "largest", "count")]
+    for count in (1, 2, 4, 7):
+        asked = Counter(
+            question.task for first in range(20) for question in questions.draw(specs, count, (first,), first=first)
+        )
+        assert set(asked.values()) == {20 * count // 5}
 
 
 def test_held_out_questions_are_never_drawn_for_training() -> None:
