@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoint import access, catalog, exporting, importing, retention
-from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedFormat
+from checkpoint.errors import CheckpointError, CorruptCheckpoint, UnsupportedFormat
 from checkpoint.manifest import SHARED
 from checkpoint.reader import Reader
 from checkpoint.shard import rank_name
@@ -44,7 +44,7 @@ def _ls(options: argparse.Namespace) -> int:
     storage = open_storage(options.path)
     found = catalog.scan(storage)
     if found.is_empty:
-        raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
+        raise access.nothing_in(storage)
     rows: list[dict[str, Any]] = []
     for reader in found.committed:
         record = reader.record
@@ -204,7 +204,7 @@ def _gc(options: argparse.Namespace) -> int:
             print(f"{told} {removal}")
             num_removed += 1
     if not num_removed and catalog.scan(storage).is_empty:
-        raise CheckpointNotFound(f"{options.path}: holds no checkpoint")
+        raise access.nothing_in(storage)
     return 0
 
 

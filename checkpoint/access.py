@@ -22,6 +22,9 @@ from checkpoint.storage import Storage, open_storage
 Place = str | os.PathLike[str] | CheckpointInfo
 """A checkpoint's folder, a root (its newest checkpoint that verifies is meant), or what `latest` returned."""
 
+_MOST_LOOKS = 100
+"""Folders below a root that are looked into for checkpoints, where it has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
@@ -137,7 +140,7 @@ def open_reader(place: Place, storage_options: Mapping[str, Any] | None = None) 
         return Reader(storage, folder)
     reader = catalog.latest(storage, "quick")
     if reader is None:
-        raise CheckpointNotFound(f"{storage.url}: holds no checkpoint that verifies")
+        raise nothing_in(storage, "holds no checkpoint that verifies")
     return reader
 
 
@@ -175,13 +178,20 @@ def _resolve(place: Place, storage_options: Mapping[str, Any] | None) -> tuple[S
     return open_storage(text, storage_options), ""
 
 
+def nothing_in(storage: Storage, what: str = "holds no checkpoint") -> CheckpointNotFound:
+    """Return what to raise of a root without checkpoints: it names a folder below that has some, as a run has."""
+    folders = [entry.name for entry in storage.entries("")[:_MOST_LOOKS] if entry.is_folder]
+    below = next((name for name in folders if any(AttemptName.parse(e.name) for e in storage.entries(name))), "")
+    return CheckpointNotFound(f"{storage.url}: {what}" + (f"; {storage.url}/{below} does" if below else ""))
+
+
 def _newest(storage: Storage) -> str:
     found = catalog.scan(storage)
     if found.committed:
         return found.committed[-1].folder
     if found.broken:
         return found.broken[-1][0].folder
-    raise CheckpointNotFound(f"{storage.url}: holds no checkpoint")
+    raise nothing_in(storage)
 
 
 def select(
