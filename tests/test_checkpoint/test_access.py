@@ -85,7 +85,7 @@ def test_a_folder_is_found_from_inside_its_root(root: Path, monkeypatch: pytest.
 
 def test_whoever_names_the_folder_of_a_run_is_told_where_its_checkpoints_are(tmp_path: Path):
     with Checkpointer(tmp_path / "run" / "checkpoints") as saved:
-        saved.save(1, {"x": torch.ones(2)}).wait()
+        saved.save(1, {"x": torch.ones(2)})
     for ask in (read, verify):
         with pytest.raises(CheckpointNotFound, match=r"run: holds no checkpoint.*; .*run/checkpoints does"):
             ask(tmp_path / "run")
