@@ -20,6 +20,7 @@ _PATIENT_PHASES = (
     "save",
     "checkpoint",
     "export",
+    "probe",
 )
 
 

@@ -76,13 +76,14 @@ def test_the_threshold_grows_with_what_is_usual() -> None:
     assert only(after(slow, waiting, 21.0)).culprits == (2,)
 
 
-def test_a_rank_that_writes_a_checkpoint_has_more_time(records: dict[int, RankRecord]) -> None:
+@pytest.mark.parametrize("phase", ["checkpoint", "probe"])
+def test_a_rank_in_a_phase_that_may_last_has_more_time(records: dict[int, RankRecord], phase: str) -> None:
     waiting = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS) for rank in (0, 1, 3)]
     view = after(records, waiting, 60.0)
-    marks = (*view.records[2].marks[:-1], replace(view.records[2].marks[-1], phase="checkpoint"))
-    writing = JobView({**view.records, 2: replace(view.records[2], marks=marks)})
+    marks = (*view.records[2].marks[:-1], replace(view.records[2].marks[-1], phase=phase))
+    patient = JobView({**view.records, 2: replace(view.records[2], marks=marks)})
     assert only(view).culprits == (2,)
-    assert not found(writing)
+    assert not found(patient)
 
 
 def test_the_culprit_is_found_across_groups(records: dict[int, RankRecord]) -> None:
