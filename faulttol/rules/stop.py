@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from statistics import quantiles
 
 from faulttol.config import DetectorConfig, HealthConfig
@@ -128,7 +129,7 @@ def _hang(view: JobView, chain: Chain) -> Finding:
         "bytes": example.bytes,
     }
     if chain.kind == "cycle":
-        return _deadlock(view, chain.ranks, chain, where, evidence)
+        return _deadlock(view, chain, where, evidence)
     if chain.kind == "entered":
         kind = FindingKind.COMMUNICATION_HANG
         key = operation.key
@@ -143,7 +144,7 @@ def _hang(view: JobView, chain: Chain) -> Finding:
         if how := deviation(view, rank):
             return _left_out(rank, where, how, evidence)
         if any(deviation(view, other) for other in chain.circle):
-            return _deadlock(view, chain.circle, chain, where, evidence)
+            return _deadlock(view, replace(chain, ranks=chain.circle), where, evidence)
         kind, suspects = FindingKind.HANG, (Suspect(rank, 1.0),)
         doing = _phase(view, rank)
         summary = f"rank {rank} has not entered {where} for {chain.age_s:.1f} s" + (f" (in {doing})" if doing else "")
@@ -158,18 +159,16 @@ def _hang(view: JobView, chain: Chain) -> Finding:
     )
 
 
-def _deadlock(
-    view: JobView, ranks: tuple[int, ...], chain: Chain, where: str, evidence: dict[str, float | int | str]
-) -> Finding:
+def _deadlock(view: JobView, chain: Chain, where: str, evidence: dict[str, float | int | str]) -> Finding:
     """A cycle: whose operations are not those of its earlier steps is the likelier to have left the order."""
-    strange = {rank for rank in ranks if deviation(view, rank)}
-    scores = {rank: (1.0 if rank in strange else 0.1) if strange else 1.0 for rank in ranks}
+    strange = {rank for rank in chain.ranks if deviation(view, rank)}
+    scores = {rank: (1.0 if rank in strange else 0.1) if strange else 1.0 for rank in chain.ranks}
     total = sum(scores.values())
     ranked = sorted(scores, key=lambda rank: (-scores[rank], rank))
     return Finding(
         kind=FindingKind.DESYNC,
         suspects=tuple(Suspect(rank, scores[rank] / total) for rank in ranked),
-        summary=f"ranks {', '.join(map(str, ranks))} wait for each other in a circle, from {where}",
+        summary=f"ranks {', '.join(map(str, chain.ranks))} wait for each other in a circle, from {where}",
         evidence=evidence,
         group=chain.operation.key.group,
         sequence=chain.operation.key.seq,
