@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -31,9 +32,11 @@ from faulttol.bench.labels.grid import (
     cases,
     fault_of,
 )
+from faulttol.bench.labels.trial import DETECTOR, running, strike
 from faulttol.bench.labels.version import code_version
 from faulttol.bench.overhead import interval
-from faulttol.inject import KINDS
+from faulttol.inject import KINDS, Fault
+from faulttol.localize import explain
 from faulttol.view import JobView
 from tests.test_faulttol.scenes import Scene
 
@@ -190,3 +193,21 @@ def test_an_interval_holds_the_cost_that_a_few_bad_pairs_do_not_move() -> None:
     assert middle == pytest.approx(0.5)
     assert low < middle < high
     assert 0.3 < high - low < 1.0
+
+
+def test_a_probe_is_waited_for_while_the_job_gets_on() -> None:
+    """Steps and payloads take long over a slow link, each less than the patience; a job that stands has none."""
+    with running("ddp", 2) as job:
+        healthy = job.links(20.0)
+        assert strike(
+            job, Fault(kind="slow_link", rank=0, to_rank=1, step=0, rate_bytes_per_s=3_000_000), watch_s=0.1
+        ).struck_s
+        begun_s = time.monotonic()
+        slow = job.links(1.0)
+        assert time.monotonic() > begun_s + 1.0
+        assert healthy is not None
+        assert slow is not None
+        (found,) = explain(slow, replace(DETECTOR, link_floor_s=0.03), usual=healthy)  # above noise
+        assert [str(suspect) for suspect in found.suspects] == ["link 0->1"]
+        assert strike(job, Fault(kind="freeze", rank=1, step=0), watch_s=0.1).struck_s
+        assert job.links(0.5) is None

@@ -274,7 +274,7 @@ def _train(job: Job, spec: JobSpec, injector: Injector, recorder: Recorder, hear
         voice.step = step
         if step in probes:
             recorder.mark_phase("probe")
-            voice.say("probe", localize.probe(repeats=6))
+            voice.say("probe", (step, localize.probe(repeats=6)))
             recorder.mark_phase("train")
         injector.at(step)
         loss, norm = job.run(injector, step, spec.work_s)

@@ -21,7 +21,7 @@ from faulttol.detector import Memory, observe
 from faulttol.finding import Finding, FindingKind
 from faulttol.history import Follower
 from faulttol.inject import Fault, strikes
-from faulttol.localize import DelayMatrix, explain, from_backlogs, refine
+from faulttol.localize import DelayMatrix, Link, explain, from_backlogs, refine
 from faulttol.view import JobView
 
 DETECTOR = DetectorConfig(hang_after_s=1.0, hang_factor=3.0)
@@ -30,6 +30,8 @@ LOOK_S = 0.05
 """Between two looks at the job."""
 _AHEAD_S = 0.3
 """Between the order to probe and the step that it is for: all ranks have to get it in time."""
+_PATIENCE_S = 10.0
+"""So long a job may stand until a probe is given up: longer than the slowest payload takes."""
 _START_S = 60.0
 _AGAIN_S = 0.3
 _LOCATED = frozenset({FindingKind.COMMUNICATION_SLOW, FindingKind.COMMUNICATION_HANG})
@@ -71,7 +73,8 @@ class RunningJob:
         self.watch = Watch()
         self.usual_links: DelayMatrix | None = None
         self.backlogs: dict[int, dict[int, int]] = {}
-        self._rows: list[dict[tuple[int, int], float]] = []
+        self._rows: dict[int, list[dict[Link, float]]] = {}
+        """By the step of a probe: what ranks measured in it."""
         self.view = JobView({})
         self.findings: tuple[Finding, ...] = ()
         for rank in range(spec.num_ranks):
@@ -142,29 +145,39 @@ class RunningJob:
             except BrokenPipeError:
                 continue
 
-    def links(self, deadline_s: float) -> DelayMatrix | None:
-        """Let the ranks measure their links; None where they do not get to it in time."""
-        self._rows.clear()
+    def links(self, patience_s: float = _PATIENCE_S) -> DelayMatrix | None:
+        """Let the ranks measure their links; None where none of them gets any further for so long.
+
+        Where links are slow, so are the steps until the probe and the probe itself: no time is too long for them, as
+        long as operations begin.
+        """
         usual = self.watch.memory.baseline
         self.look()
-        self.order(ProbeAt(self.step + 4 + (0 if usual is None else int(_AHEAD_S / usual.span_s))))
-        until_s = time.monotonic() + deadline_s
-        while len(self._rows) < self.spec.num_ranks and time.monotonic() < until_s:
+        step = self.step + 4 + (0 if usual is None else int(_AHEAD_S / usual.span_s))
+        rows = self._rows.setdefault(step, [])
+        self.order(ProbeAt(step))
+        reached, reached_s = self._reached(), time.monotonic()
+        while len(rows) < self.spec.num_ranks and time.monotonic() < reached_s + patience_s:
             time.sleep(LOOK_S)
             self.look()
-        if len(self._rows) < self.spec.num_ranks:
+            if (now := self._reached()) != reached:
+                reached, reached_s = now, time.monotonic()
+        if len(rows) < self.spec.num_ranks:
             return None
-        return DelayMatrix({link: s for row in self._rows for link, s in row.items()})
+        return DelayMatrix({link: s for row in rows for link, s in row.items()})
+
+    def _reached(self) -> dict[int, int]:
+        """The last operation that each rank has begun."""
+        return {rank: record.events[-1].index for rank, record in self.view.records.items() if record.events}
 
     def locate(self, finding: Finding) -> Finding:
         """Refine a finding about communication: a hang by what waits in the connections, slowness by two probes."""
         if finding.kind is FindingKind.COMMUNICATION_HANG:
             return refine(finding, from_backlogs(self.backlogs))
-        measured = [self.links(5.0), self.links(5.0)]
-        if measured[0] is None or measured[1] is None:
-            return replace(finding, suspects=())
-        explained = explain(measured[0] | measured[1], DETECTOR, usual=self.usual_links)
-        return refine(replace(finding, suspects=()), explained)
+        vague = replace(finding, suspects=())
+        if (first := self.links()) is None or (second := self.links()) is None:
+            return vague
+        return refine(vague, explain(first | second, DETECTOR, usual=self.usual_links))
 
     def _messages(self) -> Iterator[Finding]:
         for rank, orders in enumerate(self._orders):
@@ -172,7 +185,8 @@ class RunningJob:
                 while orders.poll():
                     kind, value = orders.recv()
                     if kind == "probe":
-                        self._rows.append(value)
+                        step, row = value
+                        self._rows[step].append(row)
                     elif kind == "backlog":
                         self.backlogs[rank] = value
                     elif kind == "divergence":
@@ -205,7 +219,7 @@ def settle(job: RunningJob, timeout_s: float = 30.0) -> bool:
         is_long = time.monotonic() >= clean_since_s + DETECTOR.window_least_s
         if job.watch.memory.baseline is not None and job.step >= clean_since + DETECTOR.window_steps + 2 and is_long:
             if job.usual_links is None:
-                job.usual_links = job.links(10.0)
+                job.usual_links = job.links()
                 clean_since, clean_since_s = job.step, time.monotonic()
                 continue
             return True
@@ -241,11 +255,14 @@ def strike(job: RunningJob, fault: Fault | None, *, watch_s: float) -> Outcome:
         job.order(fault)
     alarms: list[Sighting] = []
     others: list[Sighting] = []
+    num_seen = len(job.watch.sightings)
     until_s = struck_s + watch_s if struck_s else time.monotonic() + 10.0
     probe_s = 0.0
     while time.monotonic() < until_s and not alarms:
         time.sleep(LOOK_S)
-        new = job.look()
+        job.look()
+        new = job.watch.sightings[num_seen:]  # also of the looks while a probe was waited for
+        num_seen += len(new)
         if not struck_s and len(lines := strikes(record)) > num_before:
             struck_s = lines[num_before].at_ns / 1e9
             until_s = struck_s + watch_s
