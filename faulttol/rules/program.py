@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from faulttol.config import DetectorConfig
 from faulttol.events import CollectiveEvent, RankRecord
@@ -35,35 +36,38 @@ def mismatches(view: JobView, config: DetectorConfig) -> list[Finding]:
 def deviation(view: JobView, rank: int) -> str:
     """Say how the rank's last two steps differ from the one before them; empty when they do not.
 
-    The step it is in may be a beginning of the earlier one, a step that it left must be the whole. What others do
-    differently in the same step too (an evaluation, a checkpoint) is no deviation. Without marks nothing is said.
+    The step it is in may be a beginning of the earlier one, a step that it left must be the whole. Where these two
+    steps differ on another rank too (one has an evaluation, a checkpoint), it is no deviation. Without marks nothing
+    is said.
     """
-    own = _own_deviation(view.records[rank]) if rank in view.records else None
-    if own is None:
+    places = {other: _places(record) for other, record in view.records.items()}
+    own = places.pop(rank, {})
+    if len(own) < 3:
         return ""
-    for other, record in view.records.items():
-        theirs = None if other == rank else _own_deviation(record)
-        if theirs is not None and theirs[0] == own[0]:
-            return ""
-    return own[1]
+    before, *last = sorted(own)[-3:]
+    step = next((step for step in last if _differ(own, before, step)), None)
+    if step is None or any(_differ(theirs, before, step) for theirs in places.values()):
+        return ""
+    return _difference(step, own[before], own[step])
 
 
-def _own_deviation(record: RankRecord) -> tuple[int, str] | None:
+def _places(record: RankRecord) -> dict[int, list[_Place]]:
+    """What the rank did in each of its last steps."""
     places: dict[int, list[_Place]] = {}
     for event in record.events[-_RECENT:]:
         if event.step >= 0:
             places.setdefault(event.step, []).append(_place(event))
     if len(record.events) > _RECENT or record.num_lost:
         places.pop(min(places, default=-1), None)  # its beginning may be cut off
-    if len(places) < 3:
-        return None
-    steps = sorted(places)
-    before, last, now = (places[step] for step in steps[-3:])
-    if last != before:
-        return steps[-2], _difference(steps[-2], before, last)
-    if now != before[: len(now)]:
-        return steps[-1], _difference(steps[-1], before, now)
-    return None
+    return places
+
+
+def _differ(places: Mapping[int, list[_Place]], before: int, step: int) -> bool:
+    """Whether the rank did something else in the step than in the one before, as far as it has got."""
+    if before not in places or step not in places:
+        return False
+    usual, found = places[before], places[step]
+    return found != (usual if step < max(places) else usual[: len(found)])
 
 
 def _offsets(view: JobView, recent: dict[int, tuple[CollectiveEvent, ...]], config: DetectorConfig) -> list[Finding]:

@@ -205,6 +205,21 @@ def test_a_rank_that_left_its_order_and_is_waited_for_is_out_of_step(records: di
     assert finding.culprits[0] == 2
 
 
+@pytest.mark.parametrize("steps_ago", [1, 2, 3, 4])
+def test_who_hangs_soon_after_a_step_in_which_all_did_more_has_left_no_order(
+    records: dict[int, RankRecord], steps_ago: int
+) -> None:
+    """In one step all ranks compare replicas too; rank 2 then hangs, and the others are a step ahead of it."""
+
+    def verified(record: RankRecord) -> RankRecord:
+        extra = all_reduce(record.rank, FOUR, seq=1, group="v", step=STEPS - steps_ago, state="ended", end_ns=1)
+        return replace(record, events=tuple(sorted((*record.events, extra), key=lambda event: event.step)))
+
+    waiting = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS) for rank in (0, 1, 3)]
+    finding = only(after({rank: verified(record) for rank, record in records.items()}, waiting, 11.0))
+    assert (finding.kind, finding.culprits) == (FindingKind.HANG, (2,))
+
+
 def test_what_is_dead_frozen_or_stuck_explains_who_waits(records: dict[int, RankRecord]) -> None:
     waiting = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS) for rank in (0, 1, 3)]
     view = after(records, waiting, 11.0)
