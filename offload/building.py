@@ -43,6 +43,13 @@ HOST = Recipe(
     "install a C compiler (Debian: apt install gcc), or choose kernel='torch', which is several times slower",
 )
 
+DIGEST = Recipe(
+    "digest.c",
+    ("cc", "gcc", "clang"),
+    ("-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC"),
+    "install a C compiler (Debian: apt install gcc), or let torch take digests",
+)
+
 URING = Recipe(
     "uring.c",
     ("cc", "gcc", "clang"),

@@ -1,15 +1,20 @@
 """A digest of bytes that keeps up with memory: a fixed random combination of their 64-bit words, modulo 2^64.
 
 Every multiplier is odd, so a change of one word always shows; any other change is missed with a chance of about 2^-63.
-It finds what a disk or a memory gets wrong, not what an adversary does. On one core of a server it takes about
-10 GB/s, where crc32 takes 4 and blake2b 1.
+It finds what a disk or a memory gets wrong, not what an adversary does. On one core of a server, C takes 28 GB/s of
+what is in a cache and 11 of what is not, torch's operations 6, which do it where there is no C compiler; crc32 takes 4
+and blake2b 1.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
+
+from offload import building
+from offload.errors import KernelError
 
 _ROW_WORDS = 8192
 _SEED = 0x5EED
@@ -24,13 +29,28 @@ def digest(data: torch.Tensor) -> int:
     head = 8 * _ROW_WORDS * rows
     total = num_bytes
     if rows:
-        words = _words(data[:head]).view(rows, _ROW_WORDS)
-        total += _combine(words @ _multipliers())
+        words, library = _words(data[:head]), native(building.DIGEST)
+        if library is None:
+            total += _combine(words.view(rows, _ROW_WORDS) @ _multipliers())
+        else:
+            total += library.tier_digest(words.data_ptr(), _multipliers().data_ptr(), rows, _ROW_WORDS)
     if head < num_bytes:
         rest = torch.zeros(-(-(num_bytes - head) // 8) * 8, dtype=torch.uint8)
         rest[: num_bytes - head] = data[head:]
         total += int(torch.dot(rest.view(torch.int64), _multipliers()[: rest.numel() // 8]))
     return total & (2**64 - 1)
+
+
+@cache
+def native(recipe: building.Recipe) -> ctypes.CDLL | None:
+    """Return the library, built at the first call, or None without a compiler: then torch does the same, slower."""
+    try:
+        library = building.library(recipe)
+    except KernelError:
+        return None
+    library.tier_digest.restype = ctypes.c_uint64
+    library.tier_digest.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]
+    return library
 
 
 def _combine(rows: torch.Tensor) -> int:

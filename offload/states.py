@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -108,7 +108,8 @@ class _Slot:
     holder: int | None = None
     is_dirty: bool = False
     busy: bool = False
-    transfer: Future[None] | None = None
+    transfers: list[_Transfer] = field(default_factory=list)
+    """What is not known to have ended, each after the one before."""
     used: int = 0
     """When it was last taken."""
 
@@ -118,6 +119,14 @@ class _Entry:
     block: Block
     count: int
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """A transfer, and whose states it moves."""
+
+    future: Future[None]
+    entry: _Entry
 
 
 @dataclass(slots=True)
@@ -157,8 +166,8 @@ class TierCache:
             if slot is None:
                 return False
             entry = self._entries[index]
-            slot.holder, slot.is_dirty = None, False
-            slot.transfer = self._seen(self.tier.read(entry.block, slot.buffer[: 3 * entry.count]), entry, "read")
+            slot.holder = None
+            self._read(slot, entry)
             slot.holder = index
             self.num_reads += 1
         elif not slot.busy:
@@ -199,7 +208,7 @@ class TierCache:
         entry, slot = self._entries[index], self._find(index)
         if slot is not None:
             self._finish(slot)
-            slot.holder = None
+            slot.holder, slot.is_dirty = None, False
         buffer = torch.cat([tensor.cpu() for tensor in values.tensors])
         self._wait(self.tier.write(entry.block, buffer), entry)
 
@@ -226,16 +235,29 @@ class TierCache:
         if not idle:
             return None
         slot = min(idle, key=lambda found: found.used)
-        if slot.is_dirty and slot.transfer is None:
+        if slot.is_dirty:
             self._write(slot)
-        self._finish(slot)
         return slot
 
     def _write(self, slot: _Slot) -> None:
         assert slot.holder is not None
+        assert not slot.transfers
         entry = self._entries[slot.holder]
-        slot.transfer = self._seen(self.tier.write(entry.block, slot.buffer[: 3 * entry.count]), entry, "write")
+        written = self._seen(self.tier.write(entry.block, slot.buffer[: 3 * entry.count]), entry, "write")
+        slot.transfers.append(_Transfer(written, entry))
         slot.is_dirty = False
+
+    def _read(self, slot: _Slot, entry: _Entry) -> None:
+        """Begin to read as soon as the buffer's last transfer has ended, without anybody waiting for that.
+
+        Whoever updates goes on meanwhile, and the disk has the next read the moment that it has done with a write.
+        """
+
+        def begin() -> Future[None]:
+            return self._seen(self.tier.read(entry.block, slot.buffer[: 3 * entry.count]), entry, "read")
+
+        last = slot.transfers[-1].future if slot.transfers else None
+        slot.transfers.append(_Transfer(begin() if last is None else _behind(last, begin), entry))
 
     def _seen(self, transfer: Future[None], entry: _Entry, verb: str) -> Future[None]:
         """Let the trace have the transfer, from when it was asked for."""
@@ -248,13 +270,14 @@ class TierCache:
         return transfer
 
     def _finish(self, slot: _Slot) -> None:
-        if slot.transfer is not None and slot.holder is not None:
-            transfer, slot.transfer = slot.transfer, None
-            try:
-                self._wait(transfer, self._entries[slot.holder])
-            except BaseException:
-                slot.holder, slot.is_dirty, slot.busy = None, False, False
-                raise
+        try:
+            for transfer in slot.transfers:
+                self._wait(transfer.future, transfer.entry)
+        except BaseException:
+            slot.holder, slot.is_dirty, slot.busy = None, False, False
+            raise
+        finally:
+            slot.transfers.clear()
 
     def _wait(self, transfer: Future[None], entry: _Entry) -> None:
         try:
@@ -264,6 +287,29 @@ class TierCache:
         except OffloadError as error:
             kind = type(error) if isinstance(error, TierError) else TierError
             raise kind(f"{entry.label} in tier {self.tier.spec.name}: {error}") from error
+
+
+def _behind(last: Future[None], begin: Callable[[], Future[None]]) -> Future[None]:
+    """Return a future for what `begin` begins when `last` is done; if that failed, it is cancelled instead."""
+    whole: Future[None] = Future()
+
+    def settle(begun: Future[None]) -> None:
+        error = begun.exception()
+        whole.set_result(None) if error is None else whole.set_exception(error)
+
+    def go_on(done: Future[None]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            whole.cancel()
+            return
+        try:
+            begun = begin()
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            whole.set_exception(error)
+            return
+        begun.add_done_callback(settle)
+
+    last.add_done_callback(go_on)
+    return whole
 
 
 def _views(buffer: torch.Tensor, count: int) -> States:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload import Corrupted, CpuTier, CxlTier, NvmeTier, SpecError, StripedTier, TierError, TierFull
-from offload.digest import digest
+from offload import Corrupted, CpuTier, CxlTier, NvmeTier, SpecError, StripedTier, TierError, TierFull, building
+from offload.digest import digest, native
 from offload.medium import Medium
 from offload.pages import allocate_pages, nodes_of
 from offload.throttle import Throttled
@@ -104,6 +104,18 @@ def test_the_digest_sees_exchanged_and_missing_bytes() -> None:
     assert digest(data.view(-1, 8).flip(0).reshape(-1)) != digest(data)
     zeros = torch.zeros(1 << 17, dtype=torch.uint8)
     assert len({digest(zeros[:size]) for size in (1, 8, 65536, 65544, 1 << 17)}) == 5
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 300_000), st.integers(0, 15))
+def test_a_digest_is_the_same_with_a_compiler_and_without(num_bytes: int, start: int) -> None:
+    data = torch.randint(0, 256, (start + num_bytes,), dtype=torch.uint8)[start:]
+    assert native(building.DIGEST) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "DIGEST", building.Recipe("digest.c", ("no-such-compiler",), (), ""))
+        assert native(building.DIGEST) is None
+        plain = digest(data)
+    assert digest(data) == plain
 
 
 class _Instant:
