@@ -26,6 +26,7 @@ from trainsys import metrics, recipe
 from trainsys.check import check
 from trainsys.cli import EXIT_STOPPED
 from trainsys.errors import ConfigError, RunError
+from trainsys.folder import RunFolder
 from trainsys.rl import peers, report, watching
 from trainsys.rl.account import account
 from trainsys.rl.config import SharingConfig
@@ -35,7 +36,7 @@ from trainsys.rl.policy import Row
 from trainsys.rl.rollout import Completion, Group
 from trainsys.rl.sharing import Exchange, Identity, Pace
 from trainsys.rl.stores import Mailbox
-from trainsys.rl.swarm import NodeView, outcome_of, run_swarm
+from trainsys.rl.swarm import NodeView, node_config, outcome_of, run_swarm
 from trainsys.rl.validation import Rules, Validator
 
 _TINY = (
@@ -99,6 +100,21 @@ def test_a_round_is_smaller_where_it_is_not_filled(box: Mailbox) -> None:
     assert _peers(box, "anna", "--rl.sharing.fill=false").num_own(0) == 4
 
 
+def test_own_groups_that_teach_nothing_take_no_place_of_those_that_do(box: Mailbox) -> None:
+    anna, bert = _peers(box, "anna", "--rl.resamples=1"), _peers(box, "bert")  # it asks 6, and 6 again
+    bert.trade(1, [group(seed, node="bert") for seed in range(4)])
+    bert._exchange.publish_waiting()
+    anna._exchange.poll()
+    uniform = [group(seed, right=right) for seed, right in enumerate((0, 4, 0, 4, 0, 4), start=6)]
+    telling = [group(100 + seed) for seed in range(6)]
+    local, external = anna.trade(1, [*uniform, *telling])
+    assert sorted(local, key=lambda g: g.question.seed) == telling
+    assert len(external) == 2
+    anna._exchange.publish_waiting()
+    bert._exchange.poll()
+    assert bert._exchange.stats().accepted == 12, "all are shared"
+
+
 def test_a_prompt_that_does_not_fit_the_policy_is_left_out(box: Mailbox) -> None:
     anna, bert = _peers(box, "anna", refused="sort"), _peers(box, "bert")
     bert.trade(1, [group(2, node="bert", task="sort"), group(2, node="bert")])
@@ -107,6 +123,19 @@ def test_a_prompt_that_does_not_fit_the_policy_is_left_out(box: Mailbox) -> None
     _, external = anna.trade(1, [])
     assert [found.question.task for found in external] == ["reverse"]
     assert anna.record()["sharing/unfit"] == 1
+
+
+def test_a_round_reckons_with_as_many_groups_that_do_not_fit_as_the_last_one_met(box: Mailbox) -> None:
+    anna, bert = _peers(box, "anna", "--rl.sharing.per_peer=4", refused="sort"), _peers(box, "bert")
+    asked = []
+    for round_index, task in enumerate(("sort", "sort", "reverse", "reverse"), start=1):
+        bert.trade(round_index, [group(8 * round_index + n, node="bert", task=task) for n in range(2, 6)])
+        bert._exchange.publish_waiting()
+        anna._exchange.poll()
+        asked.append(anna.num_own(round_index))
+        local, external = anna.trade(round_index, [group(1000 + 10 * round_index + n) for n in range(asked[-1])])
+        assert len(local) + len(external) == (4 if round_index == 1 else 8)
+    assert asked == [4, 8, 8, 4]
 
 
 def test_a_group_fits_where_a_better_completion_can_be_read() -> None:
@@ -202,6 +231,18 @@ def test_a_setting_of_sharing_that_cannot_be_is_refused(override: str, message: 
     resolved = recipe.load(["rl_swarm"], [override])
     with pytest.raises(ConfigError, match=message):
         check(resolved.config, sources=resolved.sources)
+
+
+def test_a_variant_that_does_not_go_with_the_rest_is_refused_before_any_node_starts(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    variants = '--rl.swarm.variants=["model.dim=32", "rl.questions=6"]'
+    resolved = recipe.load(["rl_swarm"], [variants, f"--run_dir={tmp_path}"])
+    check(resolved.config)
+    run.write_record(resolved)
+    small = node_config(resolved.config, run, 0, "store")
+    assert (small.model.dim, small.rl.sharing.node, small.rl.swarm.nodes) == (32, "node0", 0)
+    with pytest.raises(ConfigError, match=r"node1: batch\.global_sequences: 64 is not .* \(6 x 8\)"):
+        node_config(resolved.config, run, 1, "store")
 
 
 def test_a_node_without_a_store_or_a_name_is_refused() -> None:
@@ -373,9 +414,18 @@ def _write_run(folder: Path) -> None:
             "rl/reward.add": 0.7,
             "rl/cumulative_reward": 0.5 * (step - 2),
             "rl/signal_rate": 0.25,
+            "rl/groups": 6,
             "rl/external_groups": 2,
             "sharing/age_rounds": 1.5,
             "sharing/accepted": 9,
+            "sharing/taken": 7,
+            "sharing/without_signal": 1,
+            "sharing/too_old": 1,
+            "sharing/unfit": 0,
+            "sharing/waiting": 0,
+            "sharing/peers": 2,
+            "sharing/namesakes": 0,
+            "sharing/store_failures": 0,
             "sharing/rejected": 3,
             "sharing/rejected.reward": 3,
             "sharing/from.bert": 1,
@@ -397,11 +447,14 @@ def test_the_report_has_every_figure_of_every_node(tmp_path: Path) -> None:
     node = nodes[0]
     assert node.accuracy == {"add": 1, "sort": 0.5}
     assert node.first_accuracy == {"add": 0.5, "sort": 0}
-    assert (node.cumulative_reward, node.signal_rate, node.external, node.age_rounds) == (5, 0.25, 20, 1.5)
+    assert (node.cumulative_reward, node.signal_rate, node.age_rounds) == (5, 0.25, 1.5)
+    assert (node.sampled, node.external) == (60, 20)
     assert node.sources == {"bert": 10, "<eve>": 10}
     assert node.rejected == {"reward": 3}
     text = report.summarise(tmp_path).splitlines()
     assert len(text) == 3
+    assert text[0].split()[-5:] == ["sampled", "others'", "age", "from", "rejected"]
+    assert "60       20" in text[1]
     page = report.write_report(tmp_path).read_text()
     assert "&lt;eve&gt; 10" in page
     assert "<eve>" not in page
@@ -415,6 +468,16 @@ def test_the_report_has_every_figure_of_every_node(tmp_path: Path) -> None:
         report.read_nodes(tmp_path / "empty")
 
 
+def test_a_report_says_which_rounds_it_does_not_know(tmp_path: Path) -> None:
+    _write_run(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:2] + lines[4:]))  # of ten rounds eight
+    (node,) = report.read_nodes(tmp_path)
+    assert (node.sampled, node.unrecorded) == (48, 2)
+    assert "miss 2 rounds" in report.summarise(tmp_path).splitlines()[-1]
+    assert "miss 2 rounds" in report.write_report(tmp_path).read_text()
+
+
 def test_the_screen_tells_lines_where_it_is_no_terminal(tmp_path: Path) -> None:
     _write_run(tmp_path)
     stream = io.StringIO()
@@ -425,7 +488,8 @@ def test_the_screen_tells_lines_where_it_is_no_terminal(tmp_path: Path) -> None:
     screen.close()
     first, second = stream.getvalue().splitlines()
     assert "--rl.sharing.store=file:///store" in first
-    for part in ("node0  done (restart 1)", "step 12/12", "reward 0.500", "add 0.70", "held-out 75.0%", "rejected 3"):
+    figures = ("reward 0.500", "add 0.70", "held-out 75.0%", "others' 7, rejected 3")
+    for part in ("node0  done (restart 1)", "step 12/12", *figures):
         assert part in second
 
 

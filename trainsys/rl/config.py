@@ -146,8 +146,8 @@ class RLConfig:
     drop_uniform: bool = True
     """Leave out groups whose rewards are all equal, so that they do not count in any mean."""
     resamples: int = 0
-    """Further questions, in batches of `questions`, that a round may ask until enough groups have differing rewards
-    (DAPO's dynamic sampling)."""
+    """How often a round may ask as many questions again, until as many groups have differing rewards (DAPO's dynamic
+    sampling)."""
     start_from: str = ""
     """Model folder to begin with, as a run writes it (`RUN/model`); empty begins with initial weights."""
     evaluation_questions: int = 40

@@ -85,15 +85,23 @@ class SharedPeers:
             num_external=sharing.external,
             max_age_rounds=sharing.max_age_rounds,
             per_peer=sharing.per_peer,
+            filter_local=config.rl.drop_uniform,
             filter_external=sharing.filter_uniform,
         )
         self._fill = sharing.fill
+        self._num_unfit = 0
+        """Places of the last round that stayed empty because what came did not fit."""
         self._record: metrics.Record = {}
 
     def num_own(self, round_index: int) -> int:
-        """Return how many questions this node asks in a round: more where others' groups would not fill it."""
-        missing = self._exchange.num_missing(self._quota, now_round=round_index) if self._fill else 0
-        return self._quota.num_local + missing
+        """Return how many questions this node asks in a round: more where others' groups would not fill it.
+
+        What does not fit is found out only when a round takes it; then the next reckons with as much of it.
+        """
+        if not self._fill:
+            return self._quota.num_local
+        missing = self._exchange.num_missing(self._quota, now_round=round_index)
+        return self._quota.num_local + max(missing, self._num_unfit)
 
     def trade(self, round_index: int, own: Sequence[Group]) -> tuple[Sequence[Group], Sequence[Group]]:
         """Share all own groups; return those of them and of others that the round trains on. Waits for nothing."""
@@ -102,6 +110,7 @@ class SharedPeers:
         chosen = self._exchange.take(
             own, self._quota, now_round=round_index, generator=generator, fits=lambda group: _fits(self._policy, group)
         )
+        self._num_unfit = min(chosen.unfit, self._quota.num_external - len(chosen.external))
         self._record = metrics.sharing_record(
             self._exchange.stats(),
             ages=[round_index - candidate.arrived_round for candidate in chosen.external],

@@ -32,6 +32,8 @@ class NodeReport:
     cumulative_reward: float
     signal_rate: float
     """Mean over rounds."""
+    sampled: int
+    """Own groups, all of which it shared: what the run cost in samples."""
     external: int
     """Groups of others that were trained on."""
     age_rounds: float
@@ -40,6 +42,8 @@ class NodeReport:
     """These by node."""
     rejected: dict[str, int]
     """Messages and rows of others that were not believed, by reason."""
+    unrecorded: int
+    """Rounds between the first and the last that are not in the metrics, so that no count has them."""
     alone: str
     """Why nothing of others was trained on, of a node that shares; else empty."""
     curves: dict[str, list[tuple[float, float]]]
@@ -61,7 +65,7 @@ def read_node(folder: RunFolder, name: str) -> NodeReport:
     sources: Counter[str] = Counter()
     for record in rounds:
         sources.update({key.removeprefix(_FROM): value for key, value in record.items() if key.startswith(_FROM)})
-    ages = [record["sharing/age_rounds"] for record in rounds if "sharing/age_rounds" in record]
+    ages = sum(record.get("sharing/age_rounds", 0) * sum(_starting_with(_FROM, record).values()) for record in rounds)
     return NodeReport(
         name=name,
         steps=rounds[-1]["step"],
@@ -69,10 +73,12 @@ def read_node(folder: RunFolder, name: str) -> NodeReport:
         first_accuracy=_starting_with(_ACCURACY, (before or evaluations)[-1 if before else 0]) if evaluations else {},
         cumulative_reward=rounds[-1]["rl/cumulative_reward"],
         signal_rate=sum(record["rl/signal_rate"] for record in rounds) / len(rounds),
+        sampled=int(sum(record["rl/groups"] for record in rounds)),
         external=int(sum(record["rl/external_groups"] for record in rounds)),
-        age_rounds=sum(ages) / len(ages) if ages else float("nan"),
+        age_rounds=ages / sources.total() if sources else float("nan"),
         sources=dict(sources),
         rejected={key: int(value) for key, value in _starting_with(_REJECTED, rounds[-1]).items()},
+        unrecorded=rounds[-1]["step"] - rounds[0]["step"] + 1 - len(rounds),
         alone=account(rounds[-1]) if "sharing/taken" in rounds[-1] and not sources else "",
         curves=_curves(rounds, evaluations),
     )
@@ -105,15 +111,16 @@ def has_rounds(run: Path) -> bool:
 
 
 def summarise(run: Path) -> str:
-    """Return the table of a run, and who has learnt from nobody. Raises: RunError as `read_nodes`."""
+    """Return the table of a run, and what it does not show. Raises: RunError as `read_nodes`."""
     nodes = read_nodes(run)
-    return "\n".join([*("  ".join(cells).rstrip() for cells in _aligned(table(nodes))), *_alone(nodes)])
+    return "\n".join([*("  ".join(cells).rstrip() for cells in _aligned(table(nodes))), *_notes(nodes)])
 
 
 def table(nodes: Sequence[NodeReport]) -> list[list[str]]:
     """Return the figures of nodes as rows of cells, the first their headings."""
     tasks = sorted({task for node in nodes for task in node.accuracy})
-    headings = ["node", "steps", *tasks, "held out", "before", "reward", "signal", "others'", "age", "from", "rejected"]
+    headings = ["node", "steps", *tasks, "held out", "before", "reward", "signal", "sampled", "others'"]
+    headings += ["age", "from", "rejected"]
     return [headings, *(_cells(node, tasks) for node in nodes)]
 
 
@@ -126,15 +133,21 @@ def _cells(node: NodeReport, tasks: Sequence[str]) -> list[str]:
         _mean(node.first_accuracy),
         f"{node.cumulative_reward:.1f}",
         f"{node.signal_rate:.0%}",
+        str(node.sampled),
         str(node.external),
-        f"{node.age_rounds:.1f}" if node.external else "-",
+        f"{node.age_rounds:.1f}" if node.sources else "-",
         _counts(node.sources),
         _counts(node.rejected),
     ]
 
 
-def _alone(nodes: Sequence[NodeReport]) -> list[str]:
-    return [f"{node.name}: {node.alone}" for node in nodes if node.alone]
+def _notes(nodes: Sequence[NodeReport]) -> list[str]:
+    told = (
+        f"{node.name}: sampled, others' and from miss {node.unrecorded} rounds that are not recorded (metrics.every)"
+        for node in nodes
+        if node.unrecorded
+    )
+    return [*told, *(f"{node.name}: {node.alone}" for node in nodes if node.alone)]
 
 
 def write_report(run: Path) -> Path:
@@ -150,7 +163,7 @@ def write_report(run: Path) -> Path:
         "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"
         for tag, row in zip(["th", *["td"] * len(nodes)], table(nodes), strict=True)
     )
-    notes = "".join(f"<p>{escape(note)}</p>\n" for note in _alone(nodes))
+    notes = "".join(f"<p>{escape(note)}</p>\n" for note in _notes(nodes))
     drawn = {name: svg(picture) for name, picture in pictures.items()}
     page = _PAGE.format(title=escape(run.name), table=cells, notes=notes, pictures="\n".join(drawn.values()))
     try:

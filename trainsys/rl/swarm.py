@@ -132,20 +132,18 @@ def _parts(
     resolved: Resolved, run: RunFolder, url: str, *, resume: bool, stack: contextlib.ExitStack
 ) -> Iterator[_Part]:
     """Yield each node's run, its folder made and held as long as `stack` is open."""
-    swarm = resolved.config.rl.swarm
-    for number in range(swarm.nodes):
-        name = f"node{number}"
-        node = node_config(resolved.config, run, number, url)
+    nodes = [node_config(resolved.config, run, number, url) for number in range(resolved.config.rl.swarm.nodes)]
+    for node in nodes:
         again = resume and RunFolder(Path(node.run_dir)).exists()
         own = stack.enter_context(folder.open_run(dataclasses.replace(resolved, config=node), resume=again))
-        yield _Part(name, node, own, again)
+        yield _Part(node.rl.sharing.node, node, own, again)
 
 
 def node_config(config: RunConfig, run: RunFolder, number: int, url: str) -> RunConfig:
     """Return the settings of one node: those of the run, with its variant, its skills, its name and folder.
 
     Raises:
-        ConfigError: a variant that is wrong.
+        ConfigError: a variant that is wrong, alone or beside the other settings.
     """
     swarm, name = config.rl.swarm, f"node{number}"
     if swarm.variants:
@@ -154,7 +152,7 @@ def node_config(config: RunConfig, run: RunFolder, number: int, url: str) -> Run
     tasks = config.rl.tasks
     shown = [tasks[(number + offset) % len(tasks)] for offset in range(swarm.skills_per_node)]
     rl = config.rl
-    return dataclasses.replace(
+    node = dataclasses.replace(
         config,
         name=f"{config.name}-{name}",
         run_dir=str(run.path / "nodes" / name),
@@ -166,6 +164,8 @@ def node_config(config: RunConfig, run: RunFolder, number: int, url: str) -> Run
             swarm=dataclasses.replace(swarm, nodes=0, skills_per_node=0, variants=[]),
         ),
     )
+    check(node, sources={key: name for key, _ in recipe.leaves(recipe.to_tree(node))})
+    return node
 
 
 class _Node:

@@ -128,8 +128,8 @@ class Screen:
             parts.append(" ".join(f"{task} {by_task[task]:.2f}" for task in self._tasks if task in by_task))
         if "rl/accuracy" in figures:
             parts.append(f"held-out {figures['rl/accuracy']:.1%}")
-        if "sharing/accepted" in figures:
-            parts.append(f"others' {figures['sharing/accepted']}, rejected {figures['sharing/rejected']}")
+        if "sharing/taken" in figures:
+            parts.append(f"others' {figures['sharing/taken']}, rejected {figures['sharing/rejected']}")
         if view.detail:
             parts.append(view.detail)
         return "  ".join(parts)
@@ -159,7 +159,7 @@ class Screen:
             *(f"{by_task[task]:.2f}" if task in by_task else "" for task in self._tasks),
             _figure(figures, "rl/accuracy", ".0%"),
             _figure(figures, "rl/signal_rate", ".0%"),
-            _figure(figures, "sharing/accepted", ".0f"),
+            _figure(figures, "sharing/taken", ".0f"),
             _figure(figures, "sharing/age_rounds", ".1f"),
             _figure(figures, "sharing/rejected", ".0f"),
         ]
