@@ -1,9 +1,9 @@
 """A digest of bytes that keeps up with memory: a fixed random combination of their 64-bit words, modulo 2^64.
 
 Every multiplier is odd, so a change of one word always shows; any other change is missed with a chance of about 2^-63.
-It finds what a disk or a memory gets wrong, not what an adversary does. On one core of a server, C takes 28 GB/s of
-what is in a cache and 11 of what is not, torch's operations 6, which do it where there is no C compiler; crc32 takes 4
-and blake2b 1.
+It finds what a disk or a memory gets wrong, not what an adversary does. On one core of a server C takes 20 to 36 GB/s
+of what a cache holds (`python -m offload.bench.disk`), and torch's operations, which do it where there is no compiler,
+8 to 12; crc32 takes 4 and blake2b 1.
 """
 
 from __future__ import annotations
