@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from statistics import quantiles
 
@@ -28,11 +28,12 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
     """Return what keeps the job from getting further.
 
     Who is gone, frozen or stuck explains why others wait; so hangs are reported only when no rank is. What does not
-    fit together explains why ranks died of it.
+    fit together explains why ranks died of it; so does an operation that a rank never made before and that failed.
     """
     conditions = [assess(vitals, health) for _, vitals in sorted(view.vitals.items())]
-    wrong = mismatches(view, config)
-    unwell = _unwell(view, [found for found in conditions if found.condition in _BY_CONDITION])
+    sick = [found for found in conditions if found.condition in _BY_CONDITION]
+    unwell = _unwell(view, sick)
+    wrong = mismatches(view, config) or _refused(view, [found.rank for found in sick])
     if wrong:
         victims = {rank for rank, record in view.records.items() if _death(record) > 0}
         accused = {rank for finding in wrong for rank in finding.culprits}
@@ -116,6 +117,36 @@ def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
             )
         )
     return found
+
+
+def _refused(view: JobView, unwell: Collection[int]) -> list[Finding]:
+    """Return at most one finding: of the dead those whose last operation failed and was none of their usual ones.
+
+    A backend refuses at once what it cannot do; others, who are elsewhere, never come to it, and die in an operation
+    of every step. Where somebody is gone whose operations did not fail, that explains what failed.
+    """
+    last = {
+        rank: view.records[rank].events[-1] for rank in unwell if rank in view.records and view.records[rank].events
+    }
+    if len(last) < len(unwell) or any(event.state != "failed" for event in last.values()):
+        return []
+    told = {rank: how for rank in last if (how := deviation(view, rank))}
+    if not told:
+        return []
+    last = {rank: last[rank] for rank in told}
+    first = last[min(told)]
+    said = [f"rank {rank} died of an operation that it never made before: {how}" for rank, how in told.items()]
+    return [
+        Finding(
+            kind=FindingKind.DESYNC,
+            suspects=tuple(Suspect(rank, 1.0 / len(told)) for rank in told),
+            summary="; ".join(said),
+            evidence={f"last operation of rank {rank}": event.kind for rank, event in last.items()},
+            group=first.group,
+            sequence=first.seq,
+            step=max(event.step for event in last.values()),
+        )
+    ]
 
 
 def _hang(view: JobView, chain: Chain) -> Finding:

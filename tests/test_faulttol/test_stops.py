@@ -248,6 +248,19 @@ def test_who_died_of_a_desync_is_no_crash(records: dict[int, RankRecord]) -> Non
     assert (finding.kind, finding.culprits) == (FindingKind.DESYNC, (3,))
 
 
+def test_who_died_of_what_the_backend_refused_has_left_its_order(records: dict[int, RankRecord]) -> None:
+    stray = all_reduce(2, FOUR, seq=1, group="stray", step=STEPS, dtype="int16", state="failed")
+    rest = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS, state="failed") for rank in (0, 1, 3)]
+    dead = [Vitals(rank=rank, process_alive=False) for rank in FOUR]
+    for ended in (dead[2:3], dead):
+        finding = only(with_vitals(after(records, [stray, *rest], 0.1), *ended))
+        assert (finding.kind, finding.culprits) == (FindingKind.DESYNC, (2,))
+        assert "rank 2 died of an operation that it never made before" in finding.summary
+    # It may as well have failed because another is gone, as the barrier at the end of a run does.
+    killed = with_vitals(after(records, [stray], 0.1), dead[1], dead[2])
+    assert [(each.kind, each.culprits) for each in found(killed)] == [(FindingKind.CRASH, (1,))]
+
+
 def test_a_loop_that_stands_without_a_collective_hangs(records: dict[int, RankRecord]) -> None:
     stalled = Vitals(rank=1, python_age_s=0.1, progress_age_s=30.0)
     finding = only(with_vitals(JobView(records), stalled))

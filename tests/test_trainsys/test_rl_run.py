@@ -11,6 +11,7 @@ import torch
 from tests.test_trainsys import runs
 from tests.test_trainsys.test_hf import write_jsonl, write_llama
 from tests.test_trainsys.test_resume import assert_equal_state
+from tests.test_trainsys.wandb_file import history
 from trainsys import data, metrics, models
 from trainsys.report import summarise
 from trainsys.rl import questions, tasks
@@ -111,9 +112,14 @@ def test_someones_own_model_learns_by_rounds_in_its_own_tokens_and_goes_on(tmp_p
         word for word in _arguments(*changed) if not word.startswith(("--model.num", "--model.dim", "--model.ffn"))
     ]
     words = [word for word in words if not word.startswith("--steps")]
-    runs.succeed("train", *words, "--steps=4", f"--run_dir={run}", cwd=tmp_path)
+    runs.succeed("train", *words, "--steps=4", "--metrics.wandb.mode=offline", f"--run_dir={run}", cwd=tmp_path)
     runs.succeed("train", *words, "--steps=6", f"--run_dir={run}", "--resume", cwd=tmp_path)
-    assert [record["step"] for record in _records(run) if "rl/reward" in record] == [3, 4, 5, 6]
+    rewards = {record["step"]: record["rl/reward"] for record in _records(run) if "rl/reward" in record}
+    assert list(rewards) == [3, 4, 5, 6]
+    (logged,) = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    shown = {entry["_step"]: entry["rl/reward"] for entry in history(logged) if "rl/reward" in entry}
+    assert shown == {step: rewards[step] for step in (3, 4)}
+    assert any("rl/accuracy.largest,length=2" in entry for entry in history(logged))
     model = models.load_pretrained(run / "model").float()
     (question,) = questions.draw([questions.parse_spec("largest:length=2")], 1, (1,), held_out=True)
     policy = Policy(model, data.load_tokenizer(str(run / "model")), GenerationConfig(max_new_tokens=4))
