@@ -20,7 +20,6 @@ from it. After the last step parameters and states are compared with those of st
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import shutil
@@ -388,7 +387,6 @@ def _whole(num_moved: int, wanted: int) -> None:
         raise OSError(f"{num_moved} of {wanted} bytes were moved")
 
 
-@functools.cache
 def _file_system(folder: Path) -> str:
     """Return the kind and the device of the file system that a folder is on."""
     status = folder.stat()

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from trainsys.bench import sapo
 from trainsys.bench.swarms import alphabet, grid
-from trainsys.bench.swarms.simulation import Settings
+from trainsys.bench.swarms.simulation import Scenario, Settings, Swarms
 from trainsys.bench.swarms.stack import PAD, Adam, Shape, Stack
 from trainsys.rl import chart, questions, raster, tasks
 
@@ -124,6 +124,16 @@ def test_a_stopped_grid_goes_on_and_makes_the_same_figures(tmp_path: Path) -> No
     assert list(grid.results(parts, scenarios[0], settings, "cpu")) == list(
         grid.results(whole, scenarios[0], settings, "cpu")
     )
+
+
+def test_rounds_that_nobody_shares_into_are_filled_unless_they_are_not_to_be() -> None:
+    settings = Settings(seeds=1, rounds=3, groups=8, group_size=4, dim=16, num_layers=1, questions_per_skill=1)
+    found = {}
+    for fill in (True, False):
+        everybody_silent = Scenario(name="", num_local=4, num_external=4, absent=tuple(range(5)), fill=fill)
+        found[fill] = Swarms(everybody_silent, settings, first_seed=0, device=_CPU).run()
+    assert {(node.generated, node.external) for node in found[True]} == {(3 * 8, 0)}
+    assert {(node.generated, node.external) for node in found[False]} == {(3 * 4, 0)}
 
 
 def test_an_interval_is_students() -> None:
