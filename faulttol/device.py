@@ -21,7 +21,7 @@ _ANCHOR_EVERY_NS = 10_000_000_000
 """Elapsed times are fp32 milliseconds: over 10 s they are good to a microsecond."""
 _ANCHOR_TRIES = 5
 _ANCHOR_WAIT_NS = 1_000_000
-_FIRST, _POOLED = 64, 4096
+_FIRST, _POOLED = 512, 4096
 """Events that are made at once, and that are kept."""
 
 

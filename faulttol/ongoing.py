@@ -108,8 +108,8 @@ class Token:
     """The device's event before it."""
     passed: Any = None
     """The device's event after it, where it runs on the stream that it was called from."""
-    channel: object = None
-    """What the device runs one after the other, and this among it."""
+    channel: tuple[str, int] | None = None
+    """Group and peer (-1: none): what the device runs one after the other, and this among it."""
     output = 0
     """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
     work: Any = None

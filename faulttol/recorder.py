@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Recorder:
         self._groups = Groups(ring)
         self._pending: dict[int, Token] = {}
         """On the CPU, by `id` of the work."""
-        self._on_device: dict[int, Token] = {}
+        self._on_device: dict[tuple[int, str, int], deque[Token]] = {}
+        """By device, group and peer: what is run one after the other."""
         self._stamped: dict[object, deque[Token]] = {}
         """By stream: what has no work, since it runs on the stream that it was called from."""
         self._outputs: OrderedDict[int, Token] = OrderedDict()
@@ -173,7 +175,7 @@ class Recorder:
                     token.in_backward = in_backward()
                     self._pending[id(work)] = token
                 else:
-                    self._on_device[id(work)] = token
+                    self._watch_device(token)
             elif token.group.coalesces:
                 token.group.unfinished.append(token)
             elif token.ready is not None:
@@ -230,8 +232,10 @@ class Recorder:
                     self._end(token, late=True)
                 else:
                     token.work = work
-                    goes_on = self._pending if token.device is None else self._on_device
-                    goes_on[id(token)] = token
+                    if token.device is None:
+                        self._pending[id(token)] = token
+                    else:
+                        self._watch_device(token)
         except Exception:  # noqa: BLE001 - as in begin
             self._lose()
 
@@ -286,7 +290,8 @@ class Recorder:
     @property
     def num_pending(self) -> int:
         """How many operations go on, as far as the recorder has noticed."""
-        return len(self._pending) + len(self._on_device) + sum(map(len, self._stamped.values()))
+        queues = (*list(self._on_device.values()), *list(self._stamped.values()))
+        return len(self._pending) + sum(map(len, queues))
 
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back: what a forked child does."""
@@ -345,6 +350,10 @@ class Recorder:
         if len(self._outputs) > _MAX_OUTPUTS:
             self._end(self._outputs.popitem(last=False)[1], late=True)
 
+    def _watch_device(self, token: Token) -> None:
+        assert token.channel is not None
+        self._on_device.setdefault((token.device, *token.channel), deque()).append(token)
+
     # The watcher's thread.
 
     def _watch(self) -> None:
@@ -401,28 +410,29 @@ class Recorder:
 
     def _look_at_all(self) -> None:
         self._look_at_works(self._pending)
-        self._look_at_works(self._on_device)
         self._let_go(time.monotonic_ns())
+        for (_, _, peer), tokens in list(self._on_device.items()):
+            self._end_those_over(tokens, _work_is_over, self._end_of_work, in_order=peer < 0)
         for tokens in list(self._stamped.values()):
-            num_over = self._num_over(tokens)
-            for _ in range(num_over):
-                token = tokens[0]
-                try:
-                    self._end_of_stream(token)
-                except Exception:  # noqa: BLE001 - as in begin; after an error of the device every query raises
-                    self._end(token, late=True, failed=True)
-                    self._lose()
-                tokens.popleft()
+            self._end_those_over(tokens, _has_passed, self._end_of_stream, in_order=True)
 
-    def _num_over(self, tokens: deque[Token]) -> int:
-        """Return how many of a stream's operations are over: those before the first that is not."""
-        num = len(tokens)
-        try:
-            if num and tokens[num - 1].passed.query():
-                return num
-            return next((place for place in range(num) if not tokens[place].passed.query()), num)
-        except RuntimeError:  # the device has an error: all of them are over
-            return num
+    def _end_those_over(
+        self,
+        tokens: deque[Token],
+        is_over: Callable[[Token], bool],
+        end: Callable[[Token], None],
+        *,
+        in_order: bool,
+    ) -> None:
+        """End what is over of operations that a device runs one after the other: those before the first that is not."""
+        for _ in range(_num_over(tokens, is_over, in_order=in_order)):
+            token = tokens[0]
+            try:
+                end(token)
+            except Exception:  # noqa: BLE001 - as in begin; after an error of the device every query raises
+                self._end(token, late=True, failed=True)
+                self._lose()
+            tokens.popleft()
 
     def _end_of_stream(self, token: Token) -> None:
         clock = self._clocks[token.device]
@@ -444,8 +454,8 @@ class Recorder:
             return  # only its caller holds it now: its wait or its end tells
         if work.is_completed():
             if works.pop(key, None) is not None:
-                self._end_of_work(token, work)
-        elif token.kind in ENDS_AT_WAIT and token.device is None and time.monotonic_ns() - token.begin_ns > _HELD_NS:
+                self._end_on_host(token, work)
+        elif token.kind in ENDS_AT_WAIT and time.monotonic_ns() - token.begin_ns > _HELD_NS:
             # Held here, it would hold its tensors for as long as nobody waits for it.
             token.ref = weakref.ref(work, lambda _: self._dropped(key, token))
             token.work = None
@@ -457,21 +467,21 @@ class Recorder:
             if self._outputs.get(token.output) is not token:
                 self._end(token, late=True)
 
-    def _end_of_work(self, token: Token, work: Any) -> None:
-        if token.device is None:
-            try:
-                self._interception.wait(work)  # it is over: this only tells how
-            except RuntimeError:
-                self._end(token, late=True, failed=True)
-            else:
-                self._end(token, late=True)
-            return
+    def _end_on_host(self, token: Token, work: Any) -> None:
+        try:
+            self._interception.wait(work)  # it is over: this only tells how
+        except RuntimeError:
+            self._end(token, late=True, failed=True)
+        else:
+            self._end(token, late=True)
+
+    def _end_of_work(self, token: Token) -> None:
         clock = self._clocks.get(token.device)
         if clock is None or token.ready is None:
             self._end(token, late=True)
             return
         try:
-            duration_ns = round(work._get_duration() * 1e6)
+            duration_ns = round(token.work._get_duration() * 1e6)
         except RuntimeError:  # not timed; or cut off, where its like were timed
             self._end(token, late=True, failed=token.kind in token.group.timed_kinds)
             return
@@ -483,6 +493,25 @@ class Recorder:
         else:
             token.is_over = True
             self.ring.end(token.index, span.end_ns, duration_ns, failed=False, late=False)
+
+
+def _work_is_over(token: Token) -> bool:
+    return bool(token.work.is_completed())
+
+
+def _has_passed(token: Token) -> bool:
+    return bool(token.passed.query())
+
+
+def _num_over(tokens: deque[Token], is_over: Callable[[Token], bool], *, in_order: bool) -> int:
+    """Return how many operations are over: those before the first that is not. In order, the last stands for all."""
+    num = len(tokens)
+    try:
+        if in_order and num > 1 and is_over(tokens[num - 1]):
+            return num
+        return next((place for place in range(num) if not is_over(tokens[place])), num)
+    except RuntimeError:  # the device has an error: all of them are over
+        return num
 
 
 def _switch_off(recorder: weakref.ref[Recorder]) -> Any:

@@ -307,7 +307,7 @@ def _merge(span: Span, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor)
     """Take in what some queries saw elsewhere: the mean of both outputs by the weight of their scores."""
     before, before_lse = span.take(out), span.take(lse)
     share = (part_lse - before_lse).sigmoid_()[..., None]
-    span.put(out, before + share * (part - before))
+    span.put(out, torch.lerp(before, part.to(before.dtype), share))
     span.put(lse, torch.logaddexp(before_lse, part_lse))
 
 

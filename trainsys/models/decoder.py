@@ -74,7 +74,9 @@ class Block(nn.Module):
         return run(self._run, how, x_BTD, cos, sin, plan, cache)  # type: ignore[no-any-return]
 
     def _run(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, plan: Any, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        mixed_BTD = self.attention(self.attention_norm(x_BTD), cos, sin, plan, cache, self.layer)
+        # Compiled code is compiled anew for every number that it has read of a block, and soon not at all.
+        layer = 0 if cache is None else self.layer
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), cos, sin, plan, cache, layer)
         x_BTD = x_BTD + self._drop(mixed_BTD)
         normed_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
