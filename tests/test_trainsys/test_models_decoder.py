@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from tests.test_trainsys.decoder_reference import reference_logits
 from trainsys.config import ModelConfig, MoEConfig
 from trainsys.errors import ConfigError
 from trainsys.models import blocks, build, flops_per_token, num_parameters
-from trainsys.models.attention import attend, document_mask
+from trainsys.models.attention import PlainCore, attend, document_mask, set_core
 from trainsys.models.decoder import Decoder
 from trainsys.models.initialisation import initialise
 from trainsys.models.moe import Experts, balance_loss
+from trainsys.models.recompute import Recompute
 
 SMALL = ModelConfig(num_layers=2, dim=16, num_heads=4, num_kv_heads=2, ffn_dim=24, vocab_size=32)
 EXPERTS = MoEConfig(num_experts=5, top_k=2, num_shared_experts=2, ffn_dim=8, first_dense_layers=1)
@@ -169,6 +172,34 @@ def test_compiled_blocks_change_no_bit_and_no_name(config: ModelConfig) -> None:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
     wanted, got = (gradients(model, output) for model, output in zip((eager, compiled), outputs, strict=True))
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+class OutsideGraphs(PlainCore):
+    """A core that compiled code calls as it is, as it does those of ranks that share sequences."""
+
+    __call__ = torch.compiler.disable(PlainCore.__call__)  # type: ignore[assignment]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_blocks_are_compiled_once_for_all_around_a_core_that_is_not(recompute: Recompute) -> None:
+    """Eleven blocks: one more than dynamo compiles anew before it gives up."""
+    config = replace(SMALL, num_layers=11)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    found = []
+    for is_compiled in (False, True):
+        model = build(config, vocab_size=32, max_positions=64, recompute=recompute, seed=0).double()
+        set_core(model, OutsideGraphs(4))
+        for block in blocks(model) if is_compiled else ():
+            block.compile(backend=backend)
+        found.append(gradients(model, model(TOKENS)))
+    assert 0 < len(graphs) <= 5, "parts of one block"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-13)
 
 
 def test_dropout_acts_in_training_only() -> None:

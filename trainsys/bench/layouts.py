@@ -8,9 +8,11 @@ at least 1.10 x as fast as without; a pipeline's bubble is within 10 % of what i
 
 Baselines: a plain loop over torch's `fully_shard` (bf16 compute, fp32 masters, fused AdamW, clipping), and DeepSpeed's
 ZeRO 3 where DeepSpeed is installed. All cases train on the same tokens, the same number of them a step, in one job:
-each round runs every case, model and optimizer made anew, a few steps to warm up and then the steps that count. A step
-takes as long as its slowest rank; MFU is tokens/s x operations per token over the peak of both devices; memory is
-the most that the allocator of a rank has given out.
+each round runs every case, model and optimizer made anew, a few steps to warm up and then the steps that count. Ranks
+that share the tokens or the features of a micro-batch have one of as many times the sequences: each rank computes as
+much at a time, and keeps as much for backward, as a rank of the baseline does. A step takes as long as its slowest
+rank; MFU is tokens/s x operations per token over the peak of both devices; memory is the most that the allocator of a
+rank has given out.
 
 Long cases have sequences of 32,768 tokens, as many tokens a step, and a baseline of their own: sharing a sequence of
 4,096 among ranks is measured too, and is nothing that a recipe should do. The decoder has 25 blocks, so that a stage
@@ -83,7 +85,7 @@ LARGE = Size(
     ModelConfig(num_layers=25, dim=2048, num_heads=16, num_kv_heads=8, ffn_dim=8192, vocab_size=32768),
     length=4096,
     global_sequences=64,
-    micro_sequences=4,
+    micro_sequences=8,
     steps=2,
     precision="bf16",
     is_compiled=True,
@@ -91,7 +93,7 @@ LARGE = Size(
 SMALL = Size(
     ModelConfig(num_layers=4, dim=128, num_heads=4, num_kv_heads=2, ffn_dim=384, vocab_size=512),
     length=128,
-    global_sequences=8,
+    global_sequences=16,
     micro_sequences=1,
     steps=5,
     precision="fp32",
@@ -110,12 +112,14 @@ class Case:
     scale: int = 1
     """Times as many sequences a step, to tell the bubble."""
     micro_sequences: int | None = None
-    """Of a micro-batch; None: what the size says. Few, for a pipeline: a bubble is as long as a micro-batch."""
+    """Of a micro-batch of ranks that share none; None: what the size says. Few, for a pipeline: a bubble is as long as
+    a micro-batch."""
     stretch: int = 1
     """Times as long sequences, and as many times fewer of them."""
 
 
 _PIPELINE = ParallelConfig(pipeline=2, stages=StagesConfig(schedule="interleaved", per_rank=2))
+_ZERO_BUBBLE = ParallelConfig(pipeline=2, stages=StagesConfig(schedule="zbv", per_rank=2))
 _LONG = 8
 CASES = {
     "ZeRO 3": Case(ParallelConfig(shard=2), 3),
@@ -123,6 +127,7 @@ CASES = {
     "tensor": Case(ParallelConfig(tensor=2)),
     "tensor, no overlap": Case(ParallelConfig(tensor=2, overlap=False)),
     "pipeline": Case(_PIPELINE, micro_sequences=2),
+    "pipeline, zero bubble": Case(_ZERO_BUBBLE, micro_sequences=2),
     "pipeline, 2 m": Case(_PIPELINE, scale=2, micro_sequences=2),
     "context": Case(ParallelConfig(context=2)),
     "context, long": Case(ParallelConfig(context=2), micro_sequences=1, stretch=_LONG),
@@ -144,7 +149,7 @@ def configure(case: Case, size: Size) -> RunConfig:
         data=DataConfig(sequence_length=size.length * case.stretch),
         batch=BatchConfig(
             global_sequences=size.global_sequences * case.scale // case.stretch,
-            micro_sequences=case.micro_sequences or size.micro_sequences,
+            micro_sequences=(case.micro_sequences or size.micro_sequences) * case.degrees.tensor * case.degrees.context,
         ),
         optim=OptimConfig(kind="adamw", lr=_LR),
         engine=EngineConfig(backend=case.backend, zero_stage=case.zero_stage, precision=size.precision),
@@ -158,6 +163,7 @@ def batch_of(config: RunConfig, data_rank: int, index: int) -> StepBatch:
     shape = (config.batch.global_sequences, config.data.sequence_length + 1)
     tokens = torch.randint(config.model.vocab_size, shape, generator=random)
     share, size = shape[0] // data_ranks(config.parallel), config.batch.micro_sequences
+    assert share, "each rank trains on something"
     mine = tokens[data_rank * share : (data_rank + 1) * share]
     micros = [
         MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), None, None, part[:, 1:].numel())

@@ -73,6 +73,17 @@ class Block(nn.Module):
         how = self.recompute if cache is None else "none"
         return run(self._run, how, x_BTD, cos, sin, plan, cache)  # type: ignore[no-any-return]
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let torch.compile have this block.
+
+        Of a checkpoint torch compiles all or, silently, nothing; around a core that runs outside of compiled code, as
+        those of `parallel.context` do, it is therefore given what the checkpoint runs.
+        """
+        if self.recompute == "none" or self.attention.core is self.attention.plain:
+            super().compile(*args, **kwargs)
+        else:
+            self.__dict__["_run"] = torch.compile(self._run, *args, **kwargs)
+
     def _run(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, plan: Any, cache: KVCache | None) -> tuple[Tensor, Tensor]:
         # Compiled code is compiled anew for every number that it has read of a block, and soon not at all.
         layer = 0 if cache is None else self.layer

@@ -152,7 +152,7 @@ def fsdp(shape: Shape, device: torch.device, dtype: torch.dtype) -> Engine:
 
     _single_rank()
     torch.distributed.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
-    model: Transformer = build(shape, torch.device("cpu"), dtype).float()
+    model: Transformer = build(shape, device, dtype).to("cpu").float()  # drawn there: on a CPU that takes minutes
     # Gradients are reduced in bf16, so that 2 bytes of each travel.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda")
