@@ -12,6 +12,7 @@ from faulttol.detector import Memory, observe
 from faulttol.finding import Finding
 from faulttol.health import Vitals
 from faulttol.history import Follower
+from faulttol.probing import Asking, Locator
 from launch.records import append_line
 
 _LOOK_S = 0.5
@@ -37,6 +38,7 @@ class Diagnosis:
     def __init__(self, observation: Observation) -> None:
         self._observation = observation
         self._follower: Follower | None = None
+        self._locator: Locator | None = None
         self._generation = -1
         self._memory = Memory()
         self._told: set[object] = set()
@@ -47,7 +49,9 @@ class Diagnosis:
         """Turn to another generation."""
         self.close()
         self._generation = generation
-        self._follower = Follower(self._observation.rings, range(world_size), generation)
+        observation = self._observation
+        self._follower = Follower(observation.rings, range(world_size), generation)
+        self._locator = Locator(Asking(observation.rings, world_size, generation), observation.detector)
         self._memory, self._told, self._current = Memory(), set(), ()
 
     def look(self, vitals: Iterable[Vitals] = (), *, at_once: bool = False) -> Sequence[Finding]:
@@ -58,7 +62,9 @@ class Diagnosis:
         self._looked_s = now_s
         view = self._follower.look(vitals)
         observation = self._observation
-        self._memory, self._current = observe(self._memory, view, observation.detector, observation.health)
+        self._memory, found = observe(self._memory, view, observation.detector, observation.health)
+        assert self._locator is not None
+        self._current = self._locator.look(now_s, found, is_settled=self._memory.baseline is not None)
         fresh = [finding for finding in self._current if finding.key not in self._told]
         self._told.update(finding.key for finding in fresh)
         for finding in fresh:

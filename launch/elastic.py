@@ -170,7 +170,7 @@ class _Watch:
             if self._saved_when_whole is None:
                 self._saved_when_whole = saved
             return {} if saved > self._saved_when_whole else None
-        loss = self._straggler.look(self.now_s, self._roster.step, self._finding(FindingKind.STRAGGLER))
+        loss = self._straggler.look(self.now_s, self._roster.step, self._slow_rank())
         if loss is None or not ready or not self._recovery.total_steps:
             return None
         return {self.ranks[loss.rank].index: loss}
@@ -263,6 +263,12 @@ class _Watch:
         """What holds now of these kinds, the gravest; None where nobody looks."""
         current = self._diagnosis.current if self._diagnosis is not None else ()
         return next((finding for finding in current if finding.kind in kinds), None)
+
+    def _slow_rank(self) -> Finding | None:
+        """A rank that is slow: in its work, or in all that it sends or receives. A link's two ends are not."""
+        transfer = self._finding(FindingKind.COMMUNICATION_SLOW)
+        is_rank = transfer is not None and len(transfer.suspects) == 1 and not transfer.suspects[0].is_link
+        return self._finding(FindingKind.STRAGGLER) or (transfer if is_rank else None)
 
     def _outlier(self) -> Finding | None:
         """A gradient unlike the others' before they were added up, where one rank alone has it."""

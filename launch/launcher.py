@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
+from faulttol import probing
 from faulttol.ring import remove_rings
 from launch import elastic, local, ray_actors, ray_fleet
 from launch.config import LaunchConfig
@@ -58,7 +59,9 @@ def run(
     with contextlib.ExitStack() as stack:
         diagnosis = None
         if observation is not None:
-            remove_rings(observation.rings)  # before a rank records: an earlier launch's would be taken for its own
+            # Before a rank records: what is of an earlier launch would be taken for its own.
+            remove_rings(observation.rings)
+            probing.remove(observation.rings)
             stack.enter_context(_shipping(observation, lambda text: on_output(f"[{job.name}] {text}\n".encode())))
             diagnosis = stack.enter_context(contextlib.closing(Diagnosis(observation)))
             diagnosis.begin(recovery.first_generation if recovery is not None else 0, job.world_size)

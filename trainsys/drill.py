@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from faulttol import sockets
 from faulttol.inject import Fault, Injector, fired
 from trainsys.errors import ConfigError
 from trainsys.folder import RunFolder
@@ -38,8 +39,13 @@ class Drill:
         self._record = record(folder)
         self._record.parent.mkdir(parents=True, exist_ok=True)
         self._over = set(fired(self._record))
-        self._injector = Injector([], rank=rank, record=self._record)
+        self._connections: dict[int, list[int]] = {}
+        self._injector = Injector([], rank=rank, record=self._record, connections=self._connections)
         self._read_bytes = 0
+
+    def connect(self) -> None:
+        """Learn which connections lead to which rank, for faults of links; all ranks call it, their groups made."""
+        self._connections.update(sockets.connections())
 
     def at(self, step: int) -> None:
         """Strike with what is ordered for this step."""

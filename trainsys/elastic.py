@@ -15,6 +15,7 @@ from checkpoint.commit import COMMIT, AttemptName
 from checkpoint.reader import MARK
 from faulttol import fence
 from faulttol.fence import Fence
+from faulttol.probing import Answering
 from trainsys.check import backend_of, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
 from trainsys.corruption import distrust, right_until
@@ -103,6 +104,13 @@ def recorded(config: RunConfig, folder: RunFolder, context: launch.RankContext) 
         yield
     finally:
         faulttol.uninstall()
+
+
+def answering(config: RunConfig, folder: RunFolder, context: launch.RankContext) -> Answering | None:
+    """Return this rank's side of probes that the launcher asks for; None if nobody looks, or there are no links."""
+    if config.faulttol.mode == "off" or context.env.world_size == 1:
+        return None
+    return Answering(rings_path(config, folder), context.env.rank, context.generation)
 
 
 def rings_path(config: RunConfig, folder: RunFolder) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import distributed as dist
@@ -41,14 +41,27 @@ class StepStats:
     """Seconds in data, forward, backward (`pipeline` for both of a pipeline) and update; on this rank."""
 
 
-def agree(control: dist.ProcessGroup, num_targets: int, stop: bool, *, tells: bool = True) -> tuple[int, bool]:
-    """Return (targets over all ranks, whether any rank was asked to stop); one small collective on CPU.
+class Agreed(NamedTuple):
+    """What the ranks know of one another before a step."""
 
-    Of the ranks that have the same sequences one `tells`.
+    num_targets: int
+    """Of all ranks."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+    probe: bool
+    """Whether any rank was asked for the delays of its links."""
+
+
+def agree(
+    control: dist.ProcessGroup, num_targets: int, stop: bool, *, probe: bool = False, tells: bool = True
+) -> Agreed:
+    """Tell all ranks what this one has and was asked for, in one small collective on CPU; return what they agree on.
+
+    Of the ranks that have the same sequences one `tells` of its targets.
     """
-    votes = torch.tensor([num_targets if tells else 0, int(stop)], dtype=torch.int64)
+    votes = torch.tensor([num_targets if tells else 0, int(stop), int(probe)], dtype=torch.int64)
     dist.all_reduce(votes, group=control)
-    return int(votes[0]), bool(votes[1])
+    return Agreed(int(votes[0]), bool(votes[1]), bool(votes[2]))
 
 
 def train_step(

@@ -126,6 +126,7 @@ class Trainer:
         self._shared, self._config = shared, config
         self._dtype = DTYPES[config.engine.precision]
         self._fence = elastic.fence_of(config, shared.folder, shared.context.generation)
+        self._links = elastic.answering(config, shared.folder, shared.context)
         self._drill = Drill(shared.folder, shared.rank) if config.faulttol.drill else None
         self._validation = (0, float("nan"))
         self._resumed_from = ""
@@ -183,6 +184,8 @@ class Trainer:
             saved_step=0 if self._resumed_from == "memory" else self._place.step,
         )
         stack.enter_context(watched(shared.context.stop_requested, self._saver.preempt))
+        if self._drill is not None:
+            self._drill.connect()
         self._phases = meter.Phases(shared.device)
         self._throughput = meter.Throughput(config.steps)
         self._peak = meter.peak_of(shared.device, self._dtype, config.metrics.peak_flops_per_s)
@@ -209,10 +212,14 @@ class Trainer:
                     self._drill.at(self._place.step + 1)
                 batch = self._loader.step(self._place.data.position)
                 stop = self._shared.context.stop_requested()
-                targets, stopped = agree(self._shared.control, batch.num_targets, stop, tells=self._shared.counts)
+                probe = self._links is not None and self._links.is_asked()
+                agreed = agree(self._shared.control, batch.num_targets, stop, probe=probe, tells=self._shared.counts)
+                stopped = agreed.stop
                 if stopped:
                     break
-                stats = self._train(batch, targets)
+                if agreed.probe:
+                    self._probe()
+                stats = self._train(batch, agreed.num_targets)
                 step_done()
                 if _due(self._place.step, self._config.evaluation.every):
                     self._evaluate()
@@ -263,6 +270,15 @@ class Trainer:
             seen = offloading.seen(self._engine)
             self._metrics.write(step, {**metrics.train_record(stats, self._pace()), **seen})
         return stats
+
+    def _probe(self) -> None:
+        """Measure the links between the ranks, as whoever watches them has asked for."""
+        self._beat("probe")
+        faulttol.mark_phase("probe")
+        started = time.perf_counter()
+        assert self._links is not None
+        self._links.probe(self._place.step + 1, device=self._shared.device.type)
+        self._throughput.skip(time.perf_counter() - started)
 
     def _evaluate(self) -> None:
         if not self._config.evaluation.sequences:

@@ -81,9 +81,11 @@ class _Case(Protocol):
 class _WatchedTier(NvmeTier):
     """A tier that counts what it is asked to move, and can be waited for."""
 
-    def __init__(self, spec: TierSpec, folder: Path, *, io: IoName, digests: bool, direct: bool) -> None:
+    def __init__(
+        self, spec: TierSpec, folder: Path, *, num_threads: int, io: IoName, digests: bool, direct: bool
+    ) -> None:
         self._moves: list[tuple[Future[None], int]] = []
-        super().__init__(spec, folder, io=io, digests=digests, direct=direct)
+        super().__init__(spec, folder, num_threads=num_threads, io=io, digests=digests, direct=direct)
 
     def read(self, block: Block, into: torch.Tensor) -> Future[None]:
         return self._seen(super().read(block, into), block)
@@ -120,7 +122,8 @@ class _Tiered:
                 write_bytes_per_s=1.0,
                 latency_s=0.0,
             )
-            self._tier = _WatchedTier(spec, folder, io=io, digests=digests, direct=options.direct)
+            how = {"num_threads": options.slots, "io": io, "digests": digests, "direct": options.direct}
+            self._tier = _WatchedTier(spec, folder, **how)
         self.parameters = _parameters(options)
         settings = Tiering(
             accumulation_steps=1,
@@ -281,7 +284,9 @@ def _options() -> Namespace:
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure (default: here)")
     parser.add_argument("--subgroups", type=int, default=48, help="(default: %(default)s)")
     parser.add_argument("--subgroup", type=int, default=1 << 20, help="parameters of each (default: %(default)s)")
-    parser.add_argument("--slots", type=int, default=Tiering().num_tier_slots, help="subgroups in memory at once")
+    parser.add_argument(
+        "--slots", type=int, default=Tiering().num_tier_slots, help="subgroups in memory, and transfers, at once"
+    )
     options = parser.parse_args()
     if options.smoke:
         options.subgroups, options.subgroup, options.repeats = 6, 1024, 1
@@ -317,9 +322,9 @@ def _cases(
         others.append("aio")
     tiered += [_Tiered(f"{_MAIN}, {io}", options, folder, io=io) for io in others]
     block_bytes = STATE_BYTES * options.subgroup
-    ways: list[tuple[IoName, int, int]] = [("threads", 4, block_bytes), ("threads", 4, max(4096, block_bytes // 3))]
+    ways: list[tuple[IoName, int, int]] = [("threads", 4, block_bytes), ("threads", 6, max(4096, block_bytes // 3))]
     if ring == "io_uring":
-        ways += [("io_uring", 2, block_bytes), ("io_uring", 4, block_bytes)]
+        ways += [("io_uring", num, block_bytes) for num in (2, 4, 6)]
     raws = [_Raw(options, folder, *way) for way in ways]
     rest: list[_Case] = [*tiered, _ByHand(options, folder)]
     cases = [case for pair in itertools.zip_longest(raws, rest) for case in pair if case is not None]

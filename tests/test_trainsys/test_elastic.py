@@ -108,6 +108,22 @@ def test_a_flipped_bit_is_found_its_rank_replaced_and_the_run_goes_on_from_befor
 
 
 @pytest.mark.slow
+def test_a_slow_link_of_a_run_that_is_observed_is_named_by_probes(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    _order(run, Fault(kind="slow_link", rank=1, to_rank=0, step=120, rate_bytes_per_s=1_000_000))
+    settings = runs.arguments(
+        *(f"--data.path={text}", f"--run_dir={run}", *_SETTINGS[1:3], *_SETTINGS[4:], "--steps=150"),
+        *("--checkpoint.every=0", "--engine.backend=torch", "--engine.zero_stage=0"),
+        *("--faulttol.mode=observe", "--faulttol.drill=true", "--faulttol.detector.warmup_steps=2"),
+    )
+    output = runs.succeed("launch", *settings, cwd=tmp_path)
+    assert "slow is the link 1 -> 0" in output
+    findings = [json.loads(line) for line in (run / "events" / "findings.jsonl").read_text().splitlines()]
+    named = [(one["rank"], one["to_rank"]) for found in findings for one in found["suspects"]]
+    assert (1, 0) in named
+
+
+@pytest.mark.slow
 def test_a_slow_rank_is_replaced_once_it_has_cost_as_much_as_that(tmp_path: Path, text: Path) -> None:
     """A gradient goes wrong long before that, so that there are healthy steps enough to learn what is usual."""
     run = tmp_path / "run"

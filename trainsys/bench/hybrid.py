@@ -120,7 +120,7 @@ def _hybrid(engine: DeepSpeedEngine, config: RunConfig) -> Callable[[StepBatch],
     phases = meter.Phases(engine.device)
 
     def step(batch: StepBatch) -> float:
-        targets, _ = agree(control, batch.num_targets, False)
+        targets = agree(control, batch.num_targets, False).num_targets
         ranks = data_ranks(config.parallel)
         return train_step(
             engine, batch, total_targets=targets, data_ranks=ranks, lr=(1.0, 0.0), control=control, phases=phases

@@ -199,7 +199,7 @@ class Run:
         if self._place.step == self._settings.warm_start.steps == 0:
             self._evaluate()
         while self._place.step < self._config.steps:
-            _, stopped = agree(self._met.control, 0, self._context.stop_requested())
+            stopped = agree(self._met.control, 0, self._context.stop_requested()).stop
             if stopped:
                 break
             step = self._place.step + 1
