@@ -214,7 +214,8 @@ def _parse_overrides(overrides: Sequence[str]) -> tuple[Tree, list[str]]:
     for argument in overrides:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not equals:
-            problems.append(f"{COMMAND_LINE}: {argument}: not an override; write --section.key=value")
+            meant = " or --resume" if difflib.get_close_matches(argument, ["--resume"], cutoff=0.7) else ""
+            problems.append(f"{COMMAND_LINE}: {argument}: not an override; write --section.key=value{meant}")
         elif key in seen:
             problems.append(f"{COMMAND_LINE}: {key}: given twice; keep one")
         elif key not in keys:

@@ -123,6 +123,7 @@ def test_a_mistake_in_a_recipe_gets_one_line(tmp_path: Path, text: str, expected
         (["--steps=abc"], "command line: steps: 'abc' is not an integer"),
         (["--steps=5", "--steps=6"], "command line: steps: given twice; keep one"),
         (["--steps"], "command line: --steps: not an override; write --section.key=value"),
+        (["--resum"], "command line: --resum: not an override; write --section.key=value or --resume"),
         (
             ["--parallel=2"],
             "command line: parallel: is a section; set one of its keys, e.g. 'parallel.pipeline'",
