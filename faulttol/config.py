@@ -149,6 +149,9 @@ class FaultTolConfig:
     """mode=observe, act: from when on a missing sign of life means something."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     """mode=observe, act: from when on what was recorded counts as wrong."""
+    probes: bool = True
+    """mode=observe, act: whether ranks measure their links between two steps, once early and when steps grow: n ranks
+    in n - 1 rounds of some milliseconds. Without, slow communication is told by what steps alone show."""
     ring_dir: str = ""
     """mode=observe, act: folder in which ranks record, in memory or on a local disk; empty takes `RUN/events`."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)

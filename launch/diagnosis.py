@@ -28,6 +28,8 @@ class Observation:
     """File that gets a JSON line for each finding."""
     health: HealthConfig
     detector: DetectorConfig
+    probes: bool = True
+    """Whether the ranks answer when they are asked for the delays of their links; see `faulttol.probing`."""
     ship_to: str = ""
     """Path or URL where all that ranks record is kept; see `faulttol.ship`. Empty keeps nothing more than the rings."""
 
@@ -51,7 +53,8 @@ class Diagnosis:
         self._generation = generation
         observation = self._observation
         self._follower = Follower(observation.rings, range(world_size), generation)
-        self._locator = Locator(Asking(observation.rings, world_size, generation), observation.detector)
+        asking = Asking(observation.rings, world_size, generation)
+        self._locator = Locator(asking, observation.detector) if observation.probes and world_size > 1 else None
         self._memory, self._told, self._current = Memory(), set(), ()
 
     def look(self, vitals: Iterable[Vitals] = (), *, at_once: bool = False) -> Sequence[Finding]:
@@ -63,8 +66,9 @@ class Diagnosis:
         view = self._follower.look(vitals)
         observation = self._observation
         self._memory, found = observe(self._memory, view, observation.detector, observation.health)
-        assert self._locator is not None
-        self._current = self._locator.look(now_s, found, is_settled=self._memory.baseline is not None)
+        if self._locator is not None:
+            found = self._locator.look(now_s, found, is_settled=self._memory.baseline is not None)
+        self._current = found
         fresh = [finding for finding in self._current if finding.key not in self._told]
         self._told.update(finding.key for finding in fresh)
         for finding in fresh:

@@ -86,6 +86,7 @@ def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation |
         record=folder.path / "events" / "findings.jsonl",
         health=config.faulttol.health,
         detector=config.faulttol.detector,
+        probes=config.faulttol.probes,
         ship_to=config.faulttol.ship_to,
     )
 
@@ -108,7 +109,7 @@ def recorded(config: RunConfig, folder: RunFolder, context: launch.RankContext) 
 
 def answering(config: RunConfig, folder: RunFolder, context: launch.RankContext) -> Answering | None:
     """Return this rank's side of probes that the launcher asks for; None if nobody looks, or there are no links."""
-    if config.faulttol.mode == "off" or context.env.world_size == 1:
+    if config.faulttol.mode == "off" or not config.faulttol.probes or context.env.world_size == 1:
         return None
     return Answering(rings_path(config, folder), context.env.rank, context.generation)
 
