@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from offload import CpuTier, GpuTier, NvmeTier
+from offload import Budget, CpuTier, GpuTier, NvmeTier, TieredAdamW, Tiering
 from offload.activations import Activations, Automatic
 from offload.bench.cases.models import Decoder, batch, build
 from offload.cap import capped
@@ -66,6 +67,36 @@ def test_small_copies_pass_the_states_that_are_enqueued_after_them(way: str) -> 
             states.run(lambda: copy(1 << 26))
         lanes.close()
         assert ends[4].elapsed_time(ends[6]) > 0  # before the second of those that were enqueued after it
+
+
+def test_states_that_come_early_change_no_bit_and_do_not_raise_the_peak() -> None:
+    found, peaks, nums = [], [], []
+    for prefetch in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(1024, 1024, device=CUDA, dtype=torch.bfloat16) for _ in range(8)]
+        model = nn.Sequential(*layers, nn.Linear(1024, 16384, device=CUDA, dtype=torch.bfloat16))  # most is its output
+        budget = Budget(device_bytes=2 * 12 << 20, num_slots=2)
+        tiering = Tiering(
+            accumulation_steps=1, subgroup_numel=1 << 20, interleave=1, budget=budget, num_threads=2, prefetch=prefetch
+        )
+        with TieredAdamW(model.parameters(), lr=1e-3, mode="defer", max_norm=1.0, tiering=tiering) as optimizer:
+            optimizer.attach(model)
+            torch.cuda.reset_peak_memory_stats()
+            num = 0
+            for step in range(6):
+                generator = torch.Generator(CUDA).manual_seed(step)
+                x = torch.randn(8192, 1024, device=CUDA, dtype=torch.bfloat16, generator=generator)
+                model(x).float().square().mean().backward()
+                num = max(num, len(optimizer.machine.prefetched))
+                optimizer.step()
+            peaks.append(torch.cuda.max_memory_allocated())
+            nums.append(num)
+            states = [value.cpu().clone() for _, kinds in optimizer.states() for value in kinds.values()]
+            found.append([*states, *(parameter.detach().cpu() for parameter in model.parameters())])
+        del model, layers
+    assert nums[0] == 0 < nums[1]
+    assert peaks[1] <= peaks[0] * 1.01
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def make(*, recompute: bool = False) -> Decoder:
