@@ -35,16 +35,16 @@ def deterministic_rank(context: RankContext, payload: Mapping[str, Any]) -> dict
 def train(settings: list[str], run_dir: Path, *, resume: bool) -> None:
     resolved = recipe.load(settings[:1], [*settings[1:], f"--run_dir={run_dir}"])
     config = resolved.config
-    run = folder.open_run(resolved, resume=resume)
-    job = Job(
-        entry=f"{__name__}:deterministic_rank",
-        payload=trainer.rank_payload(config, run, resume=resume),
-        world_size=config.parallel.replicate,
-        log_dir=run.logs,
-        name=config.name,
-    )
-    interval_s = config.faulttol.heartbeat_interval_s
-    result = launch.run(job, config.launch, heartbeat_interval_s=interval_s, on_output=lambda output: None)
+    with folder.open_run(resolved, resume=resume) as run:
+        job = Job(
+            entry=f"{__name__}:deterministic_rank",
+            payload=trainer.rank_payload(config, run, resume=resume),
+            world_size=config.parallel.replicate,
+            log_dir=run.logs,
+            name=config.name,
+        )
+        interval_s = config.faulttol.heartbeat_interval_s
+        result = launch.run(job, config.launch, heartbeat_interval_s=interval_s, on_output=lambda output: None)
     assert result.outcome == "completed", runs.logs(run_dir)
 
 

@@ -169,7 +169,7 @@ def take_steps(engine: Engine, layout: Layout, part: hybrid.Hybrid, steps: range
         mine = _micro_batches(config, step, part.mesh.data_rank(part.rank))
         batch = StepBatch(0, mine, sum(micro.num_targets for micro in mine))
         counts = at.pipeline == at.context == at.tensor == 0
-        targets, _ = agree(dist.group.WORLD, batch.num_targets, False, tells=counts)
+        targets = agree(dist.group.WORLD, batch.num_targets, False, tells=counts).num_targets
         stats = train_step(
             engine,
             batch,

@@ -140,7 +140,7 @@ def take_steps(engine: Engine, config: RunConfig, steps: range) -> Iterator[Step
         size = config.batch.micro_sequences
         micros = [micro_batch(mine[i : i + size], document_mask=True) for i in range(0, share, size)]
         batch = StepBatch(0, micros, sum(micro.num_targets for micro in micros))
-        targets, _ = agree(control, batch.num_targets, False)
+        targets = agree(control, batch.num_targets, False).num_targets
         factor = schedule.factor(config.schedule, step, config.steps)
         yield train_step(
             engine,
