@@ -23,6 +23,7 @@ from faulttol.health import Vitals
 _QUESTION = b"POST /handler/ping HTTP/1.1\r\nHost: rank\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _ASK_S = 0.2  # between two questions
 _BLIND_S = 0.5  # that a time without a look counts at most: the observer was away, which proves nothing
+_STOPPED_S = 0.1  # for how long a process must stand: who stops it for moments only makes it slower
 _GONE_POLL_S = 0.002
 
 
@@ -90,6 +91,8 @@ class _Patient:
         self._answered = False
         self._waits_since_s: float | None = None
         """When the first question was asked that no answer has followed."""
+        self._stop: tuple[int, float] | None = None
+        """How often it had been put off its processor when it was first seen in this stop, and when that was."""
         self._python_at_s = self._progress_at_s = self._looked_at_s = now_s
         self._counts = (-1, -1)
         self._step, self._phase = -1, ""
@@ -106,7 +109,7 @@ class _Patient:
         joined = self._counts[0] >= 0
         return Vitals(
             rank=self.process.rank,
-            process_state=state,
+            process_state="" if state in "Tt" and not self._stands(now_s) else state,
             native_age_s=self._native_age_s(now_s),
             python_age_s=now_s - self._python_at_s if joined else None,
             progress_age_s=now_s - self._progress_at_s if joined else None,
@@ -127,6 +130,13 @@ class _Patient:
         self._progress_at_s += blind_s
         if self._waits_since_s is not None:
             self._waits_since_s += blind_s
+
+    def _stands(self, now_s: float) -> bool:
+        """Whether a process that is stopped now has been for `_STOPPED_S` without a break; each break is counted."""
+        count = _switches(self.process.pid)
+        if self._stop is None or self._stop[0] != count:
+            self._stop = count, now_s
+        return now_s - self._stop[1] >= _STOPPED_S
 
     def _native_age_s(self, now_s: float) -> float | None:
         """For how long a question has had no answer; 0 if there is none, None before the first."""
@@ -222,6 +232,15 @@ def end_process(pid: int, ticks: int) -> None:
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)
+
+
+def _switches(pid: int) -> int:
+    """Return how often the process's first thread gave its processor up, -1 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
 
 
 def _stat(pid: int) -> list[str] | None:

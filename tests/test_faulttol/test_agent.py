@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from faulttol import drill
 from faulttol.agent import NodeAgent, Watched, answering, process_state, start_ticks
 from faulttol.config import HealthConfig
 from faulttol.health import Condition, Health, assess
 from faulttol.heartbeat import Heartbeat
+from faulttol.inject import Fault
 from tests.ranks import server_context
 
 _TIMEOUT_S = 60.0
@@ -94,6 +96,24 @@ def test_a_stopped_process_is_frozen_and_then_ended_all_the_same(
     assert "stopped" in health.reason
     assert agent.end(3)
     assert _becomes(agent, Condition.DEAD).reason == "its process is gone"
+
+
+def test_a_process_that_is_stopped_for_moments_is_slow_and_not_frozen(
+    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+) -> None:
+    process = start("stands")
+    assert process.pid is not None
+    target = drill.Target(3, process.pid, start_ticks(process.pid))
+    slow = Fault(kind="slow", rank=3, step=-1, seconds=0.6, factor=10.0)  # stopped for 18 of every 20 ms
+    striking = threading.Thread(target=drill.strike, args=(target, slow, tmp_path / "faults.jsonl"))
+    striking.start()
+    stopped = 0
+    with contextlib.closing(_watch(process, tmp_path)) as agent:
+        while striking.is_alive():
+            stopped += process_state(target.pid, target.ticks) == "T"
+            health = assess(agent.look()[0], _HEALTH)
+            assert health.condition is Condition.RUNNING, health
+    assert stopped > 10
 
 
 def test_a_held_gil_is_told_from_a_freeze_because_native_code_answers(
