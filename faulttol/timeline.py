@@ -12,6 +12,7 @@ from faulttol.events import CollectiveEvent, RankRecord, StepMark
 from faulttol.view import Operation, match
 
 _STEPS = "steps"
+_FROM_ROOT, _TO_ROOT = frozenset({"broadcast", "scatter"}), frozenset({"reduce", "gather"})
 
 
 def write(records: Sequence[RankRecord], path: Path) -> None:
@@ -22,9 +23,10 @@ def write(records: Sequence[RankRecord], path: Path) -> None:
 def trace(records: Sequence[RankRecord]) -> dict[str, Any]:
     """Return the trace: a process a rank, a track for its steps and one for every group it is in.
 
-    Arrows lead from the rank that entered a collective last to the ends of the others, who waited for it, and from
-    the sending of a message to the end of its receipt. Ranks are put on one clock as well as their records allow;
-    `otherData` says how well that is.
+    Arrows lead from the rank that entered a collective last to the ends of those who waited for it, and from the
+    sending of a message to the end of its receipt. Who receives waits for the root of a broadcast or a scatter alone,
+    and of a reduction to a root or a gather only that root waits. Ranks are put on one clock as well as their records
+    allow; `otherData` says how well that is.
     """
     shifts = offsets(records)
     shift_ns = {rank: offset.ns for rank, offset in shifts.items()}
@@ -94,15 +96,22 @@ def _arrows(
         return
     events = list(operation.events.values())
     if operation.is_message:
-        cause = next((event for event in events if event.kind == "send"), events[0])
+        causes = [event for event in events if event.kind == "send"]
+    elif events[0].kind in _FROM_ROOT:
+        causes = [event for event in events if event.rank == event.peer]
     else:
-        cause = max(events, key=lambda event: event.started_ns - zero_ns[event.rank])
+        causes = events
+    if not causes:  # nothing is known of the root
+        return
+    cause = max(causes, key=lambda event: event.started_ns - zero_ns[event.rank])
+    begun_ns = cause.started_ns - zero_ns[cause.rank]
     for event in events:
-        if event is cause or event.end_ns is None:
+        waits = event.kind not in _TO_ROOT or event.rank == event.peer
+        if event is cause or not waits or event.end_ns is None or event.end_ns - zero_ns[event.rank] < begun_ns:
             continue
         flow = {"name": "waited for", "cat": "flow", "id": f"{number}.{event.rank}"}
         source, target = tracks[cause.rank, _track_of(cause)], tracks[event.rank, _track_of(event)]
-        yield {"ph": "s", **flow, **_at(cause.rank, source, cause.started_ns - zero_ns[cause.rank])}
+        yield {"ph": "s", **flow, **_at(cause.rank, source, begun_ns)}
         yield {"ph": "f", "bp": "e", **flow, **_at(event.rank, target, event.end_ns - zero_ns[event.rank])}
 
 

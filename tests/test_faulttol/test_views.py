@@ -161,6 +161,32 @@ def test_the_timeline_has_every_event_and_arrows_from_the_last_who_came() -> Non
         assert any(row["ts"] <= arrow["ts"] <= row["ts"] + row["dur"] + 1e-3 for row in own)
 
 
+def test_arrows_lead_only_to_who_waited() -> None:
+    """Of a broadcast nobody waits for its receivers, of a reduction to a root nobody but the root waits."""
+    times = {  # ms after the last step: begin and end, by rank
+        "broadcast": {0: (1, 2), 1: (1, 5), 2: (9, 10), 3: (0, 3)},
+        "reduce": {0: (15, 22), 1: (11, 12), 2: (20, 21), 3: (11, 13)},
+    }
+    records = []
+    for record in scene(8):
+        more = [
+            all_reduce(record.rank, range(4), seq=90 + place, index=900 + place, kind=kind, peer=0, state="ended")
+            for place, kind in enumerate(times)
+        ]
+        more = [
+            dataclasses.replace(event, begin_ns=record.now_ns + begin * MS, end_ns=record.now_ns + end * MS)
+            for event, (begin, end) in zip(more, (of_ranks[record.rank] for of_ranks in times.values()), strict=True)
+        ]
+        events = (*record.events, *more)
+        records.append(dataclasses.replace(record, events=events, now_ns=record.now_ns + 30 * MS))
+    rows = timeline.trace(records)["traceEvents"]
+    begun, ended = ({row["id"]: row for row in rows if row["ph"] == phase} for phase in "sf")
+    assert all(row["ts"] <= ended[key]["ts"] for key, row in begun.items())
+    last = max(row["ts"] for row in rows if row["ph"] == "X" and row["name"] == "all_reduce")
+    arrows = [(row["pid"], ended[key]["pid"]) for key, row in begun.items() if row["ts"] > last]
+    assert sorted(arrows) == [(0, 1), (0, 2), (0, 3), (2, 0)]
+
+
 def test_the_timeline_puts_ranks_of_other_clocks_beside_each_other() -> None:
     rows = timeline.trace(scene(8, offsets_ms={1: 60_000.0}))["traceEvents"]
     ends = {row["pid"]: row["ts"] for row in rows if row["ph"] == "X" and row["name"] == "all_reduce"}
