@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,14 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE_S = 30.0
-"""For an answer; then what the steps alone tell has to do."""
+"""For an answer; then what the steps alone tell has to do, and the ranks are asked again."""
 _AGAIN_S = 5.0
 """Between two probes that name no link, while the steps stay long."""
+_PAUSE = 4.0
+"""... and so many times what the answers took, which is up to a step."""
+
+_FOREMOST = 0.1
+"""Of the rise of the delay that rose most: what others rose by less is left out."""
 
 
 class Answering:
@@ -39,11 +45,11 @@ class Answering:
 
     def is_asked(self) -> bool:
         """Return whether there is a question that this rank has not answered; costs a look at a name."""
-        return self._asked_ns() > self._answered_ns
+        return self._asked_ns() not in (0, self._answered_ns)  # a clock may be set back
 
     def probe(self, step: int, *, group: dist.ProcessGroup | None = None, device: str = "cpu") -> None:
         """Measure this rank's links, which all ranks of the group do together, and answer; `step` names the answer."""
-        self._answered_ns = max(self._answered_ns, self._asked_ns())
+        self._answered_ns = self._asked_ns() or self._answered_ns
         row = localize.probe(group, device=device)
         told = {"step": step, "seconds": [[source, target, seconds] for (source, target), seconds in row.items()]}
         try:
@@ -66,9 +72,10 @@ class Asking:
         self._answers = [_answer(folder, rank, generation) for rank in range(num_ranks)]
         self._after_step = -1
 
-    def ask(self) -> None:
-        """Ask for a probe; answers of before count no more."""
-        self._after_step = max((step for step, _ in self._read()), default=-1)
+    def ask(self, *, again: bool = False) -> None:
+        """Ask for a probe; answers of before count no more. `again`, where one may be lost: those since the last do."""
+        if not again:
+            self._after_step = max((step for step, _ in self._read()), default=-1)
         _publish(self._question, "")
 
     def matrix(self) -> DelayMatrix | None:
@@ -84,26 +91,29 @@ class Asking:
         for path in self._answers:
             try:
                 told = json.loads(path.read_text())
-                found.append((int(told["step"]), {(int(a), int(b)): float(s) for a, b, s in told["seconds"]}))
-            except (OSError, ValueError, KeyError, TypeError):
+                row = {(int(a), int(b)): float(s) for a, b, s in told["seconds"]}
+                step = int(told["step"])
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
+            if all(0 <= seconds < math.inf for seconds in row.values()):
+                found.append((step, row))
         return found
 
 
 class Links(Protocol):
     """Where a matrix of delays is to be had: `Asking`."""
 
-    def ask(self) -> None:
-        """Ask for one."""
+    def ask(self, *, again: bool = False) -> None:
+        """Ask for one; `again` for the one that was asked for last, of which an answer may be lost."""
 
     def matrix(self) -> DelayMatrix | None:
         """Return it, once it is there."""
 
 
 class Locator:
-    """Lets a suspicion of slow communication through once two probes say which link, sender or receiver it is.
+    """Lets a suspicion of slow communication through once probes say which link, sender or receiver it is.
 
-    The lesser of the two counts, so that one busy moment accuses nobody. What is usual it measures once, while nothing
+    The lesser of two counts, so that one busy moment accuses nobody. What is usual it measures once, while nothing
     is wrong. Where nobody answers, the suspicion passes as it is. Times are the caller's.
     """
 
@@ -111,57 +121,91 @@ class Locator:
         self._links, self._config = links, config
         self._asked_for: Literal["usual", "suspicion"] | None = None
         self._asked_s = 0.0
+        self._took_s = 0.0
+        """From the last question that was answered to its answer."""
+        self._ask_after_s = 0.0
         self._usual: DelayMatrix | None = None
         self._first: DelayMatrix | None = None
         self._said: Sequence[Explanation] | None = None
         self._said_s = 0.0
         self._is_deaf = False
+        self._complained = False
 
     def look(self, now_s: float, findings: tuple[Finding, ...], *, is_settled: bool) -> tuple[Finding, ...]:
         """Return the findings, located; `is_settled`: it is known what steps usually take."""
         suspicion = next((one for one in findings if one.kind is FindingKind.COMMUNICATION_SLOW), None)
-        matrix = self._links.matrix() if self._asked_for is not None else None
         if suspicion is None:
-            self._learn(now_s, matrix, is_healthy=is_settled and not any(one.kind.is_fault for one in findings))
+            self._learn(now_s, is_healthy=is_settled and not any(one.kind.is_fault for one in findings))
             return findings
-        self._ask_about(now_s, matrix)
+        if self._is_due(now_s):
+            matrix = self._measured(now_s, "suspicion")
+            if matrix is not None:
+                self._said = localize.explain(_foremost(matrix, self._usual), self._config, usual=self._usual)
+                self._said_s = now_s
         others = tuple(one for one in findings if one is not suspicion)
         if self._said:
             return (*others, localize.refine(replace(suspicion, suspects=()), self._said))
         return findings if self._is_deaf else others
 
-    def _learn(self, now_s: float, matrix: DelayMatrix | None, *, is_healthy: bool) -> None:
-        self._first = self._said = None
-        if self._asked_for == "usual" and matrix is not None and is_healthy:
-            self._usual, self._asked_for, self._is_deaf = matrix, None, False
-        elif self._asked_for == "suspicion" or not is_healthy:
-            self._asked_for = None
-        if self._usual is None and self._asked_for is None and is_healthy:
-            self._ask(now_s, "usual")
+    def _is_due(self, now_s: float) -> bool:
+        """Whether to measure; not all the time, since steps with probes are none that rules about speed look at."""
+        if self._said is None or self._asked_for == "suspicion":
+            return True
+        return not self._said and now_s - self._said_s > max(_AGAIN_S, _PAUSE * self._took_s)
 
-    def _ask_about(self, now_s: float, matrix: DelayMatrix | None) -> None:
-        if self._asked_for == "usual":
-            self._asked_for = None
-        if self._asked_for is None:
-            if self._said is None or (not self._said and now_s - self._said_s > _AGAIN_S):
-                self._ask(now_s, "suspicion")
-        elif matrix is not None and self._first is None:
-            self._first = matrix
-            self._ask(now_s, "suspicion")
-        elif matrix is not None and self._first is not None:
-            self._said = localize.explain(self._first | matrix, self._config, usual=self._usual)
-            self._said_s, self._asked_for, self._first, self._is_deaf = now_s, None, None, False
-        elif now_s - self._asked_s > _PATIENCE_S:
-            self._is_deaf = True
+    def _learn(self, now_s: float, *, is_healthy: bool) -> None:
+        if self._said:  # nothing that was named is kept; a suspicion that nothing confirmed may be back at once
+            self._said = None
+        if is_healthy and self._usual is None:
+            self._usual = self._measured(now_s, "usual")
+        elif self._asked_for is not None:  # the answer will be of a time in which that changed
+            self._asked_for, self._ask_after_s = None, self._asked_s + _AGAIN_S
 
-    def _ask(self, now_s: float, what: Literal["usual", "suspicion"]) -> None:
+    def _measured(self, now_s: float, what: Literal["usual", "suspicion"]) -> DelayMatrix | None:
+        """Return the lesser of two probes, once both are there; ask for what is missing."""
+        if self._asked_for != what:
+            self._asked_for = self._first = None
+            self._ask(now_s, what)
+            return None
+        matrix = self._links.matrix()
+        if matrix is None:
+            if now_s - self._asked_s > _PATIENCE_S:
+                self._is_deaf = self._is_deaf or what == "suspicion"
+                self._ask(now_s, what, again=True)
+            return None
+        self._took_s, self._is_deaf = now_s - self._asked_s, False
+        first, self._first, self._asked_for = self._first, matrix, None
+        if first is not None:
+            return first | matrix
+        self._ask(now_s, what)
+        return None
+
+    def _ask(self, now_s: float, what: Literal["usual", "suspicion"], *, again: bool = False) -> None:
+        if now_s < self._ask_after_s:
+            return
         try:
-            self._links.ask()
+            self._links.ask(again=again)
         except OSError:
-            _LOG.warning("cannot ask the ranks for a probe of their links", exc_info=True)
-            self._is_deaf = True
+            if not self._complained:
+                self._complained = True
+                _LOG.warning("cannot ask the ranks for a probe of their links; it is tried again", exc_info=True)
+            self._ask_after_s = now_s + _AGAIN_S
+            self._asked_for, self._is_deaf = None, True
             return
         self._asked_for, self._asked_s = what, now_s
+
+
+def _foremost(matrix: DelayMatrix, usual: DelayMatrix | None) -> DelayMatrix:
+    """Return the matrix with the usual delay of cells that rose by little beside the one that rose most.
+
+    They are not why the steps are long: a machine that is busy, or which waits for what is slow, has such.
+    """
+    if usual is None:
+        return matrix
+    before = {link: usual.seconds.get(link, seconds) for link, seconds in matrix.seconds.items()}
+    least_s = _FOREMOST * max((seconds - before[link] for link, seconds in matrix.seconds.items()), default=0.0)
+    risen = {link: seconds for link, seconds in matrix.seconds.items() if seconds - before[link] >= least_s}
+    return DelayMatrix(before | risen, matrix.classes)
 
 
 def remove(folder: Path) -> None:
