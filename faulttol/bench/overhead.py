@@ -14,8 +14,9 @@ fifth of the pairs, its interval the middle 95 % of that of 2000 samples drawn f
 when the whole interval is below the limit: a noisy machine shows nothing, and holds nothing. `expected` is the
 arithmetic beside it: collectives a step x cost a collective / step.
 
-On the CPU the step is small for a step of training, and what it costs is taken from all that it has: two ranks on
-few cores leave none for the recorder's thread.
+On the CPU the step is small for a step of training (`--rows` makes it longer), and what it costs is taken from all that
+it has: two ranks on few cores leave none for the recorder's thread. A step that computes for milliseconds also drives
+Python's code out of the caches, so that the few collectives in it cost more each than many in a row do.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from faulttol.bench.parts.ranks import Device, Rank, join, store_folder, togethe
 
 COLLECTIVE_LIMIT_US = 20.0
 STEP_LIMIT = 0.01
-_TIMEOUT_S = 150.0
+_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +86,14 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, default=2, help="of the step (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=400, help="of blocks of steps (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="of the step's input: its length (default: 192 on a CPU, 16384 else)")
     parser.add_argument("--poll-ms", type=float, default=20.0, help="how often ends are looked for")
     options = parser.parse_args()
     device = cast(Device, options.device)
     sizes = SMOKE if options.smoke else replace(FULL[device], blocks=options.repeats, pairs=options.pairs)
+    sizes = replace(sizes, rows=options.rows or sizes.rows)
     parameters = {"device": device, "ranks": options.ranks, "poll_ms": options.poll_ms, "calls": sizes.calls}
+    parameters |= {"rows": sizes.rows, "width": sizes.width}
     report = Report("faulttol.overhead", parameters)
     with contextlib.ExitStack() as stack:
         num = min(options.ranks, torch.cuda.device_count()) if device == "cuda" else options.ranks
