@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 import faulttol
 from faulttol import RecorderError
 from faulttol.bench.parts.callers import count
+from faulttol.events import KINDS
 from parallel.pipeline.wires import Wires
 from tests.ranks import run_ranks
 from tests.test_faulttol import callers
@@ -54,6 +56,36 @@ def test_every_collective_of_every_caller_is_recorded_once_with_its_end(tmp_path
 @pytest.mark.slow
 def test_collectives_of_deepspeed_and_of_inductor_are_recorded_too(tmp_path: Path) -> None:
     _check(tmp_path, run_ranks(_count, 2, str(tmp_path), list(callers.HEAVY), timeout_s=180))
+
+
+_OF_METHODS = {"bare": callers.KINDS_OF_METHODS, "group": callers.KINDS_OF_METHODS | callers.KINDS_OF_GROUPS}
+
+
+def _call_methods(rank: int, world_size: int, folder: str) -> None:
+    store = dist.PrefixStore("methods", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
+    bare = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))  # type: ignore[attr-defined]
+    faulttol.install(folder)
+    for owner, of in (("bare", bare), ("group", dist.group.WORLD)):
+        calls = callers.methods(of, rank)
+        for kind in _OF_METHODS[owner]:
+            faulttol.mark_step(3, phase=f"{owner} {kind}")
+            calls[kind]().wait()
+    faulttol.uninstall()
+
+
+def test_every_kind_as_a_method_is_recorded_with_what_it_moves(tmp_path: Path) -> None:
+    run_ranks(_call_methods, 2, str(tmp_path))
+    record = faulttol.read_ring(faulttol.ring_path(tmp_path, 0))
+    expected = []
+    for owner, kinds in _OF_METHODS.items():
+        for kind, size in kinds.items():
+            is_rooted = owner == "group" and kind in ("broadcast", "reduce", "gather", "scatter")
+            peer = 1 if kind in ("send", "recv") else 0 if is_rooted else None
+            expected.append((f"{owner} {kind}", kind, peer, size, "" if kind == "barrier" else "float64"))
+    assert [(e.phase, e.kind, e.peer, e.bytes, e.dtype) for e in record.events] == expected
+    assert {(event.step, event.state) for event in record.events} == {(3, "ended")}
+    assert record.num_lost == 0
+    assert {event.kind for event in record.events} == set(KINDS) - {"monitored_barrier"}, "which is only a function"
 
 
 def _world_of_one(rank: int, world_size: int, folder: str) -> None:
