@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from faulttol.events import CollectiveEvent, RankRecord, StepMark
+from faulttol.finding import Finding, FindingKind
 from faulttol.health import Vitals
 from faulttol.view import JobView
 
@@ -120,6 +121,18 @@ def after(records: Mapping[int, RankRecord], open_events: Sequence[CollectiveEve
 def with_vitals(view: JobView, *vitals: Vitals) -> JobView:
     """The view with signs of life."""
     return replace(view, vitals={one.rank: one for one in vitals})
+
+
+def proven(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, each with what it goes by, and suspects in order of their scores."""
+    for finding in findings:
+        assert finding.summary
+        assert finding.evidence, finding
+        scores = [suspect.score for suspect in finding.suspects]
+        assert scores == sorted(scores, reverse=True), finding
+        assert all(0 < score <= 1 for score in scores), finding
+        assert scores or finding.kind is FindingKind.COMMUNICATION_SLOW, finding  # which a probe names the suspects of
+    return list(findings)
 
 
 def relabelled(view: JobView, names: Mapping[int, int]) -> JobView:

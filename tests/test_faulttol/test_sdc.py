@@ -19,7 +19,7 @@ from faulttol.inject import Fault, Injector
 from faulttol.rules.numeric import lone_outlier, numeric, outliers
 from faulttol.view import JobView
 from tests.ranks import run_ranks
-from tests.test_faulttol.scenes import Scene
+from tests.test_faulttol.scenes import Scene, proven
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.complex64]
 
@@ -119,7 +119,7 @@ def test_marks_name_the_rank_whose_gradient_was_wrong_first() -> None:
     def norm(rank: int, step: int) -> float:
         return math.nan if step > 20 or (rank, step) == (1, 20) else 3.0 + 0.1 * rank
 
-    (finding,) = numeric(JobView(Scene(norms=norm).run(30)), DetectorConfig())
+    (finding,) = proven(numeric(JobView(Scene(norms=norm).run(30)), DetectorConfig()))
     assert (finding.kind, finding.culprits, finding.step) == (FindingKind.NUMERIC, (1,), 20)
     assert not numeric(JobView(Scene(norms=lambda r, s: 3.0 / (s + 1)).run(30)), DetectorConfig())
 

@@ -14,7 +14,7 @@ from faulttol.rules.pace import paces, period
 from faulttol.rules.speed import slow
 from faulttol.rules.window import window
 from faulttol.view import JobView
-from tests.test_faulttol.scenes import Scene
+from tests.test_faulttol.scenes import Scene, proven
 
 CONFIG, HEALTH = DetectorConfig(window_least_s=0.15), HealthConfig()
 """Most scenes have steps of 12 ms."""
@@ -29,7 +29,7 @@ def judge(scene: Scene, *, learnt: bool = True) -> list[Finding]:
     before = window(JobView(scene.run(HEALTHY)), 0, CONFIG, HEALTH)
     assert found is not None
     assert before is not None
-    return slow(found, before.baseline() if learnt else None, CONFIG)
+    return proven(slow(found, before.baseline() if learnt else None, CONFIG))
 
 
 def faulty(step: int) -> bool:

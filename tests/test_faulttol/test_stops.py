@@ -13,7 +13,7 @@ from faulttol.health import Condition, Vitals, assess
 from faulttol.rules.stop import stops
 from faulttol.rules.waiting import chains
 from faulttol.view import JobView
-from tests.test_faulttol.scenes import MS, Scene, after, all_reduce, message, with_vitals
+from tests.test_faulttol.scenes import MS, Scene, after, all_reduce, message, proven, with_vitals
 
 CONFIG, HEALTH = DetectorConfig(hang_after_s=10.0), HealthConfig(stalled_after_s=10.0)
 STEPS = 10
@@ -22,7 +22,7 @@ FOUR = range(4)
 
 
 def found(view: JobView) -> list[Finding]:
-    return stops(view, CONFIG, HEALTH)
+    return proven(stops(view, CONFIG, HEALTH))
 
 
 def only(view: JobView) -> Finding:
