@@ -42,6 +42,7 @@ class Answering:
         self._question = _question(folder, generation)
         self._answer = _answer(folder, rank, generation)
         self._answered_ns = 0
+        self._complained = False
 
     def is_asked(self) -> bool:
         """Return whether there is a question that this rank has not answered; costs a look at a name."""
@@ -54,8 +55,10 @@ class Answering:
         told = {"step": step, "seconds": [[source, target, seconds] for (source, target), seconds in row.items()]}
         try:
             _publish(self._answer, json.dumps(told))
-        except OSError:  # a full disk must not end training
-            _LOG.warning("%s: the answer to a probe is lost", self._answer, exc_info=True)
+        except OSError as error:  # a full disk must not end training
+            if not self._complained:
+                self._complained = True
+                _LOG.warning("the answer to a probe is lost, and it may not be the last: %s", error)
 
     def _asked_ns(self) -> int:
         try:
@@ -185,10 +188,10 @@ class Locator:
             return
         try:
             self._links.ask(again=again)
-        except OSError:
+        except OSError as error:
             if not self._complained:
                 self._complained = True
-                _LOG.warning("cannot ask the ranks for a probe of their links; it is tried again", exc_info=True)
+                _LOG.warning("cannot ask the ranks for a probe of their links; it is tried again: %s", error)
             self._ask_after_s = now_s + _AGAIN_S
             self._asked_for, self._is_deaf = None, True
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -165,6 +166,24 @@ def test_noise_beside_a_slow_receiver_accuses_nobody() -> None:
         noisy = {(0, 2): 4e-3, (2, 0): 1.9e-3, (0, 1): 0.197, (2, 1): 0.197}
         links.answer = DelayMatrix({**usual.seconds, **noisy})
     assert [suspect for one in found for suspect in one.suspects] == [Suspect(1, 1.0)]
+
+
+def _answers_into_nothing(rank: int, world_size: int, folder: str) -> list[str]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("faulttol.probing").addHandler(handler)
+    answering = Answering(Path(folder), rank, generation=0)
+    for step in range(3):
+        answering.probe(step)
+    return told
+
+
+def test_an_answer_that_cannot_be_written_ends_nothing_and_is_told_of_once(tmp_path: Path) -> None:
+    for told in run_ranks(_answers_into_nothing, 2, str(tmp_path / "none")):
+        (line,) = told
+        assert "the answer to a probe is lost" in line
+        assert "No such file" in line
 
 
 def _answers(rank: int, world_size: int, folder: str) -> list[bool]:
