@@ -125,7 +125,7 @@ class Locator:
         self._asked_for: Literal["usual", "suspicion"] | None = None
         self._asked_s = 0.0
         self._took_s = 0.0
-        """From the last question that was answered to its answer."""
+        """From a question to its answer, the lesser of the last two."""
         self._ask_after_s = 0.0
         self._usual: DelayMatrix | None = None
         self._first: DelayMatrix | None = None
@@ -176,8 +176,9 @@ class Locator:
                 self._is_deaf = self._is_deaf or what == "suspicion"
                 self._ask(now_s, what, again=True)
             return None
-        self._took_s, self._is_deaf = now_s - self._asked_s, False
+        took_s, self._is_deaf = now_s - self._asked_s, False
         first, self._first, self._asked_for = self._first, matrix, None
+        self._took_s = took_s if first is None else min(took_s, self._took_s)  # the other may have met an evaluation
         if first is not None:
             return first | matrix
         self._ask(now_s, what)

@@ -94,6 +94,15 @@ def test_a_suspicion_that_comes_and_goes_and_one_about_long_steps_are_not_probed
     assert 0.1 < links.num_asked / (600 * 30.0 / step_s) < 0.5, "most steps are without probes"
 
 
+def test_an_answer_that_came_after_an_evaluation_delays_no_later_probe() -> None:
+    links = Script()
+    locator = Locator(links, CONFIG)
+    for second in (0.0, 25.0, 26.0, 32.0):
+        locator.look(second, (SLOW,), is_settled=True)
+        links.answer = delays()
+    assert links.num_asked == 3
+
+
 def test_an_answer_that_was_lost_is_asked_for_again() -> None:
     links = Script()
     locator = Locator(links, CONFIG)
