@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,7 +110,7 @@ class Token:
     """The device's event before it."""
     passed: Any = None
     """The device's event after it, where it runs on the stream that it was called from."""
-    channel: tuple[str, int] | None = None
+    channel: tuple[str, int] = ("", -1)
     """Group and peer (-1: none): what the device runs one after the other, and this among it."""
     output = 0
     """Address of the result of a reduce-scatter on the CPU, by which a functional wait is known."""
@@ -122,3 +124,24 @@ class Token:
 
     def __init__(self, index: int, kind: str, group: Group, begin_ns: int) -> None:
         self.index, self.kind, self.group, self.begin_ns = index, kind, group, begin_ns
+
+
+def work_is_over(token: Token) -> bool:
+    """Whether the operation of a work is over, by the work."""
+    return bool(token.work.is_completed())
+
+
+def has_passed(token: Token) -> bool:
+    """Whether the device has come past the event after the operation."""
+    return bool(token.passed.query())
+
+
+def num_over(tokens: deque[Token], is_over: Callable[[Token], bool], *, in_order: bool) -> int:
+    """Return how many operations are over: those before the first that is not. In order, the last stands for all."""
+    num = len(tokens)
+    try:
+        if in_order and num > 1 and is_over(tokens[num - 1]):
+            return num
+        return next((place for place in range(num) if not is_over(tokens[place])), num)
+    except RuntimeError:  # the device has an error: all of them are over
+        return num

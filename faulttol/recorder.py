@@ -29,7 +29,7 @@ from faulttol.channels import Channels
 from faulttol.compat import Interception, group_of, in_backward, measure, work_of
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
-from faulttol.ongoing import Group, Groups, Token
+from faulttol.ongoing import Group, Groups, Token, has_passed, num_over, work_is_over
 from faulttol.operations import ENDS_AT_WAIT, Operation
 from faulttol.ring import KIND_NUMBERS, Ring
 
@@ -290,8 +290,7 @@ class Recorder:
     @property
     def num_pending(self) -> int:
         """How many operations go on, as far as the recorder has noticed."""
-        queues = (*list(self._on_device.values()), *list(self._stamped.values()))
-        return len(self._pending) + sum(map(len, queues))
+        return len(self._pending) + sum(map(len, (*list(self._on_device.values()), *list(self._stamped.values()))))
 
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back: what a forked child does."""
@@ -351,7 +350,6 @@ class Recorder:
             self._end(self._outputs.popitem(last=False)[1], late=True)
 
     def _watch_device(self, token: Token) -> None:
-        assert token.channel is not None
         self._on_device.setdefault((token.device, *token.channel), deque()).append(token)
 
     # The watcher's thread.
@@ -412,20 +410,15 @@ class Recorder:
         self._look_at_works(self._pending)
         self._let_go(time.monotonic_ns())
         for (_, _, peer), tokens in list(self._on_device.items()):
-            self._end_those_over(tokens, _work_is_over, self._end_of_work, in_order=peer < 0)
+            self._end_those_over(tokens, work_is_over, self._end_of_work, in_order=peer < 0)
         for tokens in list(self._stamped.values()):
-            self._end_those_over(tokens, _has_passed, self._end_of_stream, in_order=True)
+            self._end_those_over(tokens, has_passed, self._end_of_stream, in_order=True)
 
     def _end_those_over(
-        self,
-        tokens: deque[Token],
-        is_over: Callable[[Token], bool],
-        end: Callable[[Token], None],
-        *,
-        in_order: bool,
+        self, tokens: deque[Token], is_over: Callable[[Token], bool], end: Callable[[Token], None], *, in_order: bool
     ) -> None:
         """End what is over of operations that a device runs one after the other: those before the first that is not."""
-        for _ in range(_num_over(tokens, is_over, in_order=in_order)):
+        for _ in range(num_over(tokens, is_over, in_order=in_order)):
             token = tokens[0]
             try:
                 end(token)
@@ -493,25 +486,6 @@ class Recorder:
         else:
             token.is_over = True
             self.ring.end(token.index, span.end_ns, duration_ns, failed=False, late=False)
-
-
-def _work_is_over(token: Token) -> bool:
-    return bool(token.work.is_completed())
-
-
-def _has_passed(token: Token) -> bool:
-    return bool(token.passed.query())
-
-
-def _num_over(tokens: deque[Token], is_over: Callable[[Token], bool], *, in_order: bool) -> int:
-    """Return how many operations are over: those before the first that is not. In order, the last stands for all."""
-    num = len(tokens)
-    try:
-        if in_order and num > 1 and is_over(tokens[num - 1]):
-            return num
-        return next((place for place in range(num) if not is_over(tokens[place])), num)
-    except RuntimeError:  # the device has an error: all of them are over
-        return num
 
 
 def _switch_off(recorder: weakref.ref[Recorder]) -> Any:

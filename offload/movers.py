@@ -26,8 +26,7 @@ SECTOR_BYTES = 4096
 _PIECE_BYTES = 1 << 20
 _RING_DEPTH = 4
 """Pieces of one transfer in flight: of four transfers at once 16 MiB, which keep a disk busy that has 100 us of latency
-and 160 GB/s. With 32 reads and writes at once came to 0.81 and 0.85 of what two disks moved at best, with 4 to 0.92 and
-0.87, in one run each."""
+and 160 GB/s. With 32 of each, reads and writes at once got less of a disk (`offload.bench.disk`)."""
 _AIO_DEPTH = 32
 _ENDED_EARLY = -1
 _NOT_ALLOWED = (

@@ -322,7 +322,9 @@ def _cases(
         others.append("aio")
     tiered += [_Tiered(f"{_MAIN}, {io}", options, folder, io=io) for io in others]
     block_bytes = STATE_BYTES * options.subgroup
-    ways: list[tuple[IoName, int, int]] = [("threads", 4, block_bytes), ("threads", 6, max(4096, block_bytes // 3))]
+    third_bytes = max(4096, block_bytes // 3)
+    ways: list[tuple[IoName, int, int]] = [("threads", 4, block_bytes)]
+    ways += [("threads", num, third_bytes) for num in (4, 6)]
     if ring == "io_uring":
         ways += [("io_uring", num, block_bytes) for num in (2, 4, 6)]
     raws = [_Raw(options, folder, *way) for way in ways]

@@ -78,7 +78,7 @@ def show_straggler(view: JobView, first_step: int) -> Said:
 def flight_recorder(folder: Path, prefix: str) -> Said:
     """What torch's analyser makes of the dumps: ranks missing in an operation, or operations that do not fit.
 
-    A stop of the analyser itself, as on gloo's dumps or where a rank wrote none, says nothing.
+    Where the analyser itself stops, as on gloo's dumps or where a rank wrote none, that is said, with its error.
     """
     logging.disable(logging.CRITICAL)  # what it would print
     try:
@@ -90,8 +90,8 @@ def flight_recorder(folder: Path, prefix: str) -> Said:
             options = JobConfig().parse_args([str(folder), "-p", prefix])
             details, version = read_dir(options)
             found = build_db(details, options, version)
-    except (AssertionError, EOFError, KeyError, ValueError, IndexError, TypeError, NotImplementedError):
-        return NOTHING
+    except (AssertionError, EOFError, KeyError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+        return "stopped", type(error).__name__
     finally:
         logging.disable(logging.NOTSET)
     for one in reversed(found.collectives):
