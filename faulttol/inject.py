@@ -8,6 +8,7 @@ of the benign ones that it should find nothing to act on.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 _ENDLESS_S = 3600.0
+_HOG_S = 60.0
+"""A process that keeps a CPU busy does so for no longer, unless the fault says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ KINDS: Mapping[str, KindInfo] = {
     "gil": KindInfo("native code keeps the GIL, for `seconds`", FindingKind.STUCK, _STOPPED),
     "hang": KindInfo("sleeps, for `seconds`", FindingKind.HANG, _STOPPED),
     "spin": KindInfo("runs an empty Python loop, for `seconds`", FindingKind.HANG, _STOPPED),
+    "checkpoint_stall": KindInfo("a write in phase `checkpoint` stalls, for `seconds`", FindingKind.HANG, _STOPPED),
     "stuck_link": KindInfo(
         "what the rank sends to `to_rank` is dropped there",
         FindingKind.COMMUNICATION_HANG,
@@ -77,7 +81,10 @@ KINDS: Mapping[str, KindInfo] = {
     "slow_ramp": KindInfo(
         "works longer from step to step, up to `seconds` after 16", FindingKind.STRAGGLER, is_lasting=True
     ),
-    "cpu_hog": KindInfo("a busy process on the rank's CPU", FindingKind.STRAGGLER, is_lasting=True),
+    "cpu_hog": KindInfo("a busy process on the CPUs that the rank may use", FindingKind.STRAGGLER, is_lasting=True),
+    "shared_cpu": KindInfo(
+        "is bound to one CPU, which `factor` busy processes use too", FindingKind.STRAGGLER, is_lasting=True
+    ),
     "slow_link": KindInfo(
         "the link to `to_rank` carries `rate_bytes_per_s`",
         FindingKind.COMMUNICATION_SLOW,
@@ -102,6 +109,7 @@ KINDS: Mapping[str, KindInfo] = {
     "gc_pause": KindInfo("a garbage collection, then a pause of `seconds`", None),
     "evaluation": KindInfo("evaluates for `seconds`, in phase `evaluation`", None),
     "checkpoint": KindInfo("writes for `seconds`, in phase `checkpoint`", None),
+    "compile": KindInfo("compiles for 0.3 to 1 times `seconds`, each rank for its own time; in a first step", None),
     "uneven": KindInfo(
         "ranks take turns in working `seconds` longer", None, frozenset({FindingKind.DATA_IMBALANCE}), is_lasting=True
     ),
@@ -188,7 +196,7 @@ class Injector:
         self._sleep = sleep
         self._mark_phase = mark_phase or (lambda phase: None)
         self._acting: dict[Fault, random.Random] = {}
-        self._hogs: dict[Fault, subprocess.Popen[bytes]] = {}
+        self._hogs: dict[Fault, _Hogs] = {}
         self._schedule: list[Fault] = []
         for fault in schedule:
             self.add(fault)
@@ -256,17 +264,17 @@ class Injector:
         elif fault.info.is_link:
             sockets.pace(self._descriptors(fault), fault.rate_bytes_per_s)
         if fault.kind == "cpu_hog":
-            self._hogs[fault] = _hog(fault.seconds or 60.0)
+            self._hogs[fault] = _Hogs(1, fault.seconds)
+        elif fault.kind == "shared_cpu":
+            self._hogs[fault] = _Hogs(max(1, round(fault.factor)), fault.seconds, binds=self._rank)
 
     def _stop(self, fault: Fault) -> None:
         if fault.kind == "stuck_link":
             sockets.unblock(self._descriptors(fault))
         elif fault.info.is_link:
             sockets.pace(self._descriptors(fault), sockets.UNPACED)
-        hog = self._hogs.pop(fault, None)
-        if hog is not None:
-            hog.terminate()  # which `timeout` passes on
-            hog.wait()
+        if (hogs := self._hogs.pop(fault, None)) is not None:
+            hogs.close()
         del self._acting[fault]
         self._write_down(fault, is_over=True)
 
@@ -280,8 +288,11 @@ class Injector:
     def _strike(self, fault: Fault) -> None:
         if fault.kind == "raise":
             raise InjectedFault(f"injected at step {fault.step} of rank {self._rank}")
-        if fault.kind in ("evaluation", "checkpoint"):
-            self._mark_phase(fault.kind)
+        if fault.kind in _PHASES:
+            self._mark_phase(_PHASES[fault.kind])
+        if fault.kind == "compile":
+            share = random.Random(f"{fault.seed} {self._rank}").uniform(0.3, 1.0)
+            fault = replace(fault, seconds=share * fault.seconds)
         strike = _STRIKES.get(fault.kind)
         if strike is not None:
             strike(fault)
@@ -404,7 +415,10 @@ _STRIKES: Mapping[str, Callable[[Fault], None]] = {
     "gc_pause": _collect,
     "evaluation": _pause,
     "checkpoint": _pause,
+    "checkpoint_stall": _pause,
+    "compile": _pause,
 }
+_PHASES = {"evaluation": "evaluation", "checkpoint": "checkpoint", "checkpoint_stall": "checkpoint"}
 """What strikes once and at once; other kinds act in every step, or where the program asks."""
 
 
@@ -438,9 +452,30 @@ def _damage(fault: Fault, tensor: torch.Tensor) -> None:
         integers[place] ^= mask
 
 
-def _hog(seconds: float) -> subprocess.Popen[bytes]:
-    """Start a process that keeps this process's CPU busy, for so long at most."""
-    own = os.sched_getaffinity(0)
-    hog = subprocess.Popen(["timeout", str(seconds), "sh", "-c", "while :; do :; done"])
-    os.sched_setaffinity(hog.pid, own)
-    return hog
+class _Hogs:
+    """Busy processes on this process's CPUs; `binds` leaves it and them one CPU, the same for the same number."""
+
+    def __init__(self, count: int, seconds: float, *, binds: int | None = None) -> None:
+        self._before: set[int] | None = None
+        if binds is not None:
+            self._before = os.sched_getaffinity(0)
+            cpus = sorted(self._before)
+            _bind({cpus[binds % len(cpus)]})
+        command = ["timeout", str(seconds or _HOG_S), "sh", "-c", "while :; do :; done"]
+        self._hogs = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for _ in range(count)]
+
+    def close(self) -> None:
+        """End them, and give the process its CPUs back."""
+        for hog in self._hogs:
+            hog.terminate()  # which `timeout` passes on
+        for hog in self._hogs:
+            hog.wait()
+        if self._before is not None:
+            _bind(self._before)
+
+
+def _bind(cpus: set[int]) -> None:
+    """Leave all threads of this process these CPUs; what they start has them too."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), cpus)

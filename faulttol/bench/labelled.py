@@ -1,13 +1,14 @@
 """Faults with labels, and what the detector says of them: precision, recall, culprits, delays, false alarms.
 
-    python -m faulttol.bench.labelled [--jobs ddp,fsdp,pipeline] [--ranks 4,8] [--kinds …] [--magnitudes 1.2,1.5,2,4]
+    python -m faulttol.bench.labelled [--jobs ddp,fsdp,pipeline] [--ranks 4,8] [--kinds …] [--magnitudes 1.2,1.8,3]
         [--seeds 6,7,…] [--budget-s S] [--runs FILE] [--traces FOLDER] [--json FILE] [--markdown FILE] [--smoke]
 
 Jobs of 4 and 8 gloo ranks on this machine: DistributedDataParallel, FSDP2, a pipeline of two stages. Their
 collectives, messages, gradients, rings, agents and sockets are real; a device's work is a sleep, since there are more
 ranks than CPUs. Faults are real too (signals, a held GIL, paced connections, stray collectives, flipped bits) and their
-targets drawn from the seed. A trial is one fault: it strikes, and the first alarm within some seconds is the answer; in
-a benign trial none may come. Slow communication is an alarm once a probe of the links names one.
+targets drawn from the seed; `shared_cpu` is left out where there are fewer than 4 CPUs. A trial is one fault: it
+strikes, and the first alarm within some seconds is the answer; in a benign trial none may come. Slow communication is
+an alarm once a probe of the links names one.
 
     precision of a class   trials rightly given it / all that were given it, benign ones included
     recall                 trials rightly given it / all trials of the class
@@ -53,6 +54,7 @@ from faulttol.bench.labels.grid import (
     MAGNITUDES,
     NUMERIC,
     SLOW,
+    STALL_S,
     STANDING,
     TUNED_SEEDS,
     Case,
@@ -61,7 +63,7 @@ from faulttol.bench.labels.grid import (
     fault_of,
 )
 from faulttol.bench.labels.jobs import BACKLOG_S, JOBS, Withdraw
-from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, TrialError, running, settle, strike
+from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, TrialError, begin, running, settle, strike
 from faulttol.bench.labels.version import code_version
 from faulttol.inject import KINDS
 from faulttol.rules.pace import paces
@@ -74,6 +76,8 @@ _WATCH_STEPS = 40
 """Slow faults are watched for so many of the steps that they are meant to make, at least."""
 _BENIGN_STEPS = 24
 """Benign runs are watched for so many: more than a straggler needs to be found."""
+_CPUS_TO_SHARE_ONE = 4
+"""With fewer, a rank that is bound to a busy CPU takes that from all the others too."""
 _SMOKE_KINDS = ("clean", "slow", "hang", "kill")
 
 
@@ -83,6 +87,9 @@ def main(words: list[str]) -> int:
     if options.smoke:
         options.jobs, options.ranks, options.kinds, options.magnitudes = ["ddp"], [4], list(_SMOKE_KINDS), [4.0]
         options.seeds = [HELD_OUT_SEEDS[0]]
+    if "shared_cpu" in options.kinds and (num_cpus := len(os.sched_getaffinity(0))) < _CPUS_TO_SHARE_ONE:
+        print(f"shared_cpu is left out: with {num_cpus} CPUs it slows every rank; it takes {_CPUS_TO_SHARE_ONE}")
+        options.kinds = [kind for kind in options.kinds if kind != "shared_cpu"]
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.labels.jobs"])
     wanted = cases(options.jobs, options.ranks, options.kinds, options.magnitudes, options.seeds)
@@ -132,12 +139,14 @@ def _trials(missing: Sequence[Case], until_s: float, folder: Path | None) -> Ite
             if time.monotonic() > until_s:
                 return
             try:
-                if job is None or (job.spec.name, job.spec.num_ranks) != (case.job, case.num_ranks) or not settle(job):
+                is_fit = job is not None and (job.spec.name, job.spec.num_ranks) == (case.job, case.num_ranks)
+                if job is None or case.opens_job or not is_fit or not settle(job):
                     stack.close()
-                    job = stack.enter_context(running(case.job, case.num_ranks))
-                    if not settle(job):
+                    faults = (fault,) if case.opens_job and (fault := fault_of(case, 0.0, 0.0)[0]) else ()
+                    job = stack.enter_context(running(case.job, case.num_ranks, faults=faults))
+                    if not case.opens_job and not settle(job):
                         raise TrialError(f"{case.name}: the job does not settle")
-                yield _trial(job, case, folder)
+                yield _opening(job, case, folder) if case.opens_job else _trial(job, case, folder)
                 is_over = case.ends_job
             except TrialError as error:
                 print(f"{error}; left out", flush=True)
@@ -147,20 +156,50 @@ def _trials(missing: Sequence[Case], until_s: float, folder: Path | None) -> Ite
                 job = None
 
 
+def _opening(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
+    """The trial of a fault that strikes in the first step of a job, which has only begun."""
+    outcome = begin(job)
+    if outcome is None:
+        raise TrialError(f"{case.name}: the job does not settle")
+    baseline = job.watch.memory.baseline
+    usual_s = _span_s(outcome.view, 0.0) if baseline is None else baseline.span_s
+    longest_s = max(pace.span_s for record in outcome.view.records.values() for pace in paces(record).values())
+    return _verdict(job, case, outcome, "", longest_s / usual_s, dict(baseline.local_s) if baseline else {}, folder)
+
+
 def _trial(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
+    """The trial of a fault that strikes a job of which the detector knows what is usual."""
     baseline = job.watch.memory.baseline
     assert baseline is not None
     fault, culprit = fault_of(case, baseline.span_s, median(baseline.local_s.values()))
     first_step = job.step + 1
-    watch_s = _WATCH_S[case.truth]
-    if case.kind == "stuck_link":
-        watch_s = _WATCH_S["slow"]  # it does not pass by itself
+    outcome = strike(job, fault, watch_s=_watch_s(case, baseline.span_s))
+    grown = _span_s(outcome.view, outcome.struck_s) / baseline.span_s
+    return _verdict(job, case, outcome, culprit, grown, dict(baseline.local_s), folder, first_step)
+
+
+def _watch_s(case: Case, usual_s: float) -> float:
+    """For how long to watch, where steps usually take so long."""
+    watch_s = {"stuck_link": _WATCH_S["slow"], "checkpoint_stall": STALL_S}.get(case.kind, _WATCH_S[case.truth])
     if case.truth == "slow":
-        watch_s = max(watch_s, _WATCH_STEPS * case.magnitude * baseline.span_s)
+        return max(watch_s, _WATCH_STEPS * case.magnitude * usual_s)
     if case.truth == "none":
-        longer = case.magnitude if fault is not None and KINDS[case.kind].is_lasting else 1.0
-        watch_s = max(watch_s, _BENIGN_STEPS * longer * baseline.span_s)
-    outcome = strike(job, fault, watch_s=watch_s)
+        longer = case.magnitude if case.kind != "clean" and KINDS[case.kind].is_lasting else 1.0
+        return max(watch_s, _BENIGN_STEPS * longer * usual_s)
+    return watch_s
+
+
+def _verdict(
+    job: RunningJob,
+    case: Case,
+    outcome: Outcome,
+    culprit: str,
+    grown: float,
+    before: dict[int, float],
+    folder: Path | None,
+    first_step: int = 0,
+) -> Verdict:
+    """What came of a trial; faults are withdrawn."""
     if not outcome.struck_s:
         raise TrialError(f"{case.name}: the fault did not strike")
     job.order(Withdraw())
@@ -183,9 +222,9 @@ def _trial(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
         named="" if finding is None or not finding.suspects else str(finding.suspects[0]),
         culprit=culprit,
         after_s=0.0 if alarm is None else alarm.at_s - outcome.struck_s,
-        grown=_span_s(outcome.view, outcome.struck_s) / baseline.span_s,
+        grown=grown,
         suspicions=len(outcome.others),
-        rivals=_rivals(job, outcome, case, dict(baseline.local_s), first_step),
+        rivals=_rivals(job, outcome, case, before, first_step),
         summary="" if finding is None else finding.summary,
         version=code_version(),
     )

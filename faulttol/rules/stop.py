@@ -49,8 +49,18 @@ def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: Heal
     example = next(iter(chain.operation.events.values()))
     usual_s = _usual_s(view, example, config, health)
     limit_s = max(config.hang_after_s, config.hang_factor * usual_s)
-    is_patient = any(_phase(view, rank) in health.patient_phases for rank in chain.ranks)
+    is_patient = any(_phase(view, rank) in health.patient_phases for rank in chain.ranks) or (
+        chain.kind == "sink" and is_in_first_step(view.records.get(chain.ranks[0]))
+    )
     return limit_s * health.patience if is_patient else limit_s
+
+
+def is_in_first_step(record: RankRecord | None) -> bool:
+    """Whether a rank that marks its steps is in its first one, in which it may compile for long."""
+    if record is None:
+        return False
+    steps = {mark.step for mark in record.marks if mark.kind == "step_begin"}
+    return len(steps) == 1 and not any(mark.kind == "step_end" for mark in record.marks)
 
 
 def _usual_s(view: JobView, like: CollectiveEvent, config: DetectorConfig, health: HealthConfig) -> float:
@@ -125,26 +135,26 @@ def _refused(view: JobView, unwell: Collection[int]) -> list[Finding]:
     A backend refuses at once what it cannot do; others, who are elsewhere, never come to it, and die in an operation
     of every step. Where somebody is gone whose operations did not fail, that explains what failed.
     """
-    last = {
+    ends = {
         rank: view.records[rank].events[-1] for rank in unwell if rank in view.records and view.records[rank].events
     }
-    if len(last) < len(unwell) or any(event.state != "failed" for event in last.values()):
+    if len(ends) < len(unwell) or any(event.state != "failed" for event in ends.values()):
         return []
-    told = {rank: how for rank in last if (how := deviation(view, rank))}
+    told = {rank: how for rank in ends if (how := deviation(view, rank))}
     if not told:
         return []
-    last = {rank: last[rank] for rank in told}
-    first = last[min(told)]
+    refused = {rank: ends[rank] for rank in told}
+    first = refused[min(told)]
     said = [f"rank {rank} died of an operation that it never made before: {how}" for rank, how in told.items()]
     return [
         Finding(
             kind=FindingKind.DESYNC,
             suspects=tuple(Suspect(rank, 1.0 / len(told)) for rank in told),
             summary="; ".join(said),
-            evidence={f"last operation of rank {rank}": event.kind for rank, event in last.items()},
+            evidence={f"last operation of rank {rank}": event.kind for rank, event in refused.items()},
             group=first.group,
             sequence=first.seq,
-            step=max(event.step for event in last.values()),
+            step=max(event.step for event in refused.values()),
         )
     ]
 

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -148,6 +150,57 @@ def test_a_process_ends_or_stands_as_its_fault_says(tmp_path: Path, kind: str) -
         finally:
             rank.kill()
     assert [fault.kind for fault in fired(tmp_path / "record")] == [kind]
+
+
+def test_a_rank_on_a_busy_cpu_has_its_own_back_afterwards(tmp_path: Path) -> None:
+    """All its threads are bound, to where as many processes as asked for keep busy."""
+    before = os.sched_getaffinity(0)
+    children = psutil.Process().children
+    injector = Injector(
+        [Fault(kind="shared_cpu", rank=1, step=0, num_steps=1, factor=3.0)], rank=1, record=tmp_path / "r"
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        injector.at(0)
+        (cpu,) = os.sched_getaffinity(thread.native_id or 0)
+        assert cpu in before
+        assert os.sched_getaffinity(0) == {cpu}
+        hogs = [child for child in children() if child.name() == "timeout"]
+        assert len(hogs) == 3
+        assert all(os.sched_getaffinity(hog.pid) == {cpu} for hog in hogs)
+        injector.at(1)
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(thread.native_id or 0) == before
+        assert not [child for child in children() if child.name() == "timeout"]
+    finally:
+        injector.close()
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("kind", "phases"), [("checkpoint_stall", ["checkpoint"]), ("compile", [])])
+def test_what_takes_long_says_in_which_phase(tmp_path: Path, kind: str, phases: list[str]) -> None:
+    said = list[str]()
+    fault = Fault(kind=kind, rank=-1, step=0, seconds=0.05)
+    injector = Injector([fault], rank=0, record=tmp_path / "r", mark_phase=said.append)
+    begun_s = time.monotonic()
+    injector.at(0)
+    assert time.monotonic() - begun_s > 0.015
+    assert said == phases
+    begun_s = time.monotonic()
+    injector.at(1)
+    assert time.monotonic() - begun_s < 0.015, "once"
+
+
+def test_ranks_compile_for_different_times(tmp_path: Path) -> None:
+    slept = dict[int, float]()
+    for rank in range(4):
+        begun_s = time.monotonic()
+        Injector([Fault(kind="compile", rank=-1, step=0, seconds=0.2)], rank=rank, record=tmp_path / "r").at(0)
+        slept[rank] = time.monotonic() - begun_s
+    assert all(0.06 < seconds < 0.4 for seconds in slept.values())
+    assert max(slept.values()) - min(slept.values()) > 0.02
 
 
 def test_a_link_needs_its_connections(tmp_path: Path) -> None:

@@ -86,6 +86,23 @@ def test_a_rank_in_a_phase_that_may_last_has_more_time(records: dict[int, RankRe
     assert not found(patient)
 
 
+@pytest.mark.parametrize("marks_steps", [True, False])
+def test_a_rank_in_its_first_step_may_compile(marks_steps: bool) -> None:
+    """Others wait for it; who marks no steps has no first one, and a later step is none."""
+    records = Scene().run(0)
+    if not marks_steps:
+        records = {rank: replace(record, marks=()) for rank, record in records.items()}
+    waiting = [all_reduce(rank, FOUR, seq=1, step=0) for rank in (0, 1, 3)]
+    early, late = (found(after(records, waiting, 10.0 * times)) for times in (1.1, HEALTH.patience + 0.1))
+    assert [finding.culprits for finding in early] == ([] if marks_steps else [(2,)])
+    assert [finding.culprits for finding in late] == [(2,)]
+
+
+def test_communication_hangs_in_a_first_step_as_in_any() -> None:
+    everybody = [all_reduce(rank, FOUR, seq=1, step=0) for rank in FOUR]
+    assert only(after(Scene().run(0), everybody, 11.0)).kind is FindingKind.COMMUNICATION_HANG
+
+
 def test_the_culprit_is_found_across_groups(records: dict[int, RankRecord]) -> None:
     """0 waits for 1 in one group, 1 for 3 in another, 3 works."""
     waiting = [

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from faulttol.bench import Gate, Report, table
 from faulttol.bench.labels import rivals as other
 from faulttol.bench.labels.grid import Verdict
-from faulttol.bench.labels.trial import DETECTOR
+from faulttol.bench.labels.trial import DETECTOR, HEALTH
 
 _HELD_OUT, _TUNED = "held out", "tuned"
 _IN_TIME = "found within threshold + 1 s"
@@ -95,8 +95,7 @@ def _by_class(report: Report, name: str, verdicts: Sequence[Verdict], what: str,
     }
     limits = _SLOW_LIMITS if name == "slow" else _LIMITS
     if name == "hang" and right:
-        limit_s = DETECTOR.hang_after_s + 1.0
-        found[_IN_TIME] = sum(v.after_s <= limit_s for v in right) / len(right)
+        found[_IN_TIME] = sum(v.after_s <= hang_threshold_s(v.kind) + 1.0 for v in right) / len(right)
         limits = {**limits, _IN_TIME: 1.0}
     report.add(case, "trials", "1", len(of_class))
     for metric, value in found.items():
@@ -110,6 +109,11 @@ def _by_class(report: Report, name: str, verdicts: Sequence[Verdict], what: str,
         if said:
             report.add(f"{case}, {rival} ({how})", "recall", "1", fmean(one[0] == name for one, _ in said))
             report.add(f"{case}, {rival} ({how})", "culprit", "1", fmean(one[1] == culprit for one, culprit in said))
+
+
+def hang_threshold_s(kind: str) -> float:
+    """From when on something hangs: later in a phase in which more patience is had."""
+    return DETECTOR.hang_after_s * (HEALTH.patience if kind == "checkpoint_stall" else 1.0)
 
 
 def _by_magnitude(report: Report, verdicts: Sequence[Verdict]) -> None:

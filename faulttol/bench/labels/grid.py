@@ -22,13 +22,20 @@ CLASSES = {
     FindingKind.COMMUNICATION_SLOW: "slow",
     FindingKind.NUMERIC: "numeric",
 }
-MAGNITUDES = (1.2, 1.5, 2.0, 4.0)
+MAGNITUDES = (1.2, 1.8, 3.0)
 """Of slow faults: by how much the step is to grow."""
 PAUSE_S = 2.4
 """How long a rank stands that then goes on by itself: over the threshold and the second that finding may take."""
-BENIGN = ("clean", "gc_pause", "evaluation", "checkpoint", "uneven", "imbalance", "jitter", "all_slow")
-SLOW = ("slow", "slow_jitter", "slow_ramp", "slow_link", "slow_sender", "slow_receiver")
-STANDING = ("freeze", "gil", "hang", "spin")
+STALL_S = 5.4
+"""The same in a phase in which more patience is had."""
+_HOGS = 8
+"""Busy processes beside a bound rank for each time that its steps are meant to take longer: of a step only what the
+CPU does in it grows."""
+OPENING = ("compile",)
+"""What strikes a job in its first step."""
+BENIGN = (*OPENING, "clean", "gc_pause", "evaluation", "checkpoint", "uneven", "imbalance", "jitter", "all_slow")
+SLOW = ("slow", "slow_jitter", "slow_ramp", "shared_cpu", "slow_link", "slow_sender", "slow_receiver")
+STANDING = ("freeze", "gil", "hang", "spin", "checkpoint_stall")
 ENDING = ("kill", "abort", "segfault", "exit", "raise", "stuck_link", "extra", "wrong_kind", "wrong_dtype", "skip")
 NUMERIC = ("nan", "gradient", "bit_flip")
 HELD_OUT_SEEDS = (7, 8, 9)
@@ -66,6 +73,11 @@ class Case:
         """The class that should be found; `none` for what is benign."""
         finding = None if self.kind == "clean" else KINDS[self.kind].finding
         return "none" if finding is None else CLASSES[finding]
+
+    @property
+    def opens_job(self) -> bool:
+        """True when the job has to be a new one."""
+        return self.kind in OPENING
 
     @property
     def ends_job(self) -> bool:
@@ -154,11 +166,15 @@ def _spread(
 
 
 def _batches(spread: Sequence[Case]) -> list[list[Case]]:
-    """Divide trials into jobs: those that leave it alive evenly, each followed by one that ends it."""
+    """Divide trials into jobs: those that leave it alive evenly, first what opens it and last what ends it."""
     ending = [case for case in spread if case.ends_job]
-    others = [case for case in spread if not case.ends_job]
+    others = [case for case in spread if not case.opens_job and not case.ends_job]
     num = max(len(ending), -(-len(others) // _BATCH), 1)
-    return [_part(others, i, num) + _part(ending, i, num) for i in range(num)]
+    batches = [_part(others, i, num) + _part(ending, i, num) for i in range(num)]
+    for place, case in enumerate(spread):
+        if case.opens_job:
+            batches[place * num // len(spread)].insert(0, case)
+    return batches
 
 
 def _part(whole: list[Case], index: int, num: int) -> list[Case]:
@@ -188,6 +204,9 @@ def fault_of(case: Case, span_s: float, local_s: float) -> tuple[Fault | None, s
         "slow_sender": {"rank": rank, "rate_bytes_per_s": rate},
         "slow_receiver": {"rank": -1, "to_rank": to_rank, "rate_bytes_per_s": rate},
         "stuck_link": link,
+        "shared_cpu": {"rank": rank, "factor": round(_HOGS * (case.magnitude - 1))},
+        "checkpoint_stall": {"rank": rank, "seconds": STALL_S},
+        "compile": {"rank": -1, "seconds": PAUSE_S},
         "gc_pause": {"rank": rank, "seconds": 0.2},
         "evaluation": {"rank": rank, "seconds": 1.5},
         "checkpoint": {"rank": rank, "seconds": 1.5},

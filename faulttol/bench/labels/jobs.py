@@ -53,6 +53,8 @@ class JobSpec:
     """Of rings, heartbeats and the record of faults."""
     timeout_s: float = 600.0
     """Of the process groups."""
+    faults: tuple[Fault, ...] = ()
+    """What strikes without an order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,9 @@ def serve(rank: int, spec: JobSpec, orders: Connection) -> None:
     recorder = faulttol.install(directory, rank=rank, world_size=spec.num_ranks)
     job = JOBS[spec.name](rank, spec.num_ranks)
     links = sockets.connections()
-    injector = Injector([], rank=rank, record=directory / "strikes", connections=links, mark_phase=recorder.mark_phase)
+    injector = Injector(
+        spec.faults, rank=rank, record=directory / "strikes", connections=links, mark_phase=recorder.mark_phase
+    )
     with Heartbeat(directory / f"heart{rank}", 0.1) as heart, answering(directory / f"answers{rank}"):
         voice = _Voice(rank, directory, orders, links)
         voice.say("ready", os.getpid())

@@ -25,7 +25,7 @@ from faulttol.localize import DelayMatrix, Link, explain, from_backlogs, refine
 from faulttol.view import JobView
 
 DETECTOR = DetectorConfig(hang_after_s=1.0, hang_factor=3.0)
-HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=2.0)
+HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=2.0, patience=4.0)
 LOOK_S = 0.05
 """Between two looks at the job."""
 _AHEAD_S = 0.3
@@ -276,3 +276,18 @@ def strike(job: RunningJob, fault: Fault | None, *, watch_s: float) -> Outcome:
                 (alarms if confirmed else others).append(seen)
                 probe_s = time.monotonic() + _AGAIN_S
     return Outcome(struck_s, tuple(alarms), tuple(others), job.view)
+
+
+def begin(job: RunningJob) -> Outcome | None:
+    """Watch a new job, in whose first step faults of its spec strike, until it is healthy; None if it does not get so.
+
+    Before a job is known no probe says what of its communication is slow: that is no alarm here.
+    """
+    is_healthy = settle(job)
+    seen = job.watch.sightings
+    alarms = [one for one in seen if one.finding.kind.is_fault and one.finding.kind not in _LOCATED]
+    if not is_healthy and not alarms:
+        return None
+    lines = strikes(job.spec.directory / "strikes")
+    others = [one for one in seen if one not in alarms]
+    return Outcome(lines[0].at_ns / 1e9 if lines else 0.0, tuple(alarms), tuple(others), job.view)
