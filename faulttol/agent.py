@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _ASK_S = 0.2  # between two questions
 _BLIND_S = 0.5  # that a time without a look counts at most: the observer was away, which proves nothing
 _STOPPED_S = 0.1  # for how long a process must stand: who stops it for moments only makes it slower
 _GONE_POLL_S = 0.002
+_WAIT_EVERY_S, _WAIT_LOOKS = 0.25, 8  # between two looks at how long threads wait for a CPU, and how many make a rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,22 @@ class _Patient:
         self._python_at_s = self._progress_at_s = self._looked_at_s = now_s
         self._counts = (-1, -1)
         self._step, self._phase = -1, ""
+        self._gone_at_s: float | None = None
+        self._waits = _CpuWaits(process.pid)
 
     def look(self, now_s: float) -> Vitals:
         state = process_state(self.process.pid, self.process.start_ticks)
         if state is None:
             self.close()
-            return Vitals(rank=self.process.rank, process_alive=False, step=self._step, phase=self._phase)
+            if self._gone_at_s is None:
+                self._gone_at_s = now_s
+            return Vitals(
+                rank=self.process.rank,
+                process_alive=False,
+                gone_age_s=now_s - self._gone_at_s,
+                step=self._step,
+                phase=self._phase,
+            )
         self._forgive(now_s)
         with contextlib.suppress(FileNotFoundError, HeartbeatError):  # not there yet
             self._read(heartbeat.read(self.process.heartbeat), now_s)
@@ -113,6 +125,7 @@ class _Patient:
             native_age_s=self._native_age_s(now_s),
             python_age_s=now_s - self._python_at_s if joined else None,
             progress_age_s=now_s - self._progress_at_s if joined else None,
+            cpu_wait=self._waits.look(now_s),
             step=self._step,
             phase=self._phase,
         )
@@ -180,6 +193,37 @@ class _Patient:
             self._asked = asked
         if self._waits_since_s is None:
             self._waits_since_s = now_s  # from here on it can be missed
+
+
+class _CpuWaits:
+    """For how long a process's threads are ready to run while no CPU is free for them, by the kernel's count."""
+
+    def __init__(self, pid: int) -> None:
+        self._folder = Path(f"/proc/{pid}/task")
+        self._by_thread: dict[str, int] = {}
+        self._total_ns = 0
+        self._seen: deque[tuple[float, int]] = deque(maxlen=_WAIT_LOOKS)
+
+    def look(self, now_s: float) -> float | None:
+        """Return how many seconds a second it was lately; None before there are two looks, or where nobody counts."""
+        if not self._seen or now_s - self._seen[-1][0] >= _WAIT_EVERY_S:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                for thread in os.listdir(self._folder):
+                    self._add(thread)
+                self._seen.append((now_s, self._total_ns))
+        if len(self._seen) < 2 or not self._by_thread:
+            return None
+        (begin_s, begin_ns), (end_s, end_ns) = self._seen[0], self._seen[-1]
+        return (end_ns - begin_ns) / 1e9 / (end_s - begin_s)
+
+    def _add(self, thread: str) -> None:
+        """Count what the thread waited since the last look; of a new one nothing yet."""
+        try:
+            waited_ns = int((self._folder / thread / "schedstat").read_text().split()[1])
+        except (OSError, IndexError):  # the thread has ended, or the kernel keeps no count
+            return
+        self._total_ns += waited_ns - self._by_thread.get(thread, waited_ns)
+        self._by_thread[thread] = waited_ns
 
 
 @contextlib.contextmanager

@@ -77,6 +77,9 @@ class DetectorConfig:
     straggler_chance: float = 1e-6
     """... and it comes last in so many of them as one of ranks that are late at random does with at most this
     probability, all ranks together."""
+    cpu_wait_share: float = 0.7
+    """Steps that grew are a straggler's where this share of it is what a rank's threads wait for a CPU more than its
+    peers' do."""
     slow_excess: float = 0.3
     """A transfer is slow when it takes this share longer than it used to."""
     slow_floor_s: float = 0.001

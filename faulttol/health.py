@@ -53,6 +53,10 @@ class Vitals:
     """Since a Python thread of the process showed a sign of life."""
     progress_age_s: float | None = None
     """Since the training loop got further: a mark, or a collective entered or completed."""
+    gone_age_s: float | None = None
+    """Since it was first seen to be gone."""
+    cpu_wait: float | None = None
+    """Seconds a second that its threads, all together, were ready to run while no CPU was free for them, lately."""
     step: int = -1
     """The last step it was seen in; -1 before the first."""
     phase: str = ""
@@ -73,7 +77,7 @@ class Health:
 def assess(vitals: Vitals, config: HealthConfig) -> Health:
     """Return the worst condition that the vitals prove."""
     if not vitals.process_alive:
-        return Health(vitals.rank, Condition.DEAD, 0.0, "its process is gone")
+        return Health(vitals.rank, Condition.DEAD, vitals.gone_age_s or 0.0, "its process is gone")
     if vitals.report_age_s > config.lost_after_s:
         return _missing(vitals, Condition.LOST, vitals.report_age_s, "report from its machine")
     if vitals.process_state in ("T", "t"):

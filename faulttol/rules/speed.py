@@ -17,6 +17,7 @@ from statistics import median, median_low
 from faulttol.config import DetectorConfig
 from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.rules.chance import all_of, at_least
+from faulttol.rules.starved import starved
 from faulttol.rules.window import Baseline, TransferKey, Window
 
 _LOOKS = 6
@@ -45,7 +46,7 @@ def slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> li
         return [_straggler(found.last(config.fast_steps), stragglers, baseline)]
     findings = _imbalances(recent, baseline, config)
     if baseline is not None and (transfer := _slow_transfer(recent, baseline, config)):
-        findings.append(transfer)
+        findings.append(starved(recent, baseline, config) or transfer)
     return findings
 
 

@@ -16,6 +16,9 @@ from faulttol.view import JobView
 
 _LAST = 8
 """Of a dead rank's events, those that can have been open when it died."""
+_OF_ANOTHER = 2
+"""How the record of a rank ends that died of an operation that failed."""
+_SOON_S = 0.5
 _BY_CONDITION = {
     Condition.DEAD: FindingKind.CRASH,
     Condition.LOST: FindingKind.CRASH,
@@ -100,12 +103,15 @@ def _death(record: RankRecord | None) -> int:
     if record is None or not record.events:
         return 0
     if any(event.state == "failed" for event in record.events[-_LAST:]):
-        return 2
+        return _OF_ANOTHER
     return int(any(event.state == "begun" for event in record.events[-_LAST:]))
 
 
 def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
-    """One finding for each class; of several dead, only those that did not die of the others."""
+    """One finding for each class; of several dead, only those that did not die of the others.
+
+    Where all died of another, that one may still be on its way out: a busy machine takes a killed process apart slowly.
+    """
     by_kind: dict[FindingKind, list[Health]] = {}
     for health in conditions:
         by_kind.setdefault(_BY_CONDITION[health.condition], []).append(health)
@@ -114,6 +120,8 @@ def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
         suspects = group
         if kind is FindingKind.CRASH:
             deaths = {health.rank: _death(view.records.get(health.rank)) for health in group}
+            if min(deaths.values()) == _OF_ANOTHER and _is_recent(view, group):
+                continue
             suspects = [health for health in group if deaths[health.rank] == min(deaths.values())]
         score = 1.0 / len(suspects)
         found.append(
@@ -127,6 +135,12 @@ def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
             )
         )
     return found
+
+
+def _is_recent(view: JobView, gone: Iterable[Health]) -> bool:
+    """Whether all of them went just now, as far as that is known."""
+    ages_s = [view.vitals[health.rank].gone_age_s for health in gone]
+    return all(age_s is not None and age_s < _SOON_S for age_s in ages_s)
 
 
 def _refused(view: JobView, unwell: Collection[int]) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median, median_low
 
 from faulttol.config import DetectorConfig, HealthConfig
@@ -26,6 +26,8 @@ class Baseline:
     """The longest of them in a step."""
     span_s: float
     transfer_s: Mapping[TransferKey, float] = field(default_factory=dict)
+    cpu_wait: Mapping[int, float] = field(default_factory=dict)
+    """Seconds a second that each rank's threads waited for a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Window:
     """By rank, then by step."""
     transfers_s: Mapping[TransferKey, tuple[tuple[int, float], ...]]
     """(step, shortest time that a member had it open) of every operation, in order."""
+    cpu_wait: Mapping[int, float] = field(default_factory=dict)
+    """Seconds a second that each rank's threads wait for a CPU at its end, of ranks of which that is known."""
 
     @property
     def spans_s(self) -> list[float]:
@@ -61,7 +65,7 @@ class Window:
         """The last steps of the window as one of their own."""
         steps = self.steps[-num_steps:]
         kept = {key: tuple(v for v in values if v[0] >= steps[0]) for key, values in self.transfers_s.items()}
-        return Window(steps, self.paces, {key: values for key, values in kept.items() if values})
+        return replace(self, steps=steps, transfers_s={key: values for key, values in kept.items() if values})
 
     def num_lasting(self, least_steps: int, least_s: float) -> int:
         """How many of the last steps, at least so many, last so long; all where they do not."""
@@ -91,6 +95,7 @@ class Window:
             _lower([longest_s[:half], longest_s[half:]]),
             _lower([self.spans_s[:half], self.spans_s[half:]]),
             {key: _lower(part for part in halves if part) for key, halves in parts.items()},
+            self.cpu_wait,
         )
 
 
@@ -111,7 +116,8 @@ def window(view: JobView, first_step: int, config: DetectorConfig, health: Healt
     most = LONGEST * config.window_steps
     steps = tuple(usable[-most:])
     chosen = {rank: {step: own[step] for step in steps} for rank, own in sorted(all_paces.items())}
-    found = Window(steps, chosen, _transfers(view, steps))
+    waits = {rank: vitals.cpu_wait for rank, vitals in view.vitals.items() if vitals.cpu_wait is not None}
+    found = Window(steps, chosen, _transfers(view, steps), waits)
     return found if len(steps) == most or found.duration_s >= config.window_least_s else None
 
 
@@ -126,6 +132,7 @@ def usual(healthy: Sequence[Baseline]) -> Baseline | None:
         median_low(one.longest_s for one in healthy),
         median_low(one.span_s for one in healthy),
         {key: median_low(one.transfer_s[key] for one in healthy) for key in sorted(keys)},
+        {rank: median_low(one.cpu_wait.get(rank, 0.0) for one in healthy) for rank in sorted(ranks)},
     )
 
 

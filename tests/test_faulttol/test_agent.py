@@ -197,3 +197,43 @@ def test_a_process_that_breaks_off_while_it_is_asked_ends_no_look(
         assert agent.look()[0].native_age_s is None
         clock[0] += 0.3
         assert agent.look()[0].process_alive
+
+
+def _spin(ready: mp.synchronize.Event, cpu: int) -> None:
+    os.sched_setaffinity(0, {cpu})
+    ready.set()
+    while True:
+        pass
+
+
+def test_how_long_a_process_waits_for_a_cpu_is_seen(tmp_path: Path) -> None:
+    """Two processes that never rest, bound to one CPU: each waits half of the time."""
+    cpu = min(os.sched_getaffinity(0))
+    ready = [server_context().Event() for _ in range(2)]
+    spinning = [server_context().Process(target=_spin, args=(one, cpu), daemon=True) for one in ready]
+    agent = NodeAgent()
+    try:
+        for process, event in zip(spinning, ready, strict=True):
+            process.start()
+            assert event.wait(_TIMEOUT_S)
+        agent.watch(Watched(0, spinning[0].pid or 0, start_ticks(spinning[0].pid or 0), tmp_path / "h", tmp_path / "a"))
+        assert agent.look()[0].cpu_wait is None, "one look tells no rate"
+        deadline_s = time.monotonic() + _TIMEOUT_S
+        while (agent.look()[0].cpu_wait or 0.0) < 0.3:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        spinning[1].kill()
+        spinning[1].join()
+        while (agent.look()[0].cpu_wait or 1.0) > 0.25:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        spinning[0].kill()
+        spinning[0].join()
+        first, later = agent.look()[0], agent.look()[0]
+        assert not first.process_alive
+        assert 0 == first.gone_age_s < (later.gone_age_s or 0.0)
+    finally:
+        agent.close()
+        for process in spinning:
+            process.kill()
+            process.join()

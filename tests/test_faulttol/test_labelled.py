@@ -19,13 +19,9 @@ from faulttol.bench.labels import rivals
 from faulttol.bench.labels.digest import code_digest
 from faulttol.bench.labels.figures import at_most, judge, markdown, summary
 from faulttol.bench.labels.grid import (
-    BENIGN,
-    ENDING,
+    EVERY,
     HELD_OUT_SEEDS,
     MAGNITUDES,
-    NUMERIC,
-    SLOW,
-    STANDING,
     TUNED_SEEDS,
     Case,
     Verdict,
@@ -40,14 +36,17 @@ from faulttol.localize import explain
 from faulttol.view import JobView
 from tests.test_faulttol.scenes import Scene
 
-EVERY = (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING)
 WHOLE = cases(["ddp", "fsdp", "pipeline"], [4, 8], EVERY, MAGNITUDES, range(10))
 
 
 def test_the_grid_has_every_kind_of_fault_that_this_machine_can_show() -> None:
     assert set(KINDS) - set(EVERY) == {"cpu_hog"}  # the emulated device does not feel it
-    assert len({case.name for case in WHOLE}) == len(WHOLE) == 2800
-    assert sum(case.truth == "none" for case in WHOLE) == 540
+    assert len({case.name for case in WHOLE}) == len(WHOLE) == 1400
+    assert sum(case.truth == "none" for case in WHOLE) == 270
+    per_kind = Counter((case.job, case.kind, case.magnitude) for case in WHOLE)
+    assert set(per_kind.values()) == {10}
+    on_four = Counter((case.job, case.kind, case.magnitude) for case in WHOLE if case.num_ranks == 4)
+    assert set(on_four.values()) == {5}
     assert not set(HELD_OUT_SEEDS) & set(TUNED_SEEDS)
     assert set(HELD_OUT_SEEDS) | set(TUNED_SEEDS) == set(range(10))
 
@@ -116,7 +115,7 @@ def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
 def test_lines_of_other_rules_count_for_nothing(tmp_path: Path) -> None:
     """Without time for new trials the lines alone are told: of all jobs, and of this code only."""
     runs, told, shown = tmp_path / "runs.jsonl", tmp_path / "told.json", tmp_path / "table.md"
-    own = _verdict("fsdp/8/kill/2/7", "crash", version=code_version())
+    own = _verdict("fsdp/8/kill/2/7", "crash", version=code_version(), machine="2 CPUs")
     other = _verdict("ddp/4/kill/2/7", "crash", said="none", version="of yesterday")
     oldest = {key: value for key, value in _verdict("ddp/4/exit/2/7", "crash").line().items() if key != "version"}
     runs.write_text("".join(json.dumps(line) + "\n" for line in (own.line(), other.line(), oldest)))
@@ -126,8 +125,9 @@ def test_lines_of_other_rules_count_for_nothing(tmp_path: Path) -> None:
     document = json.loads(told.read_text())
     assert document["parameters"]["trials"] == 1
     assert document["parameters"]["trials by layout"] == {"fsdp/8": 1}
+    assert document["parameters"]["trials by machine"] == {"2 CPUs": 1}
     assert document["parameters"]["version"] == code_version()
-    assert "1 of 2800 trials" in shown.read_text()
+    assert "1 of 1400 trials" in shown.read_text()
     assert len(runs.read_text().splitlines()) == 3  # nothing is thrown away, and nothing made
 
 

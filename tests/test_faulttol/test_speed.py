@@ -10,9 +10,10 @@ import pytest
 from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.detector import Memory, observe
 from faulttol.finding import Finding, FindingKind
+from faulttol.health import Vitals
 from faulttol.rules.pace import paces, period
 from faulttol.rules.speed import slow
-from faulttol.rules.window import window
+from faulttol.rules.window import Window, window
 from faulttol.view import JobView
 from tests.test_faulttol.scenes import Scene, proven
 
@@ -223,3 +224,42 @@ def test_what_holds_up_all_ranks_in_some_steps_hides_no_tokens() -> None:
     )
     (finding,) = told(16, scene)
     assert (finding.kind, finding.culprits[0]) == (FindingKind.DATA_IMBALANCE, 3)
+
+
+def starving(waits: dict[int, float], *, before: dict[int, float] | None = None) -> list[Finding]:
+    """What is said of steps that grew by 20 ms to 34 while ranks wait for a CPU for so many seconds a second."""
+    scene = Scene(transfer_ms=lambda s: 24.0 if faulty(s) else 4.0)
+
+    def seen(num_steps: int, waits: dict[int, float]) -> Window:
+        vitals = {rank: Vitals(rank=rank, cpu_wait=wait) for rank, wait in waits.items()}
+        found = window(JobView(scene.run(num_steps), vitals), 0, CONFIG, HEALTH)
+        assert found is not None
+        return found
+
+    healthy = seen(HEALTHY, before or dict.fromkeys(range(4), 0.05))
+    return proven(slow(seen(HEALTHY + 24, waits), healthy.baseline(), CONFIG))
+
+
+def test_who_waits_for_a_cpu_while_the_steps_grow_is_the_straggler() -> None:
+    """Its peers see slow transfers."""
+    (finding,) = starving({0: 0.05, 1: 0.8, 2: 0.1, 3: 0.05})
+    assert (finding.kind, finding.culprits) == (FindingKind.STRAGGLER, (1,))
+    assert finding.evidence["wait for a CPU, s"] == pytest.approx(0.8 * 0.034)
+    assert "rank 1 waits 27.2 ms a step for a CPU, others 1.7 ms" in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("waits", "before"),
+    [
+        ({0: 0.05, 1: 0.3, 2: 0.1, 3: 0.05}, None),
+        (dict.fromkeys(range(4), 0.9), None),
+        ({0: 0.05, 1: 0.8, 2: 0.1, 3: 0.05}, {0: 0.05, 1: 0.75, 2: 0.1, 3: 0.05}),
+        ({0: 0.05, 1: 0.8, 2: 0.1}, None),
+        ({}, None),
+    ],
+    ids=["it explains little", "all wait", "it always did", "of one rank nothing is known", "nothing is known"],
+)
+def test_steps_that_waiting_for_a_cpu_does_not_explain_are_slow_communication(
+    waits: dict[int, float], before: dict[int, float] | None
+) -> None:
+    assert [finding.kind for finding in starving(waits, before=before)] == [FindingKind.COMMUNICATION_SLOW]

@@ -258,6 +258,21 @@ def test_who_died_of_another_is_no_culprit(records: dict[int, RankRecord]) -> No
     assert finding.evidence["ranks of the class"] == 3
 
 
+def test_who_died_of_another_is_accused_only_once_that_one_had_time_to_go(records: dict[int, RankRecord]) -> None:
+    """A machine without a free CPU takes a killed process apart more slowly than its peers die of it."""
+    failed = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS, state="failed") for rank in (0, 1, 3)]
+    view = after(records, failed, 0.1)
+
+    def gone(age_s: float, *ranks: int) -> JobView:
+        return with_vitals(view, *(Vitals(rank=rank, process_alive=False, gone_age_s=age_s) for rank in ranks))
+
+    assert not found(gone(0.1, 0, 3))
+    assert only(gone(0.0, 0, 2, 3)).culprits == (2,)
+    assert only(gone(0.6, 0, 3)).culprits == (0, 3)
+    alone = with_vitals(after(records, [], 0.1), Vitals(rank=1, process_alive=False, gone_age_s=0.0))
+    assert only(alone).culprits == (1,), "it died by itself"
+
+
 def test_who_died_of_a_desync_is_no_crash(records: dict[int, RankRecord]) -> None:
     odd = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS, bytes=8 if rank == 3 else 64, state="failed") for rank in FOUR]
     dead = [Vitals(rank=rank, process_alive=False) for rank in FOUR]

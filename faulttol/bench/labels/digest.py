@@ -7,12 +7,10 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 
 def code_digest(modules: Iterable[Path], *more: str) -> str:
-    """Return the digest of modules, of torch's version and of more text; comments and docstrings do not count."""
-    parts = [torch.__version__, *more, *(_meaning(module.read_text(encoding="utf-8")) for module in modules)]
+    """Return the digest of modules and of more text; comments and docstrings do not count."""
+    parts = [*more, *(_meaning(module.read_text(encoding="utf-8")) for module in modules)]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 

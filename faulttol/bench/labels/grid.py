@@ -38,6 +38,9 @@ SLOW = ("slow", "slow_jitter", "slow_ramp", "shared_cpu", "slow_link", "slow_sen
 STANDING = ("freeze", "gil", "hang", "spin", "checkpoint_stall")
 ENDING = ("kill", "abort", "segfault", "exit", "raise", "stuck_link", "extra", "wrong_kind", "wrong_dtype", "skip")
 NUMERIC = ("nan", "gradient", "bit_flip")
+EVERY = (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING)
+RANKS = (4, 8)
+"""Sizes of jobs, of which a kind, magnitude and job has one and the other from seed to seed."""
 HELD_OUT_SEEDS = (7, 8, 9)
 """Whose trials no rule and no threshold has been chosen by."""
 TUNED_SEEDS = (0, 1, 2, 3, 4, 5, 6)
@@ -111,6 +114,8 @@ class Verdict:
     summary: str
     version: str = ""
     """Of the code that made and judged it."""
+    machine: str = ""
+    """Where it was made, and by which torch."""
 
     @property
     def is_held_out(self) -> bool:
@@ -136,10 +141,11 @@ def cases(
 ) -> list[Case]:
     """Return the grid in an order of which every beginning is balanced: layouts, kinds, magnitudes.
 
-    Seeds come one after the other, layouts in turn, a few trials in each job and what ends it last.
+    Seeds come one after the other, layouts in turn, a few trials in each job and what ends it last. Of `RANKS` each
+    seed has half of the kinds and magnitudes and the next one the other half; of other sizes it has all.
     """
     wanted = set(kinds)
-    kept = [kind for kind in (*BENIGN, *SLOW, *STANDING, *NUMERIC, *ENDING) if kind in wanted]
+    kept = [kind for kind in EVERY if kind in wanted]
     layouts = [(job, size) for job in jobs for size in sizes]
     found: list[Case] = []
     for seed in seeds:
@@ -158,7 +164,13 @@ def _spread(
     """One layout's trials of a seed, each kind's own evenly over the whole; with another shift, at other places."""
     placed: list[tuple[float, Case]] = []
     for index, kind in enumerate(kind for kind in kinds if kind not in _NO_NUMERIC.get(job, set())):
-        own = [Case(job, size, kind, magnitude, seed) for magnitude in (magnitudes if kind in SLOW else (2.0,))]
+        own = [
+            Case(job, size, kind, magnitude, seed)
+            for place, magnitude in enumerate(magnitudes if kind in SLOW else (2.0,))
+            if size not in RANKS or RANKS[(EVERY.index(kind) + place + seed) % len(RANKS)] == size
+        ]
+        if not own:
+            continue
         begin = (index * _GOLDEN + shift + seed * _GOLDEN**2) % 1.0
         turn = (index + seed + round(shift * 6)) % len(own)
         placed += [((i + begin) / len(own), case) for i, case in enumerate([*own[turn:], *own[:turn]])]

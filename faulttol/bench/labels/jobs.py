@@ -47,7 +47,7 @@ class JobSpec:
     name: str
     """A key of JOBS."""
     num_ranks: int
-    work_s: float = 0.012
+    work_s: float = 0.03
     """Emulated time of the device in a step."""
     directory: Path
     """Of rings, heartbeats and the record of faults."""

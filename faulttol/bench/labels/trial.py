@@ -208,21 +208,24 @@ def running(name: str, num_ranks: int, **more: Any) -> Iterator[RunningJob]:
 
 
 def settle(job: RunningJob, timeout_s: float = 30.0) -> bool:
-    """Wait until the job is healthy and the detector knows what is usual; False if it does not get there."""
+    """Wait until the job is healthy and the detector knows what is usual; False if it does not get there.
+
+    Of a job that it has not waited for yet the links are measured too.
+    """
     until_s = time.monotonic() + timeout_s
     clean_since, clean_since_s = job.step, time.monotonic()
+    num_steps = DETECTOR.window_steps + 2
     while time.monotonic() < until_s:
         time.sleep(LOOK_S)
         job.look()
         if any(kind.is_fault for kind, _ in job.watch.holding):
             clean_since, clean_since_s = job.step, time.monotonic()
         is_long = time.monotonic() >= clean_since_s + DETECTOR.window_least_s
-        if job.watch.memory.baseline is not None and job.step >= clean_since + DETECTOR.window_steps + 2 and is_long:
-            if job.usual_links is None:
-                job.usual_links = job.links()
-                clean_since, clean_since_s = job.step, time.monotonic()
-                continue
-            return True
+        if job.watch.memory.baseline is not None and job.step >= clean_since + num_steps and is_long:
+            if job.usual_links is not None:
+                return True
+            job.usual_links = job.links()
+            clean_since, num_steps = job.step, DETECTOR.fast_steps + 2
     return False
 
 

@@ -9,7 +9,7 @@ import faulttol
 from faulttol.bench.labels.digest import code_digest
 from faulttol.bench.labels.trial import DETECTOR, HEALTH
 
-_JUDGING = ("detector", "finding", "health", "history", "localize", "sdc", "view")
+_JUDGING = ("agent", "detector", "finding", "health", "history", "localize", "sdc", "view")
 _MAKING = ("inject", "sockets", *(f"bench/labels/{name}" for name in ("grid", "jobs", "trial")))
 
 

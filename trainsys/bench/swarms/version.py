@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import torch
+
 import trainsys
 from faulttol.bench.labels.digest import code_digest
 
@@ -19,4 +21,4 @@ _DECIDING = (
 def code_version() -> str:
     """Return the digest of the deciding modules."""
     root = Path(trainsys.__file__).parent
-    return code_digest(root / name for name in _DECIDING)
+    return code_digest((root / name for name in _DECIDING), torch.__version__)
