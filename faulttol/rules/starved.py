@@ -8,6 +8,9 @@ from faulttol.config import DetectorConfig
 from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.rules.window import Baseline, Window
 
+_TIMES = 1.5
+"""How many times what its peers wait for a CPU it waits at least: on a busy machine all wait, and unevenly."""
+
 
 def starved(found: Window, baseline: Baseline, config: DetectorConfig) -> Finding | None:
     """Return the straggler where its waiting for a CPU explains enough of what steps grew; None where it does not.
@@ -21,10 +24,12 @@ def starved(found: Window, baseline: Baseline, config: DetectorConfig) -> Findin
     rank = max(sorted(grown), key=lambda one: grown[one])
     others = median(more for other, more in grown.items() if other != rank)
     extra_s = (grown[rank] - others) * found.span_s
-    if extra_s < max(config.straggler_floor_s, config.cpu_wait_share * (found.span_s - baseline.span_s)):
-        return None
     waits_s = {one: wait * found.span_s for one, wait in found.cpu_wait.items()}
     others_s = median(wait for other, wait in waits_s.items() if other != rank)
+    if waits_s[rank] < _TIMES * others_s or extra_s < max(
+        config.straggler_floor_s, config.cpu_wait_share * (found.span_s - baseline.span_s)
+    ):
+        return None
     return Finding(
         kind=FindingKind.STRAGGLER,
         suspects=(Suspect(rank, 1.0),),

@@ -44,7 +44,7 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
     if unwell:
         return unwell
     hangs = [_hang(view, chain) for chain in chains(view) if chain.age_s > patience_s(view, chain, config, health)]
-    return hangs or _idle(view, conditions)
+    return hangs or _idle(view, conditions, health)
 
 
 def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: HealthConfig) -> float:
@@ -53,13 +53,14 @@ def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: Heal
     usual_s = _usual_s(view, example, config, health)
     limit_s = max(config.hang_after_s, config.hang_factor * usual_s)
     is_patient = any(_phase(view, rank) in health.patient_phases for rank in chain.ranks) or (
-        chain.kind == "sink" and is_in_first_step(view.records.get(chain.ranks[0]))
+        chain.kind == "sink" and _opens(view, chain.ranks[0])
     )
     return limit_s * health.patience if is_patient else limit_s
 
 
-def is_in_first_step(record: RankRecord | None) -> bool:
+def _opens(view: JobView, rank: int) -> bool:
     """Whether a rank that marks its steps is in its first one, in which it may compile for long."""
+    record = view.records.get(rank)
     if record is None:
         return False
     steps = {mark.step for mark in record.marks if mark.kind == "step_begin"}
@@ -239,9 +240,14 @@ def _left_out(rank: int, where: str, how: str, evidence: dict[str, float | int |
     )
 
 
-def _idle(view: JobView, conditions: list[Health]) -> list[Finding]:
+def _idle(view: JobView, conditions: list[Health], config: HealthConfig) -> list[Finding]:
     """Ranks that do not advance although nobody waits in a collective for anybody."""
-    stalled = [health for health in conditions if health.condition is Condition.STALLED]
+    stalled = [
+        health
+        for health in conditions
+        if health.condition is Condition.STALLED
+        and (health.age_s > config.stalled_after_s * config.patience or not _opens(view, health.rank))
+    ]
     waiting = {rank for rank, record in view.records.items() if any(event.state == "begun" for event in record.events)}
     if not stalled or waiting:
         return []

@@ -28,9 +28,10 @@ from faulttol.bench.labels.grid import (
     cases,
     fault_of,
 )
-from faulttol.bench.labels.trial import DETECTOR, running, strike
+from faulttol.bench.labels.trial import DETECTOR, Sighting, running, strike
 from faulttol.bench.labels.version import code_version
 from faulttol.bench.overhead import interval
+from faulttol.finding import Finding, FindingKind
 from faulttol.inject import KINDS, Fault
 from faulttol.localize import explain
 from faulttol.view import JobView
@@ -211,3 +212,29 @@ def test_a_probe_is_waited_for_while_the_job_gets_on() -> None:
         assert [str(suspect) for suspect in found.suspects] == ["link 0->1"]
         assert strike(job, Fault(kind="freeze", rank=1, step=0), watch_s=0.1).struck_s
         assert job.links(0.5) is None
+
+
+def test_what_is_seen_while_a_probe_is_waited_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspicion of slow communication comes first; the probe that it asks for waits for a rank that is frozen."""
+    with running("ddp", 2) as job:
+        suspicion = Finding(kind=FindingKind.COMMUNICATION_SLOW, suspects=(), summary="steps grew", evidence={})
+
+        def locate(finding: Finding) -> Finding:
+            until_s = time.monotonic() + 2.5
+            while time.monotonic() < until_s:
+                time.sleep(0.05)
+                job.look()
+            return finding
+
+        def suspect() -> list[Sighting]:
+            new = look()
+            job.findings = (suspicion, *job.findings)
+            return new
+
+        look = job.look
+        monkeypatch.setattr(job, "locate", locate)
+        monkeypatch.setattr(job, "look", suspect)
+        outcome = strike(job, Fault(kind="freeze", rank=1, step=0), watch_s=2.0)
+    assert outcome.struck_s
+    assert [one.finding.kind for one in outcome.alarms][:1] == [FindingKind.FREEZE]
+    assert outcome.alarms[0].at_s < outcome.struck_s + 2.0

@@ -252,12 +252,20 @@ def test_who_waits_for_a_cpu_while_the_steps_grow_is_the_straggler() -> None:
     ("waits", "before"),
     [
         ({0: 0.05, 1: 0.3, 2: 0.1, 3: 0.05}, None),
+        ({0: 2.0, 1: 2.7, 2: 2.0, 3: 2.0}, None),
         (dict.fromkeys(range(4), 0.9), None),
         ({0: 0.05, 1: 0.8, 2: 0.1, 3: 0.05}, {0: 0.05, 1: 0.75, 2: 0.1, 3: 0.05}),
         ({0: 0.05, 1: 0.8, 2: 0.1}, None),
         ({}, None),
     ],
-    ids=["it explains little", "all wait", "it always did", "of one rank nothing is known", "nothing is known"],
+    ids=[
+        "it explains little",
+        "all wait, and unevenly",
+        "all wait",
+        "it always did",
+        "of one rank nothing is known",
+        "nothing is known",
+    ],
 )
 def test_steps_that_waiting_for_a_cpu_does_not_explain_are_slow_communication(
     waits: dict[int, float], before: dict[int, float] | None

@@ -98,6 +98,16 @@ def test_a_rank_in_its_first_step_may_compile(marks_steps: bool) -> None:
     assert [finding.culprits for finding in late] == [(2,)]
 
 
+def test_ranks_that_all_compile_in_their_first_step_stand_for_long() -> None:
+    def standing(num_steps: int, age_s: float) -> JobView:
+        vitals = [Vitals(rank=rank, python_age_s=0.1, progress_age_s=age_s) for rank in FOUR]
+        return with_vitals(JobView(Scene().run(num_steps)), *vitals)
+
+    assert not found(standing(0, 11.0))
+    assert only(standing(0, 10.0 * HEALTH.patience + 1.0)).culprits == (0, 1, 2, 3)
+    assert only(standing(STEPS, 11.0)).culprits == (0, 1, 2, 3)
+
+
 def test_communication_hangs_in_a_first_step_as_in_any() -> None:
     everybody = [all_reduce(rank, FOUR, seq=1, step=0) for rank in FOUR]
     assert only(after(Scene().run(0), everybody, 11.0)).kind is FindingKind.COMMUNICATION_HANG

@@ -264,12 +264,12 @@ def strike(job: RunningJob, fault: Fault | None, *, watch_s: float) -> Outcome:
     while time.monotonic() < until_s and not alarms:
         time.sleep(LOOK_S)
         job.look()
-        new = job.watch.sightings[num_seen:]  # also of the looks while a probe was waited for
+        new = job.watch.sightings[num_seen:]
         num_seen += len(new)
         if not struck_s and len(lines := strikes(record)) > num_before:
             struck_s = lines[num_before].at_ns / 1e9
             until_s = struck_s + watch_s
-        alarms += [one for one in new if one.finding.kind.is_fault and one.finding.kind not in _LOCATED]
+        alarms += [one for one in new if _is_alarm(one)]
         others += [one for one in new if not one.finding.kind.is_fault]
         for finding in job.findings if not alarms and time.monotonic() > probe_s else ():
             if finding.kind in _LOCATED:
@@ -278,7 +278,14 @@ def strike(job: RunningJob, fault: Fault | None, *, watch_s: float) -> Outcome:
                 confirmed = located.suspects or finding.kind is FindingKind.COMMUNICATION_HANG
                 (alarms if confirmed else others).append(seen)
                 probe_s = time.monotonic() + _AGAIN_S
-    return Outcome(struck_s, tuple(alarms), tuple(others), job.view)
+    # What was seen in time while a probe was waited for, which a job that stands does not answer.
+    alarms += [one for one in job.watch.sightings[num_seen:] if _is_alarm(one) and one.at_s < until_s]
+    return Outcome(struck_s, tuple(sorted(alarms, key=lambda one: one.at_s)), tuple(others), job.view)
+
+
+def _is_alarm(sighting: Sighting) -> bool:
+    """Whether it says by itself that there is a fault."""
+    return sighting.finding.kind.is_fault and sighting.finding.kind not in _LOCATED
 
 
 def begin(job: RunningJob) -> Outcome | None:
@@ -288,7 +295,7 @@ def begin(job: RunningJob) -> Outcome | None:
     """
     is_healthy = settle(job)
     seen = job.watch.sightings
-    alarms = [one for one in seen if one.finding.kind.is_fault and one.finding.kind not in _LOCATED]
+    alarms = [one for one in seen if _is_alarm(one)]
     if not is_healthy and not alarms:
         return None
     lines = strikes(job.spec.directory / "strikes")
