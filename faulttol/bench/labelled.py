@@ -1,7 +1,8 @@
 """Faults with labels, and what the detector says of them: precision, recall, culprits, delays, false alarms.
 
     python -m faulttol.bench.labelled [--jobs ddp,fsdp,pipeline] [--ranks 4,8] [--kinds …] [--magnitudes 1.2,1.8,3]
-        [--seeds 6,7,…] [--budget-s S] [--runs FILE] [--traces FOLDER] [--json FILE] [--markdown FILE] [--smoke]
+        [--seeds 6,7,…] [--workers N] [--budget-s S] [--runs FILE] [--traces FOLDER] [--json FILE] [--markdown FILE]
+        [--smoke]
 
 Jobs of 4 and 8 gloo ranks on this machine: DistributedDataParallel, FSDP2, a pipeline of two stages. Their
 collectives, messages, gradients, rings, agents and sockets are real; a device's work is a sleep, since there are more
@@ -21,11 +22,11 @@ are made first, told apart, and gated. Where none of a class was made, its gates
 A job goes on from trial to trial; what ends it is followed by a new one. Every beginning of the order of trials is
 balanced. `--runs` keeps every trial as a line of JSON, with a digest of the code that made and judged it: a second run
 makes only what is missing, the figures are of all lines of this code, and lines of other code count for nothing.
-`--budget-s` bounds one run; with 0 it tells what the lines say. `--traces` keeps what the ranks recorded in each, for
-looking at: it can not be judged anew as a whole, since probes answer a suspicion. Rivals judge the same records
-(`faulttol.bench.labels.rivals`); those that need a run of their own are in `trainsys.bench.rivals`. A magnitude is how
-many times longer the steps are meant to become; what became of it is kept too, and slow faults are gated at those that
-made steps at least 1.5 times as long.
+`--workers` makes so many parts at a time. `--budget-s` bounds one run; with 0 it tells what the lines say. `--traces`
+keeps what the ranks recorded in each, for looking at: it can not be judged anew as a whole, since probes answer a
+suspicion. Rivals judge the same records (`faulttol.bench.labels.rivals`); those that need a run of their own are in
+`trainsys.bench.rivals`. A magnitude is how many times longer the steps are meant to become; what became of it is kept
+too, and slow faults are gated at those that made steps at least 1.5 times as long.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
@@ -63,6 +64,7 @@ from faulttol.bench.labels.grid import (
     fault_of,
 )
 from faulttol.bench.labels.jobs import BACKLOG_S, JOBS, Withdraw
+from faulttol.bench.labels.parts import in_parts
 from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, TrialError, begin, running, settle, strike
 from faulttol.bench.labels.version import code_version
 from faulttol.inject import KINDS
@@ -81,7 +83,8 @@ _SMOKE_KINDS = ("clean", "slow", "hang", "kill")
 
 def main(words: list[str]) -> int:
     """Run the benchmark and print its table."""
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
     if options.smoke:
         options.jobs, options.ranks, options.kinds, options.magnitudes = ["ddp"], [4], list(_SMOKE_KINDS), [3.0]
         options.seeds = list(HELD_OUT_SEEDS[:2])
@@ -95,17 +98,28 @@ def main(words: list[str]) -> int:
     if num_others:
         print(f"{options.runs}: {num_others} lines were made by other code and count for nothing", flush=True)
     missing = [case for case in wanted if case.name not in made]
+    if options.workers > 1:
+        if options.runs is None:
+            parser.error("--workers: the parts meet in --runs FILE; give one")
+        folder = [] if options.traces is None else ["--traces", str(options.traces)]
+        in_parts(missing, options.workers, options.budget_s, ["--runs", str(options.runs), *folder])
+        made, _ = read(options.runs)
+        missing = []
     for verdict in _trials(missing, time.monotonic() + options.budget_s, options.traces):
         made[verdict.name] = verdict
         if options.runs:
-            with options.runs.open("a") as file:
-                file.write(json.dumps(verdict.line()) + "\n")
+            _keep(options.runs, verdict)
         mark, num_made = "ok  " if verdict.is_right else "MISS", sum(case.name in made for case in wanted)
         print(
             f"{num_made}/{len(wanted)} {mark} {verdict.name} by {verdict.culprit or 'nobody'}: {verdict.said_kind} "
             f"{verdict.named} after {verdict.after_s:.2f} s, steps x {verdict.grown:.2f}",
             flush=True,
         )
+    return 0 if options.part else _report(made, options)
+
+
+def _report(made: Mapping[str, Verdict], options: argparse.Namespace) -> int:
+    """Tell what all trials of the grid say; return the exit code."""
     whole = cases(list(JOBS), RANKS, EVERY, MAGNITUDES, (*HELD_OUT_SEEDS, *TUNED_SEEDS))
     verdicts = [made[case.name] for case in whole if case.name in made]
     report = Report(
@@ -128,6 +142,15 @@ def main(words: list[str]) -> int:
     if options.markdown:
         options.markdown.write_text(markdown(report), encoding="utf-8")
     return report.finish(options)
+
+
+def _keep(path: Path, verdict: Verdict) -> None:
+    """Append a trial in one piece: parts share the file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(fd, json.dumps(verdict.line()).encode() + b"\n")
+    finally:
+        os.close(fd)
 
 
 def _trials(missing: Sequence[Case], until_s: float, folder: Path | None) -> Iterator[Verdict]:
@@ -292,6 +315,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--runs", type=Path, metavar="FILE", help="lines of JSON, one a trial, that are kept and added to"
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="parts made at a time, two CPUs for each are enough (default: 1)"
+    )
+    parser.add_argument("--part", action="store_true", help="only make trials: tell no figures of them")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of the README there")
     parser.add_argument("--traces", type=Path, metavar="FOLDER", help="keep what the ranks recorded of each trial")
     return parser

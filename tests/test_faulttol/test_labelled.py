@@ -28,6 +28,7 @@ from faulttol.bench.labels.grid import (
     cases,
     fault_of,
 )
+from faulttol.bench.labels.parts import in_parts
 from faulttol.bench.labels.trial import DETECTOR, Sighting, running, strike
 from faulttol.bench.labels.version import code_version
 from faulttol.bench.overhead import interval
@@ -238,3 +239,27 @@ def test_what_is_seen_while_a_probe_is_waited_for_counts(monkeypatch: pytest.Mon
     assert outcome.struck_s
     assert [one.finding.kind for one in outcome.alarms][:1] == [FindingKind.FREEZE]
     assert outcome.alarms[0].at_s < outcome.struck_s + 2.0
+
+
+def test_parts_that_are_made_at_a_time_meet_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs.jsonl"
+    words = ["--jobs=ddp,pipeline", "--ranks=4", "--kinds=kill", "--seeds=8", f"--runs={runs}"]
+    assert main([*words, "--workers=2"]) == 0
+    made, others = read(runs)
+    assert (sorted(made), others) == (["ddp/4/kill/2/8", "pipeline/4/kill/2/8"], 0)
+    told = capsys.readouterr().out
+    assert "1/2 ok   " in told
+    assert "2/2 ok   " in told
+    assert told.count("crash, held out") == 1, "the figures are told once"
+    assert main([*words, "--workers=2", "--budget-s=0"]) == 0
+    assert len(runs.read_text().splitlines()) == 2, "nothing is made twice"
+    with pytest.raises(SystemExit):
+        main(["--workers=2"])
+    assert "give one" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_is_told_and_ends_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    case = Case("ddp", 4, "kill", 2.0, 8)
+    with pytest.raises(RuntimeError, match=r"--part.*exit code 2"):
+        in_parts([case, replace(case, job="fsdp")], 1, 60.0, ["--no-such-option"])
+    assert capfd.readouterr().err.count("unrecognized arguments: --no-such-option") == 2
