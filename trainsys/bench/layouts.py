@@ -1,6 +1,6 @@
 """What each kind of parallelism costs on two ranks, beside the same model in plain FSDP2.
 
-    python -m trainsys.bench.layouts [--repeats N] [--json FILE] [--smoke] [--cases NAME;…]
+    python -m trainsys.bench.layouts [--repeats N] [--json FILE] [--smoke] [--cases NAME;…] [--shares]
 
 or the same under torchrun with two ranks. Claim: the hybrid path trains a decoder under tensor, pipeline, context and
 data parallelism at no less than 0.98 x the tokens/s of FSDP2 as torch has it; tensor parallelism with overlap is
@@ -21,6 +21,9 @@ with the head and 12 costs what one with 13 does.
 Bubble: with m micro-batches a step takes T(m), with 2 m T(2 m); what a micro-batch costs without any waiting is
 c = (T(2 m) - T(m)) / m, and the bubble of m is 1 - m c / T(m). The update is part of T and of both its terms.
 
+`--shares` records one more step of every case with the profiler and says how rank 0's device shared it out, as
+`trainsys.bench.utilisation` does: `communication` is what nothing hides, `idle` waits for the host or for other ranks.
+
 On GPUs where there are two (NCCL, bf16, 1.7 B parameters, 4,096 tokens), else on CPU (gloo, fp32, a minute model: its
 figures say what the path costs there, nothing about GPUs).
 """
@@ -30,12 +33,15 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import importlib.util
+import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +58,7 @@ from parallel.pipeline import predict
 from parallel.pipeline.replay import Costs
 from parallel.shards import shards_of
 from trainsys import meter, models
+from trainsys.bench.utilisation import shares
 from trainsys.check import accumulation_steps, data_ranks
 from trainsys.config import BatchConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 from trainsys.data import MicroBatch, StepBatch
@@ -128,6 +135,7 @@ CASES = {
     "tensor, no overlap": Case(ParallelConfig(tensor=2, overlap=False)),
     "pipeline": Case(_PIPELINE, micro_sequences=2),
     "pipeline, zero bubble": Case(_ZERO_BUBBLE, micro_sequences=2),
+    "pipeline, zero bubble, 4 at a time": Case(_ZERO_BUBBLE, micro_sequences=4),
     "pipeline, 2 m": Case(_PIPELINE, scale=2, micro_sequences=2),
     "context": Case(ParallelConfig(context=2)),
     "context, long": Case(ParallelConfig(context=2), micro_sequences=1, stretch=_LONG),
@@ -275,13 +283,19 @@ def _place(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     return module.to(device=device, dtype=dtype)
 
 
-def measure(rank: int, world_size: int, backend: Backend, size: Size, names: list[str], rounds: int) -> dict[str, Any]:
-    """Return the seconds of every counted step, the first loss and the peak memory by case."""
+def measure(
+    rank: int, world_size: int, backend: Backend, size: Size, names: list[str], rounds: int, records: bool
+) -> dict[str, Any]:
+    """Return the seconds of every counted step, the first loss and the peak memory by case.
+
+    With `records` also how a step after them was shared out, by case.
+    """
     device = device_of(backend)
     control = dist.new_group(backend="gloo")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, float] = {}
     memory: dict[str, float] = {}
+    shared: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for name in names:
             begun = time.perf_counter()
@@ -295,6 +309,8 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, names: lis
                     step(index)
                 for index in range(size.steps):
                     seconds[name].append(_timed(step, _WARM_UP + index, device, control))
+                if records:
+                    shared[name] = _recorded(step, _WARM_UP + size.steps, rank)
             if device.type == "cuda":
                 memory[name] = _most(torch.cuda.max_memory_allocated(device), control)
             if rank == 0:  # what a job that is ended early has found
@@ -306,6 +322,7 @@ def measure(rank: int, world_size: int, backend: Backend, size: Size, names: lis
         "seconds": seconds,
         "losses": losses,
         "memory": memory,
+        "shares": shared,
         "tokens": {name: _tokens(config) for name, config in configs.items()},
         "flops_per_token": {
             name: models.flops_per_token(_model(config), config.data.sequence_length)
@@ -333,6 +350,21 @@ def _timed(step: Step, index: int, device: torch.device, control: dist.ProcessGr
     return _most(time.perf_counter() - started, control)
 
 
+def _recorded(step: Step, index: int, rank: int) -> dict[str, float]:
+    """Return how rank 0's device shared out a step; of other ranks nothing, who only take it."""
+    if rank:
+        step(index)
+        return {}
+    with torch.profiler.profile() as profile, torch.profiler.record_function("ProfilerStep#0"):
+        step(index)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        return shares(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+
+
 def _most(value: float, control: dist.ProcessGroup) -> float:
     found = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=control)
@@ -354,6 +386,8 @@ def report_of(result: dict[str, Any], size: Size, backend: Backend, world_size: 
         report.add(name, "MFU", "1", *rates)
         if name in result["memory"]:
             report.add(name, "peak memory of a rank", "B", result["memory"][name])
+        for kind, share in result["shares"].get(name, {}).items():
+            report.add(name, f"share of a step: {kind}", "1", share)
     how = f"{world_size} devices at peak ({peak.how}) by the model's operations per token"
     for name, flops in result["flops_per_token"].items():
         if name in PLAIN:
@@ -407,6 +441,7 @@ def main() -> int:
     known = [*PLAIN, *CASES, *(DEEPSPEED if has_deepspeed else ())]
     parser = arguments(__doc__)
     parser.add_argument("--cases", metavar="NAME;…", help=f"of {'; '.join(known)} (default: all)", default="")
+    parser.add_argument("--shares", action="store_true", help="also record a step of each, and say what takes its time")
     options = parser.parse_args()
     on_gpus = torch.cuda.device_count() >= 2 and not options.smoke
     size = LARGE if on_gpus else SMOKE if options.smoke else SMALL
@@ -418,7 +453,7 @@ def main() -> int:
         parser.error(f"--cases: there is no {', '.join(unknown)}; cases are {'; '.join(known)}")
     backend: Backend = "nccl" if on_gpus else "gloo"
     rounds = 1 if options.smoke else options.repeats
-    found = spawn(measure, 2, backend, backend, size, names, rounds, timeout_s=3600)
+    found = spawn(measure, 2, backend, backend, size, names, rounds, options.shares or options.smoke, timeout_s=3600)
     if found is None:
         return 0
     return report_of(found[0], size, backend, 2).finish(options)
