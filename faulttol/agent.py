@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,9 @@ _ASK_S = 0.2  # between two questions
 _BLIND_S = 0.5  # that a time without a look counts at most: the observer was away, which proves nothing
 _STOPPED_S = 0.1  # for how long a process must stand: who stops it for moments only makes it slower
 _GONE_POLL_S = 0.002
-_WAIT_EVERY_S, _WAIT_LOOKS = 0.25, 8  # between two looks at how long threads wait for a CPU, and how many make a rate
+_WAIT_EVERY_S = 0.1  # between two looks at how long threads wait for a CPU
+_NAMED_AFTER = 3  # looks in which a new thread may not have its name yet
+_TALKING = ("gloo", "pt_gloo", "pt_nccl", "pt_autograd")  # what backends and autograd call their threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ class _Patient:
             native_age_s=self._native_age_s(now_s),
             python_age_s=now_s - self._python_at_s if joined else None,
             progress_age_s=now_s - self._progress_at_s if joined else None,
-            cpu_wait=self._waits.look(now_s),
+            cpu_wait_s=self._waits.look(now_s),
             step=self._step,
             phase=self._phase,
         )
@@ -196,34 +197,57 @@ class _Patient:
 
 
 class _CpuWaits:
-    """For how long a process's threads are ready to run while no CPU is free for them, by the kernel's count."""
+    """For how long the threads of a process that others wait for are ready to run while no CPU is free for them.
+
+    By the kernel's count, of the first thread and of those of backends and autograd: what works in the background may
+    wait, and holds nobody up.
+    """
 
     def __init__(self, pid: int) -> None:
-        self._folder = Path(f"/proc/{pid}/task")
-        self._by_thread: dict[str, int] = {}
+        self._pid = pid
+        self._waited_ns: dict[str, int] = {}
+        """By thread, of those that others wait for."""
+        self._others: dict[str, int] = {}
+        """How often each other thread was seen: it may name itself a little after it began."""
         self._total_ns = 0
-        self._seen: deque[tuple[float, int]] = deque(maxlen=_WAIT_LOOKS)
+        self._looked_s = -_WAIT_EVERY_S
 
     def look(self, now_s: float) -> float | None:
-        """Return how many seconds a second it was lately; None before there are two looks, or where nobody counts."""
-        if not self._seen or now_s - self._seen[-1][0] >= _WAIT_EVERY_S:
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                for thread in os.listdir(self._folder):
-                    self._add(thread)
-                self._seen.append((now_s, self._total_ns))
-        if len(self._seen) < 2 or not self._by_thread:
-            return None
-        (begin_s, begin_ns), (end_s, end_ns) = self._seen[0], self._seen[-1]
-        return (end_ns - begin_ns) / 1e9 / (end_s - begin_s)
+        """Return the seconds, since the first look; None where nobody counts."""
+        if now_s - self._looked_s >= _WAIT_EVERY_S:
+            self._looked_s = now_s
+            try:
+                threads = os.listdir(f"/proc/{self._pid}/task")
+            except OSError:  # it has ended, or there is no such folder here
+                threads = []
+            before, self._waited_ns = self._waited_ns, {}
+            self._others = {thread: self._others.get(thread, 0) for thread in threads if thread not in before}
+            for thread in threads:
+                self._add(thread, before.get(thread))
+        return self._total_ns / 1e9 if self._waited_ns else None
 
-    def _add(self, thread: str) -> None:
+    def _add(self, thread: str, before_ns: int | None) -> None:
         """Count what the thread waited since the last look; of a new one nothing yet."""
+        folder = f"/proc/{self._pid}/task/{thread}"
         try:
-            waited_ns = int((self._folder / thread / "schedstat").read_text().split()[1])
+            if before_ns is None and not self._counts(thread, folder):
+                return
+            waited_ns = int(_read(f"{folder}/schedstat").split()[1])
         except (OSError, IndexError):  # the thread has ended, or the kernel keeps no count
             return
-        self._total_ns += waited_ns - self._by_thread.get(thread, waited_ns)
-        self._by_thread[thread] = waited_ns
+        self._total_ns += max(0, waited_ns - (waited_ns if before_ns is None else before_ns))
+        self._waited_ns[thread] = waited_ns
+
+    def _counts(self, thread: str, folder: str) -> bool:
+        if thread == str(self._pid):
+            return True
+        self._others[thread] = self._others.get(thread, 0) + 1
+        return self._others[thread] <= _NAMED_AFTER and _read(f"{folder}/comm").startswith(_TALKING)
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 @contextlib.contextmanager

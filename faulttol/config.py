@@ -40,7 +40,8 @@ class HealthConfig:
     """Seconds without progress of the loop until the rank counts as stalled; longer than any healthy step takes, since
     the loop may show progress only once a step."""
     patience: float = 12.0
-    """Factor on `stuck_after_s` and `stalled_after_s` in `patient_phases`."""
+    """Factor on `stuck_after_s`, `stalled_after_s` and the detector's `hang_after_s` in `patient_phases`. In its first
+    step a rank has as long until it hangs, and at most half of `stalled_after_s`: it may compile without saying so."""
     patient_phases: list[str] = field(default_factory=lambda: list(_PATIENT_PHASES))
     """What a rank may do for long without being ill."""
 
@@ -78,8 +79,8 @@ class DetectorConfig:
     """... and it comes last in so many of them as one of ranks that are late at random does with at most this
     probability, all ranks together."""
     cpu_wait_share: float = 0.7
-    """Steps that grew are a straggler's where this share of it is what a rank's threads wait for a CPU more than its
-    peers' do."""
+    """Where steps grew and nobody's own work did, a rank is the straggler whose threads wait longer for a CPU than they
+    did by this share of that, and than its peers'."""
     slow_excess: float = 0.3
     """A transfer is slow when it takes this share longer than it used to."""
     slow_floor_s: float = 0.001

@@ -35,6 +35,8 @@ class Memory:
     """The last step that the baseline has seen."""
     judged_step: int = -1
     """The last step that a rule about speed has seen."""
+    looked_step: int | None = None
+    """The last step that all ranks had begun when their speed was looked at."""
     seen: Mapping[_Key, int] = field(default_factory=dict)
     """In how many views in a row a finding was made."""
     slow: tuple[Finding, ...] = ()
@@ -71,6 +73,10 @@ def observe(
 
 def _pace(memory: Memory, view: JobView, config: DetectorConfig, health: HealthConfig) -> Memory:
     """Judge the last steps by what was usual, and learn from them if there is nothing wrong with them."""
+    begun = _begun(view)
+    if begun is not None and begun == memory.looked_step:
+        return memory  # no step is over that was not: to look for one takes most of what a look takes
+    memory = replace(memory, looked_step=begun)
     found = window(view, memory.first_step or 0, config, health)
     if found is None or found.steps[-1] == memory.judged_step:
         return memory
@@ -81,3 +87,9 @@ def _pace(memory: Memory, view: JobView, config: DetectorConfig, health: HealthC
         return memory
     healthy = (*memory.healthy, recent.baseline())[-_HEALTHY_WINDOWS:]
     return replace(memory, healthy=healthy, learnt_step=recent.steps[-1])
+
+
+def _begun(view: JobView) -> int | None:
+    """Return the last step that all ranks have begun; None where one marks no steps."""
+    steps = [[m.step for m in record.marks if m.kind == "step_begin"] for record in view.records.values()]
+    return min(own[-1] for own in steps) if steps and all(steps) else None

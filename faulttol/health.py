@@ -55,8 +55,9 @@ class Vitals:
     """Since the training loop got further: a mark, or a collective entered or completed."""
     gone_age_s: float | None = None
     """Since it was first seen to be gone."""
-    cpu_wait: float | None = None
-    """Seconds a second that its threads, all together, were ready to run while no CPU was free for them, lately."""
+    cpu_wait_s: float | None = None
+    """For how long its threads that train or talk to other ranks were ready to run and no CPU was free for them, all
+    together, since it is looked after."""
     step: int = -1
     """The last step it was seen in; -1 before the first."""
     phase: str = ""

@@ -12,6 +12,30 @@ from faulttol.health import Vitals
 from faulttol.ring import RingReader, ring_path
 from faulttol.view import JobView
 
+_WAITS_EVERY_NS, _MAX_WAITS = 250_000_000, 512
+"""Between two moments at which it is kept how long a rank has waited for a CPU, and how many are."""
+
+
+@dataclass(slots=True)
+class WaitHistory:
+    """For how long one rank had waited for a CPU at moments as far back as they go; the further, the fewer."""
+
+    _moments: list[tuple[int, float]] = field(default_factory=list)
+    _every_ns: int = _WAITS_EVERY_NS
+
+    def add(self, now_ns: int, waited_s: float) -> tuple[tuple[int, float], ...]:
+        """Take in what is so now, and return all that is kept."""
+        moments = self._moments
+        if moments and (waited_s < moments[-1][1] or now_ns < moments[-1][0]):
+            moments.clear()  # somebody else looks after the process now, and counts from the beginning
+        if len(moments) > 1 and moments[-1][0] < moments[-2][0] + self._every_ns:
+            moments.pop()  # the newest is always kept
+        moments.append((now_ns, waited_s))
+        if len(moments) > _MAX_WAITS:
+            self._moments = moments[::2]
+            self._every_ns *= 2
+        return tuple(self._moments)
+
 
 @dataclass(slots=True)
 class History:
@@ -47,6 +71,7 @@ class Follower:
         self._files: dict[int, int] = {}
         """By rank: which file its reader reads, whatever has its name now."""
         self._histories: dict[int, History] = {}
+        self._waits: dict[int, WaitHistory] = {}
 
     def look(self, vitals: Iterable[Vitals] = ()) -> JobView:
         """Return what is known now; a rank without a ring yet is missing."""
@@ -62,8 +87,15 @@ class Follower:
                 self._readers[rank].close()  # a ring of an earlier launch
             self._readers[rank], self._files[rank] = reader, file
             self._histories[rank] = History(self._capacity)
+            self._waits[rank] = WaitHistory()
         records = {rank: self._histories[rank].add(reader.poll()) for rank, reader in self._readers.items()}
-        return JobView(records, {one.rank: one for one in vitals})
+        known = {one.rank: one for one in vitals}
+        waits = {
+            rank: self._waits[rank].add(records[rank].now_ns, waited_s)
+            for rank in records.keys() & known.keys()
+            if (waited_s := known[rank].cpu_wait_s) is not None
+        }
+        return JobView(records, known, waits)
 
     def close(self) -> None:
         """Unmap the rings. Idempotent."""

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,7 +177,8 @@ class Injector:
     """One rank's share of a schedule; call `at` at the start of each step.
 
     `connections` (`faulttol.sockets.connections`) are needed for faults of links. `mark_phase` is told of the phases
-    in which the rank evaluates or writes, as `Recorder.mark_phase` is.
+    in which the rank evaluates or writes, as `Recorder.mark_phase` is. The CPUs that the process may use when it makes
+    the injector are those that it has back after `shared_cpu`.
     """
 
     def __init__(
@@ -194,6 +195,7 @@ class Injector:
         self._record = record
         self._connections = connections
         self._sleep = sleep
+        self._cpus = os.sched_getaffinity(0)
         self._mark_phase = mark_phase or (lambda phase: None)
         self._acting: dict[Fault, random.Random] = {}
         self._hogs: dict[Fault, _Hogs] = {}
@@ -266,7 +268,9 @@ class Injector:
         if fault.kind == "cpu_hog":
             self._hogs[fault] = _Hogs(1, fault.seconds)
         elif fault.kind == "shared_cpu":
-            self._hogs[fault] = _Hogs(max(1, round(fault.factor)), fault.seconds, binds=self._rank)
+            cpus = sorted(self._cpus)
+            _bind({cpus[self._rank % len(cpus)]})
+            self._hogs[fault] = _Hogs(max(1, round(fault.factor)), fault.seconds)
 
     def _stop(self, fault: Fault) -> None:
         if fault.kind == "stuck_link":
@@ -276,6 +280,8 @@ class Injector:
         if (hogs := self._hogs.pop(fault, None)) is not None:
             hogs.close()
         del self._acting[fault]
+        if fault.kind == "shared_cpu" and not any(other.kind == "shared_cpu" for other in self._acting):
+            _bind(self._cpus)
         self._write_down(fault, is_over=True)
 
     def _descriptors(self, fault: Fault) -> list[int]:
@@ -290,12 +296,20 @@ class Injector:
             raise InjectedFault(f"injected at step {fault.step} of rank {self._rank}")
         if fault.kind in _PHASES:
             self._mark_phase(_PHASES[fault.kind])
+        if fault.kind == "gc_pause":
+            gc.collect()
         if fault.kind == "compile":
-            share = random.Random(f"{fault.seed} {self._rank}").uniform(0.3, 1.0)
-            fault = replace(fault, seconds=share * fault.seconds)
-        strike = _STRIKES.get(fault.kind)
-        if strike is not None:
-            strike(fault)
+            self._pause(random.Random(f"{fault.seed} {self._rank}").uniform(0.3, 1.0) * fault.seconds)
+        elif fault.kind in _PAUSES:
+            self._pause(fault.seconds)
+        elif fault.kind in _STRIKES:
+            _STRIKES[fault.kind](fault)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep for so long, or for good."""
+        while not seconds:
+            self._sleep(_ENDLESS_S)
+        self._sleep(seconds)
 
     def _write_down(self, fault: Fault, *, is_over: bool) -> None:
         line = {"fault": asdict(fault), "rank": self._rank, "at_ns": time.monotonic_ns(), "is_over": is_over}
@@ -338,12 +352,6 @@ def schedule(
     ]
 
 
-def _pause(fault: Fault) -> None:
-    until_s = time.monotonic() + (fault.seconds or math.inf)
-    while (left_s := until_s - time.monotonic()) > 0:
-        time.sleep(min(left_s, _ENDLESS_S))
-
-
 def _spin(fault: Fault) -> None:
     until_s = time.monotonic() + (fault.seconds or math.inf)
     while time.monotonic() < until_s:
@@ -364,11 +372,6 @@ def _freeze(fault: Fault) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
     if waker is not None:
         waker.wait()
-
-
-def _collect(fault: Fault) -> None:
-    gc.collect()
-    _pause(fault)
 
 
 def _stray_collective(fault: Fault) -> None:
@@ -407,19 +410,16 @@ _STRIKES: Mapping[str, Callable[[Fault], None]] = {
     "kill": _kill,
     "freeze": _freeze,
     "gil": _keep_gil,
-    "hang": _pause,
     "spin": _spin,
     "extra": _stray_collective,
     "wrong_kind": _stray_collective,
     "wrong_dtype": _stray_collective,
-    "gc_pause": _collect,
-    "evaluation": _pause,
-    "checkpoint": _pause,
-    "checkpoint_stall": _pause,
-    "compile": _pause,
 }
+"""What strikes once and at once, as `_PAUSES` do; other kinds act in every step, or where the program asks."""
+_PAUSES = frozenset({"hang", "gc_pause", "evaluation", "checkpoint", "checkpoint_stall"})
+"""What strikes by sleeping, as `compile` does."""
 _PHASES = {"evaluation": "evaluation", "checkpoint": "checkpoint", "checkpoint_stall": "checkpoint"}
-"""What strikes once and at once; other kinds act in every step, or where the program asks."""
+"""What the rank says that it does meanwhile."""
 
 
 def _extra_s(fault: Fault, rank: int, step: int, chance: random.Random) -> float:
@@ -452,26 +452,27 @@ def _damage(fault: Fault, tensor: torch.Tensor) -> None:
         integers[place] ^= mask
 
 
-class _Hogs:
-    """Busy processes on this process's CPUs; `binds` leaves it and them one CPU, the same for the same number."""
+_BUSY = """
+while read -r line 2>/dev/null </proc/{pid}/stat && case $line in *') Z '*) false ;; esac; do
+    i=0; while [ $i -lt 20000 ]; do i=$((i + 1)); done
+done
+"""
+"""Keeps a CPU busy for as long as a process lives; one that is killed and not waited for yet lives no more."""
 
-    def __init__(self, count: int, seconds: float, *, binds: int | None = None) -> None:
-        self._before: set[int] | None = None
-        if binds is not None:
-            self._before = os.sched_getaffinity(0)
-            cpus = sorted(self._before)
-            _bind({cpus[binds % len(cpus)]})
-        command = ["timeout", str(seconds or _HOG_S), "sh", "-c", "while :; do :; done"]
+
+class _Hogs:
+    """Busy processes on the CPUs that this process may use now; they end with it, however it ends."""
+
+    def __init__(self, count: int, seconds: float) -> None:
+        command = ["timeout", str(seconds or _HOG_S), "sh", "-c", _BUSY.format(pid=os.getpid())]
         self._hogs = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for _ in range(count)]
 
     def close(self) -> None:
-        """End them, and give the process its CPUs back."""
+        """End them."""
         for hog in self._hogs:
             hog.terminate()  # which `timeout` passes on
         for hog in self._hogs:
             hog.wait()
-        if self._before is not None:
-            _bind(self._before)
 
 
 def _bind(cpus: set[int]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from faulttol.events import UNEVEN, CollectiveEvent, RankRecord
 from faulttol.health import Vitals
+
+CpuWaits = Sequence[tuple[int, float]]
+"""(moment on the rank's clock in nanoseconds, `Vitals.cpu_wait_s` then), in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,8 @@ class JobView:
 
     records: Mapping[int, RankRecord]
     vitals: Mapping[int, Vitals] = field(default_factory=dict)
+    cpu_waits: Mapping[int, CpuWaits] = field(default_factory=dict)
+    """What each rank's threads had waited for a CPU until when, as far back as it is known."""
 
     @property
     def ranks(self) -> list[int]:

@@ -56,26 +56,20 @@ from faulttol.bench.labels.grid import (
     HELD_OUT_SEEDS,
     MAGNITUDES,
     RANKS,
-    STALL_S,
     TUNED_SEEDS,
     Case,
     Verdict,
     cases,
     fault_of,
+    watch_s,
 )
 from faulttol.bench.labels.jobs import BACKLOG_S, JOBS, Withdraw
 from faulttol.bench.labels.parts import in_parts
 from faulttol.bench.labels.trial import DETECTOR, Outcome, RunningJob, TrialError, begin, running, settle, strike
 from faulttol.bench.labels.version import code_version
-from faulttol.inject import KINDS
 from faulttol.rules.pace import paces
 from faulttol.view import JobView
 
-_WATCH_S = {"none": 2.0, "crash": 3.0, "hang": 2.4, "desync": 4.0, "slow": 6.0, "numeric": 3.0}
-_WATCH_STEPS = 40
-"""Slow faults are watched for so many of the steps that they are meant to make, at least."""
-_BENIGN_STEPS = 24
-"""Benign runs are watched for so many: more than a straggler needs to be found."""
 _CPUS_TO_SHARE_ONE = 4
 """With fewer, a rank that is bound to a busy CPU takes that from all the others too."""
 _SMOKE_KINDS = ("clean", "slow", "hang", "kill")
@@ -184,9 +178,8 @@ def _opening(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
     if outcome is None:
         raise TrialError(f"{case.name}: the job does not settle")
     baseline = job.watch.memory.baseline
-    usual_s = _span_s(outcome.view, 0.0) if baseline is None else baseline.span_s
-    longest_s = max(pace.span_s for record in outcome.view.records.values() for pace in paces(record).values())
-    return _verdict(job, case, outcome, "", longest_s / usual_s, dict(baseline.local_s) if baseline else {}, folder)
+    grown = _longest_grown(outcome.view, _span_s(outcome.view, 0.0) if baseline is None else baseline.span_s)
+    return _verdict(job, case, outcome, "", grown, dict(baseline.local_s) if baseline else {}, folder)
 
 
 def _trial(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
@@ -195,20 +188,9 @@ def _trial(job: RunningJob, case: Case, folder: Path | None) -> Verdict:
     assert baseline is not None
     fault, culprit = fault_of(case, baseline.span_s, median(baseline.local_s.values()))
     first_step = job.step + 1
-    outcome = strike(job, fault, watch_s=_watch_s(case, baseline.span_s))
+    outcome = strike(job, fault, watch_s=watch_s(case, baseline.span_s))
     grown = _span_s(outcome.view, outcome.struck_s) / baseline.span_s
     return _verdict(job, case, outcome, culprit, grown, dict(baseline.local_s), folder, first_step)
-
-
-def _watch_s(case: Case, usual_s: float) -> float:
-    """For how long to watch, where steps usually take so long."""
-    watch_s = {"stuck_link": _WATCH_S["slow"], "checkpoint_stall": STALL_S}.get(case.kind, _WATCH_S[case.truth])
-    if case.truth == "slow":
-        return max(watch_s, _WATCH_STEPS * case.magnitude * usual_s)
-    if case.truth == "none":
-        longer = case.magnitude if case.kind != "clean" and KINDS[case.kind].is_lasting else 1.0
-        return max(watch_s, _BENIGN_STEPS * longer * usual_s)
-    return watch_s
 
 
 def _verdict(
@@ -264,6 +246,12 @@ def _span_s(view: JobView, since_s: float) -> float:
             if begun.get(pace.step, 0.0) >= since_s and not pace.phases & {"probe", "verify"}
         ]
     return median(spans) if spans else 0.0
+
+
+def _longest_grown(view: JobView, usual_s: float) -> float:
+    """By how many times the longest whole step took longer than is usual; 0 where there were none."""
+    longest_s = max((pace.span_s for record in view.records.values() for pace in paces(record).values()), default=0.0)
+    return longest_s / usual_s if usual_s else 0.0
 
 
 def _rivals(

@@ -31,6 +31,8 @@ class Pace:
     phases: frozenset[str]
     role: int
     """Equal for ranks that make the same operations in a step."""
+    begin_ns: int = 0
+    """When it began, on the rank's clock."""
 
     @property
     def communication_s(self) -> float:
@@ -65,6 +67,7 @@ def paces(record: RankRecord, first_step: int = -1, last_step: int | None = None
             tokens=tokens.get(step),
             phases=frozenset(phases.get(step, set()) | {event.phase for event in inside} - {""}),
             role=hash(tuple(role_signature(event) for event in inside)),
+            begin_ns=begin_ns,
         )
     return found
 

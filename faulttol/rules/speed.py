@@ -45,8 +45,11 @@ def slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> li
     if baseline is not None and (stragglers := _at_once(found, baseline, config)):
         return [_straggler(found.last(config.fast_steps), stragglers, baseline)]
     findings = _imbalances(recent, baseline, config)
-    if baseline is not None and (transfer := _slow_transfer(recent, baseline, config)):
-        findings.append(starved(recent, baseline, config) or transfer)
+    if baseline is not None and (found_slow := _slow_transfer(recent, baseline, config)):
+        transfer, part = found_slow
+        if lacking := starved(part, baseline, config):
+            findings.append(lacking)  # a probe may still tell otherwise
+        findings.append(transfer)
     return findings
 
 
@@ -237,13 +240,18 @@ def _imbalance(found: Window, late: Mapping[int, Sequence[bool]], why: str) -> F
     )
 
 
-def _slow_transfer(found: Window, baseline: Baseline, config: DetectorConfig) -> Finding | None:
-    """The steps grew, or the last few by much, and neither did the longest of the ranks' own work, nor everybody's."""
-    finding = _longer(found, baseline, config.straggler_excess, config.slow_windows, config)
+def _slow_transfer(found: Window, baseline: Baseline, config: DetectorConfig) -> tuple[Finding, Window] | None:
+    """The steps grew, or the last few by much, and neither did the longest of the ranks' own work, nor everybody's.
+
+    Returns also the steps that say so.
+    """
+    if finding := _longer(found, baseline, config.straggler_excess, config.slow_windows, config):
+        return finding, found
     recent = found.last(config.fast_steps)
-    if finding is None and recent.duration_s >= config.window_least_s:
-        finding = _longer(recent, baseline, config.fast_excess, config.fast_steps, config)
-    return finding
+    if recent.duration_s < config.window_least_s:
+        return None
+    finding = _longer(recent, baseline, config.fast_excess, config.fast_steps, config)
+    return None if finding is None else (finding, recent)
 
 
 def _longer(found: Window, baseline: Baseline, share: float, num_parts: int, config: DetectorConfig) -> Finding | None:

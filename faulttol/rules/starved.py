@@ -13,22 +13,21 @@ _TIMES = 1.5
 
 
 def starved(found: Window, baseline: Baseline, config: DetectorConfig) -> Finding | None:
-    """Return the straggler where its waiting for a CPU explains enough of what steps grew; None where it does not.
+    """Return the straggler where its waiting for a CPU explains enough of what these steps grew; else None.
 
-    Its threads that talk to others are late as well, and its own time outside of collectives says little. What ranks
-    usually wait, and what all of them wait more, is no rank's fault.
+    Its threads that talk to others are late as well, and its own time outside of collectives says little. What a rank
+    usually waits, and what its peers wait more too, is no fault of it; where one of them is not known, nothing is.
     """
-    if len(found.cpu_wait) < max(2, len(found.paces)):
+    waits_s = found.cpu_wait_s()
+    ranks = sorted(found.paces)
+    if len(ranks) < 2 or any(rank not in waits_s or rank not in baseline.cpu_wait_s for rank in ranks):
         return None
-    grown = {rank: now - baseline.cpu_wait.get(rank, 0.0) for rank, now in found.cpu_wait.items()}
-    rank = max(sorted(grown), key=lambda one: grown[one])
-    others = median(more for other, more in grown.items() if other != rank)
-    extra_s = (grown[rank] - others) * found.span_s
-    waits_s = {one: wait * found.span_s for one, wait in found.cpu_wait.items()}
-    others_s = median(wait for other, wait in waits_s.items() if other != rank)
-    if waits_s[rank] < _TIMES * others_s or extra_s < max(
-        config.straggler_floor_s, config.cpu_wait_share * (found.span_s - baseline.span_s)
-    ):
+    more_s = {rank: waits_s[rank] - baseline.cpu_wait_s[rank] for rank in ranks}
+    rank = max(ranks, key=lambda one: more_s[one])
+    others_s = median(waits_s[other] for other in ranks if other != rank)
+    extra_s = more_s[rank] - max(0.0, median(more_s[other] for other in ranks if other != rank))
+    explained_s = config.cpu_wait_share * (found.span_s - baseline.span_s)
+    if waits_s[rank] < _TIMES * others_s or extra_s < max(config.straggler_floor_s, explained_s):
         return None
     return Finding(
         kind=FindingKind.STRAGGLER,
@@ -36,6 +35,7 @@ def starved(found: Window, baseline: Baseline, config: DetectorConfig) -> Findin
         summary=f"rank {rank} waits {waits_s[rank] * 1e3:.1f} ms a step for a CPU, others {others_s * 1e3:.1f} ms",
         evidence={
             "wait for a CPU, s": waits_s[rank],
+            "usual wait for a CPU, s": baseline.cpu_wait_s[rank],
             "wait of the others for a CPU, s": others_s,
             "step, s": found.span_s,
             "usual step, s": baseline.span_s,

@@ -30,11 +30,16 @@ _BY_CONDITION = {
 def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[Finding]:
     """Return what keeps the job from getting further.
 
+    Where all that are gone died of another just now, that one may be on its way out: a busy machine takes a killed
+    process apart more slowly than its peers die of it. Nobody is accused for half a second then.
+
     Who is gone, frozen or stuck explains why others wait; so hangs are reported only when no rank is. What does not
     fit together explains why ranks died of it; so does an operation that a rank never made before and that failed.
     """
     conditions = [assess(vitals, health) for _, vitals in sorted(view.vitals.items())]
     sick = [found for found in conditions if found.condition in _BY_CONDITION]
+    if _may_be_victims(view, sick):
+        sick = []
     unwell = _unwell(view, sick)
     wrong = mismatches(view, config) or _refused(view, [found.rank for found in sick])
     if wrong:
@@ -44,7 +49,7 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
     if unwell:
         return unwell
     hangs = [_hang(view, chain) for chain in chains(view) if chain.age_s > patience_s(view, chain, config, health)]
-    return hangs or _idle(view, conditions, health)
+    return hangs or _idle(view, conditions)
 
 
 def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: HealthConfig) -> float:
@@ -52,10 +57,11 @@ def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: Heal
     example = next(iter(chain.operation.events.values()))
     usual_s = _usual_s(view, example, config, health)
     limit_s = max(config.hang_after_s, config.hang_factor * usual_s)
-    is_patient = any(_phase(view, rank) in health.patient_phases for rank in chain.ranks) or (
-        chain.kind == "sink" and _opens(view, chain.ranks[0])
-    )
-    return limit_s * health.patience if is_patient else limit_s
+    if any(_phase(view, rank) in health.patient_phases for rank in chain.ranks):
+        return limit_s * health.patience
+    if chain.kind == "sink" and _opens(view, chain.ranks[0]):  # others give a standing loop up at `stalled_after_s`
+        return max(limit_s, min(limit_s * health.patience, health.stalled_after_s / 2))
+    return limit_s
 
 
 def _opens(view: JobView, rank: int) -> bool:
@@ -109,10 +115,7 @@ def _death(record: RankRecord | None) -> int:
 
 
 def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
-    """One finding for each class; of several dead, only those that did not die of the others.
-
-    Where all died of another, that one may still be on its way out: a busy machine takes a killed process apart slowly.
-    """
+    """One finding for each class; of several dead, only those that did not die of the others."""
     by_kind: dict[FindingKind, list[Health]] = {}
     for health in conditions:
         by_kind.setdefault(_BY_CONDITION[health.condition], []).append(health)
@@ -121,8 +124,6 @@ def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
         suspects = group
         if kind is FindingKind.CRASH:
             deaths = {health.rank: _death(view.records.get(health.rank)) for health in group}
-            if min(deaths.values()) == _OF_ANOTHER and _is_recent(view, group):
-                continue
             suspects = [health for health in group if deaths[health.rank] == min(deaths.values())]
         score = 1.0 / len(suspects)
         found.append(
@@ -138,10 +139,11 @@ def _unwell(view: JobView, conditions: Iterable[Health]) -> list[Finding]:
     return found
 
 
-def _is_recent(view: JobView, gone: Iterable[Health]) -> bool:
-    """Whether all of them went just now, as far as that is known."""
-    ages_s = [view.vitals[health.rank].gone_age_s for health in gone]
-    return all(age_s is not None and age_s < _SOON_S for age_s in ages_s)
+def _may_be_victims(view: JobView, sick: Iterable[Health]) -> bool:
+    """Whether all that are not well died, as far as that is known just now, of an operation that failed."""
+    ages_s = [view.vitals[one.rank].gone_age_s if one.condition is Condition.DEAD else None for one in sick]
+    ends = [_death(view.records.get(one.rank)) for one in sick]
+    return all(age_s is not None and age_s < _SOON_S for age_s in ages_s) and set(ends) == {_OF_ANOTHER}
 
 
 def _refused(view: JobView, unwell: Collection[int]) -> list[Finding]:
@@ -240,14 +242,9 @@ def _left_out(rank: int, where: str, how: str, evidence: dict[str, float | int |
     )
 
 
-def _idle(view: JobView, conditions: list[Health], config: HealthConfig) -> list[Finding]:
+def _idle(view: JobView, conditions: list[Health]) -> list[Finding]:
     """Ranks that do not advance although nobody waits in a collective for anybody."""
-    stalled = [
-        health
-        for health in conditions
-        if health.condition is Condition.STALLED
-        and (health.age_s > config.stalled_after_s * config.patience or not _opens(view, health.rank))
-    ]
+    stalled = [health for health in conditions if health.condition is Condition.STALLED]
     waiting = {rank for rank, record in view.records.items() if any(event.state == "begun" for event in record.events)}
     if not stalled or waiting:
         return []

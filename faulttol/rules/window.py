@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, median_low
 
 from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.rules.pace import Pace, paces
-from faulttol.view import JobView, match
+from faulttol.view import CpuWaits, JobView, match
 
 LONGEST = 4
 """A window has at most this many times `window_steps`."""
@@ -26,8 +28,8 @@ class Baseline:
     """The longest of them in a step."""
     span_s: float
     transfer_s: Mapping[TransferKey, float] = field(default_factory=dict)
-    cpu_wait: Mapping[int, float] = field(default_factory=dict)
-    """Seconds a second that each rank's threads waited for a CPU."""
+    cpu_wait_s: Mapping[int, float] = field(default_factory=dict)
+    """For how long each rank's threads waited for a CPU in a step, of ranks of which that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,8 @@ class Window:
     """By rank, then by step."""
     transfers_s: Mapping[TransferKey, tuple[tuple[int, float], ...]]
     """(step, shortest time that a member had it open) of every operation, in order."""
-    cpu_wait: Mapping[int, float] = field(default_factory=dict)
-    """Seconds a second that each rank's threads wait for a CPU at its end, of ranks of which that is known."""
+    cpu_waits: Mapping[int, CpuWaits] = field(default_factory=dict)
+    """What each rank's threads had waited for a CPU until when."""
 
     @property
     def spans_s(self) -> list[float]:
@@ -95,8 +97,23 @@ class Window:
             _lower([longest_s[:half], longest_s[half:]]),
             _lower([self.spans_s[:half], self.spans_s[half:]]),
             {key: _lower(part for part in halves if part) for key, halves in parts.items()},
-            self.cpu_wait,
+            self.cpu_wait_s(),
         )
+
+    def cpu_wait_s(self) -> dict[int, float]:
+        """For how long each rank's threads waited for a CPU in a step, of ranks of which that is known.
+
+        What was waited between two known moments counts evenly; between steps it does not count.
+        """
+        found = {}
+        for rank, own in self.paces.items():
+            moments = self.cpu_waits.get(rank, ())
+            bounds = [(own[step].begin_ns, own[step].begin_ns + round(own[step].span_s * 1e9)) for step in self.steps]
+            waits_s = [(_waited_s(moments, begin_ns), _waited_s(moments, end_ns)) for begin_ns, end_ns in bounds]
+            known_s = [end_s - begin_s for begin_s, end_s in waits_s if begin_s is not None and end_s is not None]
+            if len(known_s) == len(self.steps):
+                found[rank] = sum(known_s) / len(self.steps)
+        return found
 
 
 def window(view: JobView, first_step: int, config: DetectorConfig, health: HealthConfig) -> Window | None:
@@ -116,8 +133,7 @@ def window(view: JobView, first_step: int, config: DetectorConfig, health: Healt
     most = LONGEST * config.window_steps
     steps = tuple(usable[-most:])
     chosen = {rank: {step: own[step] for step in steps} for rank, own in sorted(all_paces.items())}
-    waits = {rank: vitals.cpu_wait for rank, vitals in view.vitals.items() if vitals.cpu_wait is not None}
-    found = Window(steps, chosen, _transfers(view, steps), waits)
+    found = Window(steps, chosen, _transfers(view, steps), view.cpu_waits)
     return found if len(steps) == most or found.duration_s >= config.window_least_s else None
 
 
@@ -127,13 +143,26 @@ def usual(healthy: Sequence[Baseline]) -> Baseline | None:
         return None
     ranks = set.intersection(*(set(one.local_s) for one in healthy))
     keys = set.intersection(*(set(one.transfer_s) for one in healthy))
+    waits_s = {rank: [one.cpu_wait_s[rank] for one in healthy if rank in one.cpu_wait_s] for rank in sorted(ranks)}
     return Baseline(
         {rank: median_low(one.local_s[rank] for one in healthy) for rank in sorted(ranks)},
         median_low(one.longest_s for one in healthy),
         median_low(one.span_s for one in healthy),
         {key: median_low(one.transfer_s[key] for one in healthy) for key in sorted(keys)},
-        {rank: median_low(one.cpu_wait.get(rank, 0.0) for one in healthy) for rank in sorted(ranks)},
+        {rank: median_low(known) for rank, known in waits_s.items() if known},
     )
+
+
+def _waited_s(moments: CpuWaits, at_ns: int) -> float | None:
+    """What had been waited at a moment, between the two that are known on either side of it."""
+    place = bisect_left(moments, (at_ns, -math.inf))
+    if place == len(moments) or (place == 0 and moments[0][0] > at_ns):
+        return None
+    after_ns, after_s = moments[place]
+    if place == 0:
+        return after_s
+    before_ns, before_s = moments[place - 1]
+    return before_s + (after_s - before_s) * (at_ns - before_ns) / (after_ns - before_ns)
 
 
 def _lower(parts: Iterable[Sequence[float]]) -> float:

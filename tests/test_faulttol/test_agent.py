@@ -199,39 +199,48 @@ def test_a_process_that_breaks_off_while_it_is_asked_ends_no_look(
         assert agent.look()[0].process_alive
 
 
-def _spin(ready: mp.synchronize.Event, cpu: int) -> None:
+def _spin(ready: mp.synchronize.Event, cpu: int, names: bool) -> None:
+    """Never rest, on one CPU; in a thread that a backend could have started, or in one of nobody's."""
     os.sched_setaffinity(0, {cpu})
-    ready.set()
-    while True:
-        pass
+
+    def run() -> None:
+        if names:
+            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("gloo_tcp_loop")
+        ready.set()
+        while True:
+            pass
+
+    threading.Thread(target=run, daemon=True).start()
+    time.sleep(_TIMEOUT_S)
 
 
-def test_how_long_a_process_waits_for_a_cpu_is_seen(tmp_path: Path) -> None:
-    """Two processes that never rest, bound to one CPU: each waits half of the time."""
+@pytest.mark.parametrize("names", [True, False], ids=["a backend's thread", "a thread in the background"])
+def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, names: bool) -> None:
+    """Two processes of which a thread never rests, bound to one CPU: each waits half of the time."""
     cpu = min(os.sched_getaffinity(0))
     ready = [server_context().Event() for _ in range(2)]
-    spinning = [server_context().Process(target=_spin, args=(one, cpu), daemon=True) for one in ready]
+    spinning = [server_context().Process(target=_spin, args=(one, cpu, names), daemon=True) for one in ready]
     agent = NodeAgent()
     try:
         for process, event in zip(spinning, ready, strict=True):
             process.start()
             assert event.wait(_TIMEOUT_S)
-        agent.watch(Watched(0, spinning[0].pid or 0, start_ticks(spinning[0].pid or 0), tmp_path / "h", tmp_path / "a"))
-        assert agent.look()[0].cpu_wait is None, "one look tells no rate"
-        deadline_s = time.monotonic() + _TIMEOUT_S
-        while (agent.look()[0].cpu_wait or 0.0) < 0.3:
-            assert time.monotonic() < deadline_s
+        pid = spinning[0].pid or 0
+        agent.watch(Watched(0, pid, start_ticks(pid), tmp_path / "heart", tmp_path / "answers"))
+        first_s, begun_s = agent.look()[0].cpu_wait_s, time.monotonic()
+        assert first_s == 0.0
+        waited_s = list[float]()
+        while time.monotonic() < begun_s + (1.0 if not names else _TIMEOUT_S) and (not waited_s or waited_s[-1] < 0.3):
             time.sleep(0.1)
-        spinning[1].kill()
-        spinning[1].join()
-        while (agent.look()[0].cpu_wait or 1.0) > 0.25:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
+            waited_s.append(agent.look()[0].cpu_wait_s or 0.0)
+        assert waited_s == sorted(waited_s)
+        assert (waited_s[-1] >= 0.3) == names, "others wait for those of the backend only"
+        assert waited_s[-1] <= time.monotonic() - begun_s
         spinning[0].kill()
         spinning[0].join()
-        first, later = agent.look()[0], agent.look()[0]
-        assert not first.process_alive
-        assert 0 == first.gone_age_s < (later.gone_age_s or 0.0)
+        gone, later = agent.look()[0], agent.look()[0]
+        assert not gone.process_alive
+        assert 0 == gone.gone_age_s < (later.gone_age_s or 0.0)
     finally:
         agent.close()
         for process in spinning:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
+from zlib import crc32
 
 import pytest
 
 from faulttol.bench import Report
-from faulttol.bench.labelled import main, read
+from faulttol.bench.labelled import _longest_grown, _parser, main, read
 from faulttol.bench.labels import rivals
 from faulttol.bench.labels.digest import code_digest
 from faulttol.bench.labels.figures import at_most, judge, markdown, summary
@@ -22,14 +24,17 @@ from faulttol.bench.labels.grid import (
     EVERY,
     HELD_OUT_SEEDS,
     MAGNITUDES,
+    SLOW,
     TUNED_SEEDS,
     Case,
     Verdict,
     cases,
     fault_of,
+    watch_s,
 )
-from faulttol.bench.labels.parts import in_parts
-from faulttol.bench.labels.trial import DETECTOR, Sighting, running, strike
+from faulttol.bench.labels.jobs import Withdraw
+from faulttol.bench.labels.parts import in_parts, parts_of, words_of
+from faulttol.bench.labels.trial import DETECTOR, Sighting, running, settle, strike
 from faulttol.bench.labels.version import code_version
 from faulttol.bench.overhead import interval
 from faulttol.finding import Finding, FindingKind
@@ -80,6 +85,69 @@ def test_a_case_is_one_fault_and_the_same_each_time(kind: str) -> None:
     if culprit.startswith("link"):
         assert abs(fault.rank - fault.to_rank) == 4  # the other stage
         assert culprit == f"link {fault.rank}->{fault.to_rank}"
+
+
+def _made_by(part: Sequence[Case]) -> set[Case]:
+    """What the process makes that is started for these trials, where nothing is made yet."""
+    options = _parser().parse_args(words_of(part))
+    return set(cases(options.jobs, options.ranks, options.kinds, options.magnitudes, options.seeds))
+
+
+def test_a_part_makes_its_own_trials() -> None:
+    parts = parts_of(WHOLE)
+    assert len(parts) == 3 * 2 * 10
+    assert sum(len(part) for part in parts) == len(WHOLE)
+    for part in parts:
+        assert len({(case.job, case.num_ranks, case.seed) for case in part}) == 1
+        assert _made_by(part) == set(part)
+
+
+@pytest.mark.parametrize(
+    "is_missing",
+    [
+        lambda case: _number(case) % 3 == 0,
+        lambda case: case.kind in SLOW and _number(case) % 5 == 0,
+        lambda case: case.kind not in SLOW,
+        lambda case: case.magnitude == 1.8,
+    ],
+    ids=["a third", "few slow ones", "none slow", "one magnitude"],
+)
+def test_a_part_of_what_is_missing_makes_it_and_nothing_outside_the_grid(is_missing: Callable[[Case], bool]) -> None:
+    missing = [case for case in WHOLE if is_missing(case)]
+    for part in parts_of(missing):
+        assert set(part) <= _made_by(part) <= set(WHOLE)
+
+
+def _number(case: Case) -> int:
+    """A number that is the same in every run."""
+    return crc32(case.name.encode())
+
+
+@pytest.mark.parametrize("magnitudes", [[1.8], [3.0], [3.0, 1.2], [1.8, 3.0]])
+def test_fewer_magnitudes_are_a_part_of_the_grid(magnitudes: list[float]) -> None:
+    """Each where the whole grid has it, in whatever order they are given."""
+    found = set(cases(["ddp", "fsdp", "pipeline"], [4, 8], EVERY, magnitudes, range(10)))
+    assert found == {case for case in WHOLE if case.kind not in SLOW or case.magnitude in magnitudes}
+
+
+def test_a_trial_is_watched_for_as_long_as_it_needs() -> None:
+    def watched_s(kind: str, usual_s: float) -> float:
+        return watch_s(Case("ddp", 4, kind, 3.0, 0), usual_s)
+
+    assert watched_s("kill", 0.01) == watched_s("kill", 10.0), "the end of a process is seen at once"
+    assert watched_s("slow", 1.0) == watched_s("all_slow", 1.0) * 40 / 24
+    assert watched_s("all_slow", 1.0) == 3 * watched_s("clean", 1.0)
+    assert watched_s("slow", 1e-3) == watched_s("stuck_link", 1e-3) == watched_s("stuck_link", 10.0)
+    assert watched_s("checkpoint_stall", 0.01) > watched_s("hang", 0.01)
+
+
+def test_a_job_that_made_no_whole_step_has_grown_by_nothing() -> None:
+    """An alarm may come in the first step, before it is over."""
+    made = JobView(Scene(work_ms=lambda r, s: 30.0 if s == 3 else 10.0).run(8))
+    assert _longest_grown(JobView({}), 0.0) == _longest_grown(JobView({}), 0.02) == 0.0
+    assert _longest_grown(made, 0.0) == 0.0
+    assert _longest_grown(made, 0.02) == pytest.approx(2 * _longest_grown(made, 0.04))
+    assert _longest_grown(made, 0.02) > 1.4
 
 
 def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
@@ -250,7 +318,7 @@ def test_parts_that_are_made_at_a_time_meet_in_one_file(tmp_path: Path, capsys: 
     told = capsys.readouterr().out
     assert "1/2 ok   " in told
     assert "2/2 ok   " in told
-    assert told.count("crash, held out") == 1, "the figures are told once"
+    assert told.count("FOUND AFTER") == 1, "the figures are told once"
     assert main([*words, "--workers=2", "--budget-s=0"]) == 0
     assert len(runs.read_text().splitlines()) == 2, "nothing is made twice"
     with pytest.raises(SystemExit):
@@ -263,3 +331,16 @@ def test_a_part_that_fails_is_told_and_ends_no_other(tmp_path: Path, capfd: pyte
     with pytest.raises(RuntimeError, match=r"--part.*exit code 2"):
         in_parts([case, replace(case, job="fsdp")], 1, 60.0, ["--no-such-option"])
     assert capfd.readouterr().err.count("unrecognized arguments: --no-such-option") == 2
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="the other rank needs a CPU of its own")
+@pytest.mark.parametrize("name", ["ddp", "pipeline"])
+def test_a_rank_that_finds_no_cpu_is_named(name: str) -> None:
+    """Its peer sees slow communication, and its own work hardly grows."""
+    with running(name, 2) as job:
+        assert settle(job)
+        outcome = strike(job, Fault(kind="shared_cpu", rank=1, step=0, factor=8.0), watch_s=20.0)
+        job.order(Withdraw())
+        job.links(20.0)  # which all ranks answer once they have taken the order
+    first = outcome.alarms[0].finding
+    assert (first.kind, first.culprits) == (FindingKind.STRAGGLER, (1,)), first

@@ -93,19 +93,13 @@ def test_a_rank_in_its_first_step_may_compile(marks_steps: bool) -> None:
     if not marks_steps:
         records = {rank: replace(record, marks=()) for rank, record in records.items()}
     waiting = [all_reduce(rank, FOUR, seq=1, step=0) for rank in (0, 1, 3)]
-    early, late = (found(after(records, waiting, 10.0 * times)) for times in (1.1, HEALTH.patience + 0.1))
-    assert [finding.culprits for finding in early] == ([] if marks_steps else [(2,)])
-    assert [finding.culprits for finding in late] == [(2,)]
+    health = HealthConfig(stalled_after_s=100.0)  # after which a launcher gives it up
 
+    def told(age_s: float) -> list[tuple[int, ...]]:
+        return [finding.culprits for finding in stops(after(records, waiting, age_s), CONFIG, health)]
 
-def test_ranks_that_all_compile_in_their_first_step_stand_for_long() -> None:
-    def standing(num_steps: int, age_s: float) -> JobView:
-        vitals = [Vitals(rank=rank, python_age_s=0.1, progress_age_s=age_s) for rank in FOUR]
-        return with_vitals(JobView(Scene().run(num_steps)), *vitals)
-
-    assert not found(standing(0, 11.0))
-    assert only(standing(0, 10.0 * HEALTH.patience + 1.0)).culprits == (0, 1, 2, 3)
-    assert only(standing(STEPS, 11.0)).culprits == (0, 1, 2, 3)
+    assert told(49.0) == ([] if marks_steps else [(2,)])
+    assert told(51.0) == [(2,)]
 
 
 def test_communication_hangs_in_a_first_step_as_in_any() -> None:
@@ -281,6 +275,11 @@ def test_who_died_of_another_is_accused_only_once_that_one_had_time_to_go(record
     assert only(gone(0.6, 0, 3)).culprits == (0, 3)
     alone = with_vitals(after(records, [], 0.1), Vitals(rank=1, process_alive=False, gone_age_s=0.0))
     assert only(alone).culprits == (1,), "it died by itself"
+    odd = [all_reduce(0, FOUR, seq=NEXT, step=STEPS, kind="broadcast", state="failed")]
+    refused = after(records, odd, 0.1)
+    assert not found(with_vitals(refused, Vitals(rank=0, process_alive=False, gone_age_s=0.1)))
+    late = with_vitals(refused, Vitals(rank=0, process_alive=False, gone_age_s=0.6))
+    assert only(late).kind is FindingKind.DESYNC
 
 
 def test_who_died_of_a_desync_is_no_crash(records: dict[int, RankRecord]) -> None:

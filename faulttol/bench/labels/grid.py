@@ -45,6 +45,11 @@ HELD_OUT_SEEDS = (7, 8, 9)
 """Whose trials no rule and no threshold has been chosen by."""
 TUNED_SEEDS = (0, 1, 2, 3, 4, 5, 6)
 """Whose trials may be looked at to make a rule better."""
+_WATCH_S = {"none": 2.0, "crash": 3.0, "hang": 2.4, "desync": 4.0, "slow": 6.0, "numeric": 3.0}
+_WATCH_STEPS = 40
+"""Slow faults are watched for so many of the steps that they are meant to make, at least."""
+_BENIGN_STEPS = 24
+"""Benign runs are watched for so many: more than a straggler needs to be found."""
 _GOLDEN = 0.6180339887
 """Multiples of it, less their whole parts, lie evenly between 0 and 1."""
 _BATCH = 8
@@ -166,8 +171,8 @@ def _spread(
     for index, kind in enumerate(kind for kind in kinds if kind not in _NO_NUMERIC.get(job, set())):
         own = [
             Case(job, size, kind, magnitude, seed)
-            for place, magnitude in enumerate(magnitudes if kind in SLOW else (2.0,))
-            if size not in RANKS or RANKS[(EVERY.index(kind) + place + seed) % len(RANKS)] == size
+            for magnitude in (magnitudes if kind in SLOW else (2.0,))
+            if size not in RANKS or _size(kind, magnitude, seed) == size
         ]
         if not own:
             continue
@@ -175,6 +180,12 @@ def _spread(
         turn = (index + seed + round(shift * 6)) % len(own)
         placed += [((i + begin) / len(own), case) for i, case in enumerate([*own[turn:], *own[:turn]])]
     return [case for _, case in sorted(placed, key=lambda one: one[0])]
+
+
+def _size(kind: str, magnitude: float, seed: int) -> int:
+    """Which of `RANKS` a kind and magnitude has in a seed, whatever else is tried."""
+    place = MAGNITUDES.index(magnitude) if kind in SLOW and magnitude in MAGNITUDES else 0
+    return RANKS[(EVERY.index(kind) + place + seed) % len(RANKS)]
 
 
 def _batches(spread: Sequence[Case]) -> list[list[Case]]:
@@ -234,6 +245,17 @@ def fault_of(case: Case, span_s: float, local_s: float) -> tuple[Fault | None, s
     if case.kind in ("slow_link", "stuck_link"):
         return fault, f"link {rank}->{to_rank}"
     return fault, f"rank {to_rank if case.kind == 'slow_receiver' else rank}"
+
+
+def watch_s(case: Case, usual_s: float) -> float:
+    """For how long to watch, where steps usually take so long."""
+    least_s = {"stuck_link": _WATCH_S["slow"], "checkpoint_stall": STALL_S}.get(case.kind, _WATCH_S[case.truth])
+    if case.truth == "slow":
+        return max(least_s, _WATCH_STEPS * case.magnitude * usual_s)
+    if case.truth == "none":
+        longer = case.magnitude if case.kind != "clean" and KINDS[case.kind].is_lasting else 1.0
+        return max(least_s, _BENIGN_STEPS * longer * usual_s)
+    return least_s
 
 
 def _next(case: Case, rank: int) -> int:

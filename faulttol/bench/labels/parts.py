@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from faulttol.bench.labels.grid import Case
+from faulttol.bench.labels.grid import SLOW, Case
 
 _MODULE = "faulttol.bench.labelled"
 
@@ -19,10 +19,7 @@ def in_parts(missing: Sequence[Case], num_workers: int, budget_s: float, options
 
     Raises: RuntimeError if a part failed; what the others made is kept.
     """
-    parts: dict[tuple[int, str, int], list[Case]] = {}
-    for case in missing:
-        parts.setdefault((case.seed, case.job, case.num_ranks), []).append(case)
-    todo, failed, lock = deque(parts.values()), list[str](), threading.Lock()
+    todo, failed, lock = deque(parts_of(missing)), list[str](), threading.Lock()
     until_s, num_made = time.monotonic() + budget_s, 0
 
     def work() -> None:
@@ -32,7 +29,7 @@ def in_parts(missing: Sequence[Case], num_workers: int, budget_s: float, options
                 part = todo.popleft()
             except IndexError:
                 return
-            command = [sys.executable, "-m", _MODULE, "--part", "--budget-s", str(left_s), *options, *_words(part)]
+            command = [sys.executable, "-m", _MODULE, "--part", "--budget-s", str(left_s), *options, *words_of(part)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
                 for line in process.stdout:
@@ -53,11 +50,23 @@ def in_parts(missing: Sequence[Case], num_workers: int, budget_s: float, options
         raise RuntimeError("; ".join(failed))
 
 
-def _words(part: Sequence[Case]) -> list[str]:
-    """The options that choose these trials, all of one layout and seed."""
+def parts_of(missing: Sequence[Case]) -> list[list[Case]]:
+    """Divide trials by seed and layout, in the order of the first of each."""
+    parts: dict[tuple[int, str, int], list[Case]] = {}
+    for case in missing:
+        parts.setdefault((case.seed, case.job, case.num_ranks), []).append(case)
+    return list(parts.values())
+
+
+def words_of(part: Sequence[Case]) -> list[str]:
+    """The options that choose these trials, all of one layout and seed.
+
+    Where a kind lacks one magnitude and another kind another, they choose both of both: what is made is not made again.
+    """
     first = part[0]
     kinds = dict.fromkeys(case.kind for case in part)
-    magnitudes = dict.fromkeys(f"{case.magnitude:g}" for case in part)
-    words = {"jobs": first.job, "ranks": str(first.num_ranks), "seeds": str(first.seed)}
-    words |= {"kinds": ",".join(kinds), "magnitudes": ",".join(magnitudes)}
+    magnitudes = dict.fromkeys(f"{case.magnitude:g}" for case in part if case.kind in SLOW)
+    words = {"jobs": first.job, "ranks": str(first.num_ranks), "seeds": str(first.seed), "kinds": ",".join(kinds)}
+    if magnitudes:
+        words["magnitudes"] = ",".join(magnitudes)
     return [f"--{name}={value}" for name, value in words.items()]

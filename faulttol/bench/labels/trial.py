@@ -25,7 +25,7 @@ from faulttol.localize import DelayMatrix, Link, explain, from_backlogs, refine
 from faulttol.view import JobView
 
 DETECTOR = DetectorConfig(hang_after_s=1.0, hang_factor=3.0)
-HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=2.0, patience=4.0)
+HEALTH = HealthConfig(frozen_after_s=1.0, stuck_after_s=1.0, stalled_after_s=8.0, patience=4.0)
 LOOK_S = 0.05
 """Between two looks at the job."""
 _AHEAD_S = 0.3
@@ -278,8 +278,9 @@ def strike(job: RunningJob, fault: Fault | None, *, watch_s: float) -> Outcome:
                 confirmed = located.suspects or finding.kind is FindingKind.COMMUNICATION_HANG
                 (alarms if confirmed else others).append(seen)
                 probe_s = time.monotonic() + _AGAIN_S
-    # What was seen in time while a probe was waited for, which a job that stands does not answer.
-    alarms += [one for one in job.watch.sightings[num_seen:] if _is_alarm(one) and one.at_s < until_s]
+    for one in job.watch.sightings[num_seen:]:  # in time, while a probe was waited for: a job that stands answers none
+        if one.at_s < until_s and one.finding.kind is not FindingKind.COMMUNICATION_SLOW and one.finding.kind.is_fault:
+            alarms.append(one if _is_alarm(one) else Sighting(one.at_s, job.locate(one.finding)))
     return Outcome(struck_s, tuple(sorted(alarms, key=lambda one: one.at_s)), tuple(others), job.view)
 
 
@@ -291,11 +292,11 @@ def _is_alarm(sighting: Sighting) -> bool:
 def begin(job: RunningJob) -> Outcome | None:
     """Watch a new job, in whose first step faults of its spec strike, until it is healthy; None if it does not get so.
 
-    Before a job is known no probe says what of its communication is slow: that is no alarm here.
+    Before a job is known no probe says what of its communication is slow: only that is no alarm here.
     """
     is_healthy = settle(job)
     seen = job.watch.sightings
-    alarms = [one for one in seen if _is_alarm(one)]
+    alarms = [one for one in seen if _is_alarm(one) or one.finding.kind is FindingKind.COMMUNICATION_HANG]
     if not is_healthy and not alarms:
         return None
     lines = strikes(job.spec.directory / "strikes")
