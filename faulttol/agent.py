@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ _BLIND_S = 0.5  # that a time without a look counts at most: the observer was aw
 _STOPPED_S = 0.1  # for how long a process must stand: who stops it for moments only makes it slower
 _GONE_POLL_S = 0.002
 _WAIT_EVERY_S = 0.1  # between two looks at how long threads wait for a CPU
-_NAMED_AFTER = 3  # looks in which a new thread may not have its name yet
-_TALKING = ("gloo", "pt_gloo", "pt_nccl", "pt_autograd")  # what backends and autograd call their threads
+_RENAMED_LOOKS = 10  # between two looks at what a thread that was none of these is called now
+_LOOP = "rank_loop"
+_TALKING = (_LOOP, "gloo", "pt_gloo", "pt_autograd", "NCCL ")  # NCCL names its threads with NCCL_SET_THREAD_NAME=1
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,8 @@ class _Patient:
 class _CpuWaits:
     """For how long the threads of a process that others wait for are ready to run while no CPU is free for them.
 
-    By the kernel's count, of the first thread and of those of backends and autograd: what works in the background may
-    wait, and holds nobody up.
+    By the kernel's count, of the first thread, the one that trains (`name_loop`) and those of backends and autograd:
+    what works in the background may wait, and holds nobody up.
     """
 
     def __init__(self, pid: int) -> None:
@@ -208,7 +210,7 @@ class _CpuWaits:
         self._waited_ns: dict[str, int] = {}
         """By thread, of those that others wait for."""
         self._others: dict[str, int] = {}
-        """How often each other thread was seen: it may name itself a little after it began."""
+        """In how many looks each other thread was seen: it may name itself after it began."""
         self._total_ns = 0
         self._looked_s = -_WAIT_EVERY_S
 
@@ -221,7 +223,7 @@ class _CpuWaits:
             except OSError:  # it has ended, or there is no such folder here
                 threads = []
             before, self._waited_ns = self._waited_ns, {}
-            self._others = {thread: self._others.get(thread, 0) for thread in threads if thread not in before}
+            self._others = {thread: num for thread, num in self._others.items() if thread in threads}
             for thread in threads:
                 self._add(thread, before.get(thread))
         return self._total_ns / 1e9 if self._waited_ns else None
@@ -241,8 +243,16 @@ class _CpuWaits:
     def _counts(self, thread: str, folder: str) -> bool:
         if thread == str(self._pid):
             return True
-        self._others[thread] = self._others.get(thread, 0) + 1
-        return self._others[thread] <= _NAMED_AFTER and _read(f"{folder}/comm").startswith(_TALKING)
+        num = self._others[thread] = self._others.get(thread, -1) + 1
+        is_due = num < _RENAMED_LOOKS or num % _RENAMED_LOOKS == 0
+        return is_due and _read(f"{folder}/comm").startswith(_TALKING)
+
+
+def name_loop() -> None:
+    """Let agents know this thread for the one that trains, where that is not the process's first."""
+    if threading.get_native_id() != os.getpid():
+        with contextlib.suppress(OSError):  # no such folder here
+            Path("/proc/thread-self/comm").write_text(_LOOP)
 
 
 def _read(path: str) -> str:

@@ -13,7 +13,10 @@ from faulttol.ring import RingReader, ring_path
 from faulttol.view import JobView
 
 _WAITS_EVERY_NS, _MAX_WAITS = 250_000_000, 512
-"""Between two moments at which it is kept how long a rank has waited for a CPU, and how many are."""
+"""Between two moments at which it is kept how long a rank has waited for a CPU, and how many are; the newer half of
+them stays whole."""
+_OLD_S = 0.5
+"""Vitals that are older say nothing of now."""
 
 
 @dataclass(slots=True)
@@ -21,19 +24,18 @@ class WaitHistory:
     """For how long one rank had waited for a CPU at moments as far back as they go; the further, the fewer."""
 
     _moments: list[tuple[int, float]] = field(default_factory=list)
-    _every_ns: int = _WAITS_EVERY_NS
 
     def add(self, now_ns: int, waited_s: float) -> tuple[tuple[int, float], ...]:
         """Take in what is so now, and return all that is kept."""
         moments = self._moments
         if moments and (waited_s < moments[-1][1] or now_ns < moments[-1][0]):
             moments.clear()  # somebody else looks after the process now, and counts from the beginning
-        if len(moments) > 1 and moments[-1][0] < moments[-2][0] + self._every_ns:
+        if len(moments) > 1 and moments[-1][0] < moments[-2][0] + _WAITS_EVERY_NS:
             moments.pop()  # the newest is always kept
         moments.append((now_ns, waited_s))
         if len(moments) > _MAX_WAITS:
-            self._moments = moments[::2]
-            self._every_ns *= 2
+            newer = len(moments) - _MAX_WAITS // 2
+            self._moments = moments[:newer:2] + moments[newer:]
         return tuple(self._moments)
 
 
@@ -93,7 +95,7 @@ class Follower:
         waits = {
             rank: self._waits[rank].add(records[rank].now_ns, waited_s)
             for rank in records.keys() & known.keys()
-            if (waited_s := known[rank].cpu_wait_s) is not None
+            if (waited_s := known[rank].cpu_wait_s) is not None and known[rank].report_age_s < _OLD_S
         }
         return JobView(records, known, waits)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import faulttol
-from faulttol.agent import NodeAgent, Watched, answering
+from faulttol.agent import NodeAgent, Watched, answering, name_loop
 from faulttol.health import Vitals
 from faulttol.recovery import Member, Standing
 from launch import entry, orders
@@ -56,6 +56,7 @@ class RankActor:
 
     def run(self, description: dict[str, Any]) -> None:
         """Run the described entry to its end; `poll` tells how it ended."""
+        name_loop()  # this is no actor's first thread
         os.environ.update(description["environ"])
         entry.extend_path(description["sys_path"])
         leaving = contextlib.ExitStack()

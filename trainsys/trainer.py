@@ -189,7 +189,6 @@ class Trainer:
         self._phases = meter.Phases(shared.device)
         self._throughput = meter.Throughput(config.steps)
         self._peak = meter.peak_of(shared.device, self._dtype, config.metrics.peak_flops_per_s)
-        self._is_to_compile = config.engine.compile
 
     def __enter__(self) -> Trainer:
         return self
@@ -244,10 +243,8 @@ class Trainer:
 
     def _train(self, batch: data.StepBatch, targets: int) -> StepStats:
         config, step = self._config, self._place.step + 1
-        phase = "compile" if self._is_to_compile else "train"
-        self._is_to_compile = False
-        self._beat(phase, step)
-        faulttol.mark_step(step, phase=phase, tokens=batch.num_targets)
+        self._beat("train", step)
+        faulttol.mark_step(step, tokens=batch.num_targets)
         inspector = self._inspector
         if inspector is not None:
             inspector.begin(step)

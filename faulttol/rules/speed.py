@@ -47,9 +47,7 @@ def slow(found: Window, baseline: Baseline | None, config: DetectorConfig) -> li
     findings = _imbalances(recent, baseline, config)
     if baseline is not None and (found_slow := _slow_transfer(recent, baseline, config)):
         transfer, part = found_slow
-        if lacking := starved(part, baseline, config):
-            findings.append(lacking)  # a probe may still tell otherwise
-        findings.append(transfer)
+        findings.append(starved(part, baseline, config) or transfer)
     return findings
 
 
@@ -256,7 +254,7 @@ def _slow_transfer(found: Window, baseline: Baseline, config: DetectorConfig) ->
 
 def _longer(found: Window, baseline: Baseline, share: float, num_parts: int, config: DetectorConfig) -> Finding | None:
     """The steps are longer than their work explains, in all parts of the window but one."""
-    parts = _parts(found.steps, num_parts)
+    parts = found.parts(num_parts)
     least_s = max(config.slow_floor_s, share * baseline.span_s)
     known = {rank: baseline.local_s[rank] for rank in found.paces if rank in baseline.local_s}
     unexplained_s = {}
@@ -307,8 +305,3 @@ def _slowest(
         "usual transfer, s": baseline.transfer_s[worst],
     }
     return tuple(sorted(suspects.values(), key=lambda suspect: -suspect.score)), evidence
-
-
-def _parts(steps: tuple[int, ...], num_parts: int) -> list[tuple[int, ...]]:
-    size = max(1, len(steps) // num_parts)
-    return [steps[i : i + size] for i in range(0, len(steps) - size + 1, size)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import median, median_low
 
 from faulttol.config import DetectorConfig
 from faulttol.finding import Finding, FindingKind, Suspect
@@ -16,9 +16,12 @@ def starved(found: Window, baseline: Baseline, config: DetectorConfig) -> Findin
     """Return the straggler where its waiting for a CPU explains enough of what these steps grew; else None.
 
     Its threads that talk to others are late as well, and its own time outside of collectives says little. What a rank
-    usually waits, and what its peers wait more too, is no fault of it; where one of them is not known, nothing is.
+    usually waits, what its peers wait more too, and what it waits in few of these steps, is no fault of it; where one
+    of them is not known, nothing is.
     """
-    waits_s = found.cpu_wait_s()
+    parts = [found.cpu_wait_s(part) for part in found.parts(config.slow_windows)]
+    known = set.intersection(*(set(part) for part in parts))
+    waits_s = {rank: median_low(part[rank] for part in parts) for rank in known}
     ranks = sorted(found.paces)
     if len(ranks) < 2 or any(rank not in waits_s or rank not in baseline.cpu_wait_s for rank in ranks):
         return None

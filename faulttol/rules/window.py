@@ -97,23 +97,30 @@ class Window:
             _lower([longest_s[:half], longest_s[half:]]),
             _lower([self.spans_s[:half], self.spans_s[half:]]),
             {key: _lower(part for part in halves if part) for key, halves in parts.items()},
-            self.cpu_wait_s(),
+            _least(self.cpu_wait_s(self.steps[:half]), self.cpu_wait_s(self.steps[half:])),
         )
 
-    def cpu_wait_s(self) -> dict[int, float]:
-        """For how long each rank's threads waited for a CPU in a step, of ranks of which that is known.
+    def cpu_wait_s(self, steps: Sequence[int] = ()) -> dict[int, float]:
+        """For how long each rank's threads waited for a CPU in one of these steps (none: all), where that is known.
 
-        What was waited between two known moments counts evenly; between steps it does not count.
+        Together they count for no longer than the step took. What was waited between two known moments counts evenly;
+        between steps it does not count.
         """
+        chosen = steps or self.steps
         found = {}
         for rank, own in self.paces.items():
             moments = self.cpu_waits.get(rank, ())
-            bounds = [(own[step].begin_ns, own[step].begin_ns + round(own[step].span_s * 1e9)) for step in self.steps]
+            bounds = [(own[step].begin_ns, own[step].begin_ns + round(own[step].span_s * 1e9)) for step in chosen]
             waits_s = [(_waited_s(moments, begin_ns), _waited_s(moments, end_ns)) for begin_ns, end_ns in bounds]
             known_s = [end_s - begin_s for begin_s, end_s in waits_s if begin_s is not None and end_s is not None]
-            if len(known_s) == len(self.steps):
-                found[rank] = sum(known_s) / len(self.steps)
+            if len(known_s) == len(chosen):
+                found[rank] = min(sum(known_s), sum(own[step].span_s for step in chosen)) / len(chosen)
         return found
+
+    def parts(self, num_parts: int) -> list[tuple[int, ...]]:
+        """Divide its steps into about so many parts of one size; what is over at the end is in none."""
+        size = max(1, len(self.steps) // num_parts)
+        return [self.steps[i : i + size] for i in range(0, len(self.steps) - size + 1, size)]
 
 
 def window(view: JobView, first_step: int, config: DetectorConfig, health: HealthConfig) -> Window | None:
@@ -163,6 +170,10 @@ def _waited_s(moments: CpuWaits, at_ns: int) -> float | None:
         return after_s
     before_ns, before_s = moments[place - 1]
     return before_s + (after_s - before_s) * (at_ns - before_ns) / (after_ns - before_ns)
+
+
+def _least(one: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
+    return {rank: min(one[rank], other[rank]) for rank in one.keys() & other.keys()}
 
 
 def _lower(parts: Iterable[Sequence[float]]) -> float:

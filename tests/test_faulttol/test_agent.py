@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from faulttol import drill
-from faulttol.agent import NodeAgent, Watched, answering, process_state, start_ticks
+from faulttol.agent import NodeAgent, Watched, answering, name_loop, process_state, start_ticks
 from faulttol.config import HealthConfig
 from faulttol.health import Condition, Health, assess
 from faulttol.heartbeat import Heartbeat
@@ -61,11 +61,19 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], ForkServerProcess]]:
         process.close()
 
 
-def _watch(process: ForkServerProcess, folder: Path) -> NodeAgent:
-    assert process.pid is not None
-    agent = NodeAgent()
-    agent.watch(Watched(3, process.pid, start_ticks(process.pid), folder / "heartbeat", folder / "answers"))
-    return agent
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Callable[[ForkServerProcess], NodeAgent]]:
+    """Looks after a rank; what the agent asked it is taken back at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(process: ForkServerProcess) -> NodeAgent:
+            assert process.pid is not None
+            agent = stack.enter_context(contextlib.closing(NodeAgent()))
+            ticks = start_ticks(process.pid)
+            agent.watch(Watched(3, process.pid, ticks, tmp_path / "heartbeat", tmp_path / "answers"))
+            return agent
+
+        yield begin
 
 
 def _becomes(agent: NodeAgent, *conditions: Condition) -> Health:
@@ -83,10 +91,10 @@ def _becomes(agent: NodeAgent, *conditions: Condition) -> Health:
 
 
 def test_a_stopped_process_is_frozen_and_then_ended_all_the_same(
-    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+    start: Callable[[str], ForkServerProcess], watch: Callable[[ForkServerProcess], NodeAgent]
 ) -> None:
     process = start("advances")
-    agent = _watch(process, tmp_path)
+    agent = watch(process)
     for _ in range(20):
         assert assess(agent.look()[0], _HEALTH).condition is Condition.RUNNING
         time.sleep(0.02)
@@ -99,7 +107,7 @@ def test_a_stopped_process_is_frozen_and_then_ended_all_the_same(
 
 
 def test_a_process_that_is_stopped_for_moments_is_slow_and_not_frozen(
-    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+    tmp_path: Path, start: Callable[[str], ForkServerProcess], watch: Callable[[ForkServerProcess], NodeAgent]
 ) -> None:
     process = start("stands")
     assert process.pid is not None
@@ -108,7 +116,7 @@ def test_a_process_that_is_stopped_for_moments_is_slow_and_not_frozen(
     striking = threading.Thread(target=drill.strike, args=(target, slow, tmp_path / "faults.jsonl"))
     striking.start()
     stopped = 0
-    with contextlib.closing(_watch(process, tmp_path)) as agent:
+    with contextlib.closing(watch(process)) as agent:
         while striking.is_alive():
             stopped += process_state(target.pid, target.ticks) == "T"
             health = assess(agent.look()[0], _HEALTH)
@@ -117,9 +125,9 @@ def test_a_process_that_is_stopped_for_moments_is_slow_and_not_frozen(
 
 
 def test_a_held_gil_is_told_from_a_freeze_because_native_code_answers(
-    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+    start: Callable[[str], ForkServerProcess], watch: Callable[[ForkServerProcess], NodeAgent]
 ) -> None:
-    agent = _watch(start("stuck"), tmp_path)
+    agent = watch(start("stuck"))
     health = _becomes(agent, Condition.STUCK)
     (vitals,) = agent.look()
     assert vitals.native_age_s is not None
@@ -128,9 +136,9 @@ def test_a_held_gil_is_told_from_a_freeze_because_native_code_answers(
 
 
 def test_a_loop_that_stands_still_is_stalled_while_all_else_lives(
-    tmp_path: Path, start: Callable[[str], ForkServerProcess]
+    start: Callable[[str], ForkServerProcess], watch: Callable[[ForkServerProcess], NodeAgent]
 ) -> None:
-    agent = _watch(start("stands"), tmp_path)
+    agent = watch(start("stands"))
     health = _becomes(agent, Condition.STALLED)
     assert "step 7, train" in health.reason
 
@@ -200,12 +208,12 @@ def test_a_process_that_breaks_off_while_it_is_asked_ends_no_look(
 
 
 def _spin(ready: mp.synchronize.Event, cpu: int, names: bool) -> None:
-    """Never rest, on one CPU; in a thread that a backend could have started, or in one of nobody's."""
+    """Never rest, on one CPU; in the thread that trains, or in one of nobody's."""
     os.sched_setaffinity(0, {cpu})
 
     def run() -> None:
         if names:
-            Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("gloo_tcp_loop")
+            name_loop()
         ready.set()
         while True:
             pass
@@ -214,7 +222,7 @@ def _spin(ready: mp.synchronize.Event, cpu: int, names: bool) -> None:
     time.sleep(_TIMEOUT_S)
 
 
-@pytest.mark.parametrize("names", [True, False], ids=["a backend's thread", "a thread in the background"])
+@pytest.mark.parametrize("names", [True, False], ids=["the loop", "the background"])
 def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, names: bool) -> None:
     """Two processes of which a thread never rests, bound to one CPU: each waits half of the time."""
     cpu = min(os.sched_getaffinity(0))
@@ -234,7 +242,7 @@ def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, names: bo
             time.sleep(0.1)
             waited_s.append(agent.look()[0].cpu_wait_s or 0.0)
         assert waited_s == sorted(waited_s)
-        assert (waited_s[-1] >= 0.3) == names, "others wait for those of the backend only"
+        assert (waited_s[-1] >= 0.3) == names, "nobody waits for what is done in the background"
         assert waited_s[-1] <= time.monotonic() - begun_s
         spinning[0].kill()
         spinning[0].join()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.detector import Memory, observe
+from faulttol.events import RankRecord
 from faulttol.finding import Finding, FindingKind
 from faulttol.rules.pace import paces, period
 from faulttol.rules.speed import slow
 from faulttol.rules.window import Baseline, Window, usual, window
-from faulttol.view import JobView
+from faulttol.view import CpuWaits, JobView
 from tests.test_faulttol.scenes import Scene, proven
 
 CONFIG, HEALTH = DetectorConfig(window_least_s=0.15), HealthConfig()
@@ -233,18 +235,14 @@ def starving(
     With `factor` all of it takes so many times as long.
     """
     scene = Scene(work_ms=lambda r, s: 10.0 * factor, transfer_ms=lambda s: factor * (24.0 if faulty(s) else 4.0))
-    usual = before or dict.fromkeys(range(4), 1.0)
+    usual_ms = before or dict.fromkeys(range(4), 1.0)
 
     def seen(total: int) -> Window:
         records = scene.run(total)
-        moments = {}
-        for rank in waits:
-            spans = paces(records[rank])
-            waited_s, own = 0.0, list[tuple[int, float]]()
-            for step, pace in spans.items():
-                own.append((pace.begin_ns, waited_s))
-                waited_s += factor * (waits if faulty(step) else usual)[rank] / 1e3
-            moments[rank] = (*own, (records[rank].now_ns, waited_s))
+        moments = moments_of(
+            {rank: records[rank] for rank in waits},
+            lambda r, s: factor * (waits if faulty(s) else usual_ms)[r] / 1e3,
+        )
         found = window(JobView(records, cpu_waits=moments), 0, CONFIG, HEALTH)
         assert found is not None
         return found
@@ -253,13 +251,12 @@ def starving(
 
 
 def test_who_waits_for_a_cpu_while_the_steps_grow_is_the_straggler() -> None:
-    """Its peers see slow transfers, which a probe is asked for all the same."""
-    finding, suspicion = starving({0: 1.0, 1: 20.0, 2: 2.0, 3: 1.0})
+    """Its peers see slow transfers."""
+    (finding,) = starving({0: 1.0, 1: 20.0, 2: 2.0, 3: 1.0})
     assert (finding.kind, finding.culprits) == (FindingKind.STRAGGLER, (1,))
     assert finding.evidence["wait for a CPU, s"] == pytest.approx(0.020)
     assert finding.evidence["usual wait for a CPU, s"] == pytest.approx(0.001)
     assert "rank 1 waits 20.0 ms a step for a CPU, others 1.0 ms" in finding.summary
-    assert suspicion.kind is FindingKind.COMMUNICATION_SLOW
     usually_waits = {0: 1.0, 1: 7.0, 2: 1.0, 3: 1.0}
     assert starving({0: 1.0, 1: 27.0, 2: 1.0, 3: 1.0}, before=usually_waits)[0].culprits == (1,)
 
@@ -294,19 +291,49 @@ def test_waiting_for_a_cpu_is_held_against_the_steps_that_grew(num_steps: int) -
 def test_what_was_waited_between_steps_that_were_left_out_does_not_count() -> None:
     """A rank waits for a CPU while it writes a checkpoint, and for 2 ms in each of the other steps."""
     records = Scene(phase=lambda r, s: "checkpoint" if 30 <= s < 60 else "train").run(70)
-    moments = {}
-    for rank, record in records.items():
-        waited_s, own = 0.0, list[tuple[int, float]]()
-        for step, pace in paces(record).items():
-            own.append((pace.begin_ns, waited_s))
-            waited_s += 0.5 if 30 <= step < 60 else 0.002
-        moments[rank] = (*own, (record.now_ns, waited_s))
+    moments = moments_of(records, lambda r, s: 0.5 if 30 <= s < 60 else 0.002)
     found = window(JobView(records, cpu_waits=moments), 0, CONFIG, HEALTH)
     assert found is not None
     assert found.steps[0] < 30
     assert found.cpu_wait_s() == pytest.approx(dict.fromkeys(range(4), 0.002))
     late = {rank: own[-2:] for rank, own in moments.items()}
     assert replace(found, cpu_waits=late).cpu_wait_s() == {}, "nobody looked when they began"
+
+
+def moments_of(records: dict[int, RankRecord], waits_s: Callable[[int, int], float]) -> dict[int, CpuWaits]:
+    """What was waited until each step of each rank, of so many seconds in a step."""
+    found = {}
+    for rank, record in records.items():
+        waited_s, own = 0.0, list[tuple[int, float]]()
+        for step, pace in paces(record).items():
+            own.append((pace.begin_ns, waited_s))
+            waited_s += waits_s(rank, step)
+        found[rank] = (*own, (record.now_ns, waited_s))
+    return found
+
+
+def test_a_burst_of_waiting_in_one_step_makes_no_straggler() -> None:
+    """A link is slow meanwhile; and the threads of a rank wait for no longer than its steps take."""
+    scene = Scene(transfer_ms=lambda s: 24.0 if faulty(s) else 4.0)
+    findings = []
+    for burst_step in range(HEALTHY + 8, HEALTHY + 24):
+        records = scene.run(HEALTHY + 24)
+        waits = moments_of(records, lambda r, s, at=burst_step: 3.0 if (r, s) == (2, at) else 0.001)  # type: ignore[misc]
+        found = window(JobView(records, cpu_waits=waits), 0, CONFIG, HEALTH)
+        before = window(JobView(scene.run(HEALTHY), cpu_waits=waits), 0, CONFIG, HEALTH)
+        assert found is not None
+        assert before is not None
+        assert found.last(16).cpu_wait_s()[2] == pytest.approx(found.last(16).span_s)
+        findings += slow(found, before.baseline(), CONFIG)
+    assert {finding.kind for finding in findings} == {FindingKind.COMMUNICATION_SLOW}
+
+
+def test_waiting_that_begins_within_a_window_does_not_become_what_is_usual() -> None:
+    records = Scene().run(TOTAL)
+    waits = moments_of(records, lambda r, s: 0.01 if r == 1 and s >= TOTAL - 20 else 0.001)
+    found = window(JobView(records, cpu_waits=waits), 0, CONFIG, HEALTH)
+    assert found is not None
+    assert found.last(40).baseline().cpu_wait_s == pytest.approx(dict.fromkeys(range(4), 0.001))
 
 
 def test_what_is_usual_is_of_the_windows_in_which_it_was_known() -> None:

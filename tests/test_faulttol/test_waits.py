@@ -25,8 +25,10 @@ def test_an_hour_is_kept_in_few_moments() -> None:
         kept = history.add(second * SECOND_NS, second / 10)
     assert kept[0] == (0, 0.0)
     assert kept[-1] == (3599 * SECOND_NS, 359.9)
-    assert 200 < len(kept) <= 513
+    assert 250 < len(kept) <= 512
     assert list(kept) == sorted(kept)
+    newest = [moment_ns for moment_ns, _ in kept[-250:]]
+    assert newest == [second * SECOND_NS for second in range(3350, 3600)], "of late nothing is missing"
 
 
 def test_a_count_that_begins_anew_is_another() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from faulttol.run import records
 from tests.test_trainsys import runs
 from tests.test_trainsys.wandb_file import history
 from trainsys import recipe
@@ -118,12 +117,8 @@ def test_compiled_blocks_take_the_same_steps(tmp_path: Path) -> None:
         f"--data.path={text}", "--steps=4", "--model.num_layers=1", "--parallel.replicate=1", "--evaluation.sequences=0"
     )
     runs.succeed("launch", *settings, "--run_dir=eager", cwd=tmp_path)
-    compiled = ("--run_dir=compiled", "--engine.compile=true", "--faulttol.mode=observe")
-    runs.succeed("launch", *settings, *compiled, cwd=tmp_path, timeout_s=400)
+    runs.succeed("launch", *settings, "--run_dir=compiled", "--engine.compile=true", cwd=tmp_path, timeout_s=400)
     assert runs.losses(tmp_path / "compiled") == pytest.approx(runs.losses(tmp_path / "eager"), rel=1e-5)
-    (record,) = records(tmp_path / "compiled")
-    phases = {mark.step: mark.phase for mark in record.marks if mark.kind == "step_begin"}
-    assert phases == {1: "compile", 2: "train", 3: "train", 4: "train"}, "in which it may take long"
 
 
 def test_config_prints_every_setting_with_its_source(

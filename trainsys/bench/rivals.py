@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import signal
@@ -46,7 +47,7 @@ import torch
 from torch import nn
 
 from faulttol.bench import Gate, Report, arguments
-from faulttol.bench.labels.grid import ENDING, HELD_OUT_SEEDS, STANDING, Case, cases, fault_of
+from faulttol.bench.labels.grid import ENDING, HELD_OUT_SEEDS, STANDING, Case, fault_of
 from faulttol.bench.labels.jobs import JobSpec, serve
 from faulttol.bench.labels.rivals import NOTHING, Said
 from faulttol.bench.labels.trial import TrialError, running, settle
@@ -55,9 +56,9 @@ from faulttol.history import Follower
 from faulttol.inject import Fault, Injector, strikes
 from launch import ray_cluster
 
-_SPAN_S = 0.025
+_SPAN_S = 0.045
 """Of a step, about: what slow faults are measured by where nobody has measured the job's."""
-_LOCAL_S = 0.015
+_LOCAL_S = 0.035
 """... and of what a rank works in it by itself."""
 _STEPS_BEFORE, _STEPS = 20, 60
 _WAITING = 0.2
@@ -231,6 +232,10 @@ def _logged(rank: int, num_ranks: int, folder: str, fault: Fault | None) -> tupl
 # ---- the measurement
 
 
+_MAGNITUDE = 2.0
+"""How many times longer steps are meant to become."""
+
+
 def main(words: list[str]) -> int:
     """Run the rivals and report what they said."""
     parser = arguments(__doc__)
@@ -248,7 +253,8 @@ def main(words: list[str]) -> int:
         options.rivals, options.kinds, options.jobs = [_TIMEOUT], ["kill"], ["ddp"]
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "faulttol.bench.labels.jobs"])
-    grid = cases(options.jobs, [options.ranks], options.kinds, [2.0], options.seeds)
+    every_case = itertools.product(options.seeds, options.jobs, options.kinds)
+    grid = [Case(job, options.ranks, kind, _MAGNITUDE, seed) for seed, job, kind in every_case]
     report = Report("trainsys.rivals", {name: getattr(options, name) for name in ("ranks", "timeout_s", "patience_s")})
     report.parameters |= {"jobs": options.jobs, "kinds": options.kinds, "seeds": options.seeds}
     _ask(report, grid, options)
