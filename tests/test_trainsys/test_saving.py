@@ -10,6 +10,8 @@ import pytest
 
 import checkpoint as ck
 from checkpoint import hosts
+from faulttol.errors import RingError, RunError
+from faulttol.run import records
 from tests.test_trainsys import runs
 from tests.test_trainsys.test_resume import assert_equal_state
 
@@ -53,8 +55,16 @@ def test_a_stop_is_saved_in_the_middle_of_the_step_and_at_its_end(tmp_path: Path
     settings = runs.arguments(
         f"--data.path={text}", f"--run_dir={run}", "--checkpoint.every=0", "--batch.global_sequences=400"
     )
-    with runs.running("launch", *settings, cwd=tmp_path) as process:
-        runs.wait_for_step(process, run, 1)
+
+    def is_in_second_step() -> bool:
+        try:
+            marks = [mark for record in records(run) for mark in record.marks]
+        except (RunError, RingError):  # there is no ring yet, or it is being made
+            return False
+        return any(mark.kind == "step_begin" and mark.step == 2 for mark in marks)
+
+    with runs.running("launch", *settings, "--faulttol.mode=observe", cwd=tmp_path) as process:
+        runs.wait_until(is_in_second_step, process, run)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 3, runs.logs(run)
     last = runs.last_step(run)
@@ -63,4 +73,5 @@ def test_a_stop_is_saved_in_the_middle_of_the_step_and_at_its_end(tmp_path: Path
         newest = checkpointer.latest(verify="deep")
     assert newest is not None
     assert newest.step == last
+    assert last >= 2
     assert found == [last - 1, last]
