@@ -309,10 +309,10 @@ def measure(
                     step(index)
                 for index in range(size.steps):
                     seconds[name].append(_timed(step, _WARM_UP + index, device, control))
+                if device.type == "cuda":
+                    memory[name] = _most(torch.cuda.max_memory_allocated(device), control)
                 if records:
                     shared[name] = _recorded(step, _WARM_UP + size.steps, rank)
-            if device.type == "cuda":
-                memory[name] = _most(torch.cuda.max_memory_allocated(device), control)
             if rank == 0:  # what a job that is ended early has found
                 step_s = statistics.median(seconds[name][-size.steps :])
                 print(f"{name}: {step_s:.4g} s a step; {time.perf_counter() - begun:.0f} s in all", flush=True)
