@@ -237,7 +237,8 @@ class _CpuWaits:
             waited_ns = int(_read(f"{folder}/schedstat").split()[1])
         except (OSError, IndexError):  # the thread has ended, or the kernel keeps no count
             return
-        self._total_ns += max(0, waited_ns - (waited_ns if before_ns is None else before_ns))
+        if before_ns is not None:
+            self._total_ns += max(0, waited_ns - before_ns)
         self._waited_ns[thread] = waited_ns
 
     def _counts(self, thread: str, folder: str) -> bool:
