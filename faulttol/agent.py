@@ -29,6 +29,7 @@ _GONE_POLL_S = 0.002
 _WAIT_EVERY_S = 0.1  # between two looks at how long threads wait for a CPU
 _RENAMED_LOOKS = 10  # between two looks at what a thread that was none of these is called now
 _LOOP = "rank_loop"
+_WAITS_FOR_CONNECTIONS = ("do_epoll_wait", "ep_poll")  # functions of the kernel
 _TALKING = (_LOOP, "gloo", "pt_gloo", "pt_autograd", "NCCL ")  # NCCL names its threads with NCCL_SET_THREAD_NAME=1
 
 
@@ -202,7 +203,8 @@ class _CpuWaits:
     """For how long the threads of a process that others wait for are ready to run while no CPU is free for them.
 
     By the kernel's count, of the first thread, the one that trains (`name_loop`) and those of backends and autograd:
-    what works in the background may wait, and holds nobody up.
+    what works in the background may wait, and holds nobody up. Gloo's own thread has a name in torch 2.13, none in
+    2.11: there it is known by the process's name and by what it rests in, a wait for connections.
     """
 
     def __init__(self, pid: int) -> None:
@@ -246,7 +248,13 @@ class _CpuWaits:
             return True
         num = self._others[thread] = self._others.get(thread, -1) + 1
         is_due = num < _RENAMED_LOOKS or num % _RENAMED_LOOKS == 0
-        return is_due and _read(f"{folder}/comm").startswith(_TALKING)
+        if not is_due:
+            return False
+        name = _read(f"{folder}/comm")
+        if name.startswith(_TALKING):
+            return True
+        is_unnamed = name == _read(f"/proc/{self._pid}/comm")
+        return is_unnamed and _read(f"{folder}/wchan") in _WAITS_FOR_CONNECTIONS
 
 
 def name_loop() -> None:

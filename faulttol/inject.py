@@ -269,7 +269,7 @@ class Injector:
             self._hogs[fault] = _Hogs(1, fault.seconds)
         elif fault.kind == "shared_cpu":
             cpus = sorted(self._cpus)
-            _bind({cpus[self._rank % len(cpus)]})
+            _bind({cpus[os.getpid() % len(cpus)]})  # of other jobs of this machine the same rank may be bound as well
             self._hogs[fault] = _Hogs(max(1, round(fault.factor)), fault.seconds)
 
     def _stop(self, fault: Fault) -> None:

@@ -17,6 +17,7 @@ from trainsys import offloading, schedule
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
 from trainsys.offloading import engine_refusals
+from trainsys.precision import outcomes
 from trainsys.rl.check import problems as rl_problems
 
 Problem = tuple[str, str]
@@ -31,22 +32,25 @@ def check(config: RunConfig, *, world_size: int | None = None, sources: Mapping[
     Raises:
         ConfigError: every problem at once, each with the source of the value it names.
     """
-    problems = [
-        *_ranges(config),
-        *_model(config),
-        *_parallel(config, world_size),
-        *_batch(config),
-        *_engine(config),
-        *_checkpoint(config),
-        *rl_problems(config),
-        *_faulttol(config),
-        *_corruption(config),
-        *(_launch(config) if world_size is None else ()),
-        *(_split(problem) for problem in schedule.check(config.schedule, config.steps)),
-    ]
+    found = dict.fromkeys(problem for one in outcomes(config) for problem in _problems(one, world_size))
     known = sources or {}
-    if problems:
-        raise ConfigError(f"{known.get(key, 'config')}: {key}: {message}" for key, message in problems)
+    if found:
+        raise ConfigError(f"{known.get(key, 'config')}: {key}: {message}" for key, message in found)
+
+
+def _problems(config: RunConfig, world_size: int | None) -> Iterator[Problem]:
+    yield from _ranges(config)
+    yield from _model(config)
+    yield from _parallel(config, world_size)
+    yield from _batch(config)
+    yield from _engine(config)
+    yield from _checkpoint(config)
+    yield from rl_problems(config)
+    yield from _faulttol(config)
+    yield from _corruption(config)
+    if world_size is None:
+        yield from _launch(config)
+    yield from (_split(problem) for problem in schedule.check(config.schedule, config.steps))
 
 
 def _split(problem: str) -> Problem:
@@ -226,7 +230,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
 
 
 def backend_of(config: RunConfig) -> legal.Backend:
-    """Return the engine that trains the run.
+    """Return the engine that trains the run, in a precision that is no longer `auto`.
 
     Raises:
         parallel.ParallelError: the one that is asked for cannot, or none can.

@@ -181,8 +181,9 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     """0 replicates; 1 shards optimizer state over the data ranks, 2 also gradients, 3 also parameters. Data ranks are
     shard x context, or with parallel.shard = 1 replicate x context."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """dtype of weights and activations; bf16 and fp16 keep fp32 master weights and need zero_stage >= 1."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """dtype of weights and activations; bf16 and fp16 keep fp32 master weights and need zero_stage >= 1. `auto` takes
+    bf16 where the devices of all ranks multiply it in hardware, else fp32; a resumed run keeps what it began with."""
     gradient_clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -21,6 +21,7 @@ from trainsys.config import RunConfig
 from trainsys.corruption import distrust, right_until
 from trainsys.errors import ConfigError, RunError
 from trainsys.folder import RunFolder
+from trainsys.precision import outcomes
 
 if TYPE_CHECKING:
     from trainsys.setup import Setup
@@ -219,7 +220,7 @@ def warm_up(config: RunConfig, folder: RunFolder) -> None:
         from trainsys.rehearsal import rehearse
 
         rehearse(config)
-    elif backend_of(config) == "deepspeed":
+    elif any(backend_of(outcome) == "deepspeed" for outcome in outcomes(config)):
         # On a GPU it ends here: a spare does not know yet which one will be its own.
         from trainsys.deepspeed_setup import import_deepspeed
 

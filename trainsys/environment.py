@@ -15,6 +15,8 @@ def describe() -> str:
     """Return a report of a line a fact, for a bug report."""
     import torch
 
+    from trainsys.precision import ability_of
+
     lines = [f"{name:<13}{version}" for name, version in versions().items()]
     lines.append(f"{'machine':<13}{platform.machine()}, {os.cpu_count()} CPUs, {_memory_gib():.1f} GiB memory")
     for index in range(torch.cuda.device_count()):
@@ -22,6 +24,8 @@ def describe() -> str:
         lines.append(f"{f'cuda:{index}':<13}{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
     if not torch.cuda.device_count():
         lines.append(f"{'cuda':<13}none")
+    does = "multiplies" if ability_of(torch.device("cpu")).multiplies_bf16 else "does not multiply"
+    lines.append(f"{'cpu':<13}{does} bf16 in hardware")
     lines += [f"{name:<13}{importlib.import_module(name).__file__}" for name in _PACKAGES]
     return "\n".join(lines)
 

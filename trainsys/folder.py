@@ -26,6 +26,7 @@ from typing import Any
 from trainsys import recipe
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError, RunError
+from trainsys.precision import Precision
 
 _PACKAGES = ("trainsys", "torch", "deepspeed", "ray", "pyarrow", "fsspec", "transformers", "wandb")
 
@@ -71,20 +72,41 @@ class RunFolder:
     def write_record(self, resolved: recipe.Resolved) -> None:
         """Write `config.json`: a new run, or a new start of the run that is here, whose identity stays.
 
+        That includes what `engine.precision = auto` came to.
+
         Raises:
             RunError: the folder cannot be written.
         """
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        before = self.record() if self.exists() else {"run_id": uuid.uuid4().hex, "created": now, "starts": []}
-        record = {
+        record: dict[str, Any] = {
             "config": recipe.to_tree(resolved.config),
             "sources": dict(resolved.sources),
-            "run_id": before["run_id"],
-            "created": before["created"],
-            "starts": [*before["starts"], now],
+            "run_id": uuid.uuid4().hex,
+            "created": now,
+            "starts": [now],
             "versions": versions(),
             "commit": _commit(),
         }
+        if self.exists():
+            before = self.record()
+            record |= {"run_id": before["run_id"], "created": before["created"], "starts": [*before["starts"], now]}
+            if resolved.config.engine.precision == "auto":
+                record["config"]["engine"]["precision"] = before["config"]["engine"]["precision"]
+                record["sources"]["engine.precision"] = before["sources"]["engine.precision"]
+        self._write_record(record)
+
+    def settle(self, precision: Precision) -> None:
+        """Keep what `engine.precision = auto` came to, for this start and all later ones.
+
+        Raises:
+            RunError: as `write_record`.
+        """
+        record = self.record()
+        record["config"]["engine"]["precision"] = precision
+        record["sources"]["engine.precision"] += ": auto"
+        self._write_record(record)
+
+    def _write_record(self, record: dict[str, Any]) -> None:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             temporary = self.config.with_suffix(".tmp")
@@ -151,13 +173,17 @@ _FREE = ("data.cache_dir",)
 
 
 def _require_same_run(folder: RunFolder, resolved: recipe.Resolved) -> None:
-    """Refuse a resume that would load a checkpoint into another model, precision or data order."""
+    """Refuse a resume that would load a checkpoint into another model, precision or data order.
+
+    `engine.precision = auto` is any precision: the record's stays, and where that is `auto` nothing is saved yet.
+    """
     before = dict(recipe.leaves(folder.record()["config"]))
     problems = [
         f"{resolved.sources[key]}: {key}: {value!r}, but the run in {folder.path} has {before.get(key)!r}; "
         "a resumed run keeps it"
         for key, value in recipe.leaves(recipe.to_tree(resolved.config))
         if key.startswith(_IDENTITY) and key not in _FREE and before.get(key) != value
+        if key != "engine.precision" or "auto" not in (value, before.get(key))
     ]
     if problems:
         raise ConfigError(problems)

@@ -19,6 +19,7 @@ from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
 from trainsys.engines import DTYPES
 from trainsys.errors import ConfigError
+from trainsys.precision import Ability, ability_of, alone
 
 _BYTE_VOCABULARY = 320
 """Rows of the embedding for tokenizer = bytes."""
@@ -111,14 +112,16 @@ def describe(config: RunConfig, machine: Machine, *, utilisation: float, sources
         offload.PlacementError: it does not fit; with the bytes that are missing.
     """
     check(config, sources=sources)
+    config = _on(machine, config)
     work = _workload(config)
     placement = place(_tensors(config, work, machine), machine.tiers)
     step_s, parts = _times(config, work, machine, utilisation)
     compute_s = work.flops / (machine.flops_per_s * utilisation)
     settings = config.offload
     lines = [
-        f"{config.name}: {work.num_parameters / 1e9:.4g}B parameters a rank; offload.optimizer = {settings.optimizer}, "
-        f"parameters = {settings.parameters}, activations = {settings.activations}",
+        f"{config.name}: {work.num_parameters / 1e9:.4g}B parameters a rank in {config.engine.precision}; "
+        f"offload.optimizer = {settings.optimizer}, parameters = {settings.parameters}, "
+        f"activations = {settings.activations}",
         "",
         placement.table(),
         "",
@@ -131,6 +134,13 @@ def describe(config: RunConfig, machine: Machine, *, utilisation: float, sources
         f"({machine.flops_per_s / 1e12:.4g} TFLOP/s); activations are an estimate",
     ]
     return "\n".join(lines)
+
+
+def _on(machine: Machine, config: RunConfig) -> RunConfig:
+    """Return `config` with what `engine.precision = auto` comes to: a GPU's probe has multiplied bf16."""
+    if machine.has_gpu and config.engine.device != "cpu":
+        return alone(config, Ability("GPU", multiplies_bf16=True))
+    return alone(config, ability_of(torch.device("cpu")))
 
 
 def _workload(config: RunConfig) -> Workload:

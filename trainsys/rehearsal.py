@@ -21,6 +21,7 @@ from trainsys.config import BatchConfig, ModelConfig, RunConfig
 from trainsys.data import MicroBatch, StepBatch
 from trainsys.engines import DTYPES, Shares, open_engine
 from trainsys.optim import build_optimizer, plan_of
+from trainsys.precision import ability_of, alone
 
 _LENGTH, _VOCABULARY, _TIMEOUT_S = 8, 64, 60.0
 
@@ -28,8 +29,10 @@ _LENGTH, _VOCABULARY, _TIMEOUT_S = 8, 64, 60.0
 def rehearse(config: RunConfig) -> None:
     """Train one step of a tiny model on the CPU with the run's engine, alone; no process group is left.
 
+    `engine.precision = auto` is here what this CPU would choose: what the ranks choose together is not known yet.
     Every generator of the process moves on: seed it afterwards.
     """
+    config = alone(config, ability_of(torch.device("cpu")))
     small = dataclasses.replace(
         config,
         model=ModelConfig(num_layers=1, dim=32, num_heads=2, ffn_dim=64),

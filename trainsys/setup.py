@@ -22,6 +22,7 @@ from trainsys.background import repeated
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError, TrainsysError
 from trainsys.folder import RunFolder
+from trainsys.precision import Asked, Choice, ability_of, agree, with_precision
 
 _CONTROL_TIMEOUT = timedelta(hours=24)
 """While one rank prepares data or writes a model the others wait; the launcher notices a dead one long before."""
@@ -35,6 +36,7 @@ class Setup:
     """Everything of a run that is not the model."""
 
     config: RunConfig
+    """With the precision that `engine.precision = auto` came to."""
     folder: RunFolder
     context: RankContext
     device: torch.device
@@ -48,6 +50,7 @@ class Setup:
     """Equal on all ranks, new at every start: names this process group's checkpoint attempts."""
     prepared: data.PreparedInfo
     tokenizer: data.Tokenizer
+    precision: Choice
 
     @property
     def rank(self) -> int:
@@ -78,7 +81,7 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
     met = meet(config, choose_folder, context)
     prepared = _prepare(config, met.folder, context, met.control)
     return Setup(
-        config=config,
+        config=met.config,
         folder=met.folder,
         context=context,
         device=met.device,
@@ -88,6 +91,7 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
         launch_id=met.launch_id,
         prepared=prepared,
         tokenizer=prepared.tokenizer(),
+        precision=met.precision,
     )
 
 
@@ -95,16 +99,18 @@ def build(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ra
 class Meeting:
     """What the ranks of any run agree on first; the fields are those of Setup."""
 
+    config: RunConfig
     folder: RunFolder
     device: torch.device
     groups: MeshGroups
     control: dist.ProcessGroup
     run_id: str
     launch_id: str
+    precision: Choice
 
 
 def meet(config: RunConfig, choose_folder: Callable[[], RunFolder], context: RankContext) -> Meeting:
-    """Join the other ranks: process groups, the run's folder and names. As `build`, but for the data."""
+    """Join the other ranks: process groups, the run's folder, names and precision. As `build`, but for the data."""
     env = context.env
     device = device_of(config, env.local_rank if env.device_index < 0 else env.device_index)
     if device.type == "cuda":
@@ -112,9 +118,21 @@ def meet(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ran
     context.init_process_group("nccl" if device.type == "cuda" else "gloo", config.engine.timeout_s)
     with context.making_groups():
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-    mine = all_or_none(lambda: _identify(choose_folder()) if context.env.rank == 0 else [], control)
-    path, run_id, launch_id = _from_rank_0(mine, control)
-    return Meeting(RunFolder(Path(path)), device, _groups(config, context), control, run_id, launch_id)
+    mine = all_or_none(lambda: _identify(choose_folder()) if env.rank == 0 else None, control)
+    run = _from_rank_0(mine, control)
+    precision = agree(config.engine.precision, run.began, ability_of(device), control)
+    if run.began == "auto":
+        all_or_none(lambda: run.folder.settle(precision.precision) if env.rank == 0 else None, control)
+    return Meeting(
+        config=with_precision(config, precision.precision),
+        folder=run.folder,
+        device=device,
+        groups=_groups(config, context),
+        control=control,
+        run_id=run.run_id,
+        launch_id=run.launch_id,
+        precision=precision,
+    )
 
 
 def _groups(config: RunConfig, context: RankContext) -> MeshGroups:
@@ -125,13 +143,26 @@ def _groups(config: RunConfig, context: RankContext) -> MeshGroups:
     return groups
 
 
-def _identify(folder: RunFolder) -> list[str]:
-    return [str(folder.path), folder.record()["run_id"], f"{time.time_ns():x}"]
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What rank 0 knows of the run, and of this start."""
+
+    folder: RunFolder
+    run_id: str
+    launch_id: str
+    began: Asked
+    """The precision of the run's record."""
 
 
-def _from_rank_0(value: list[str], control: dist.ProcessGroup) -> list[str]:
-    box = [value]
+def _identify(folder: RunFolder) -> _Identity:
+    record = folder.record()
+    return _Identity(folder, record["run_id"], f"{time.time_ns():x}", record["config"]["engine"]["precision"])
+
+
+def _from_rank_0(mine: _Identity | None, control: dist.ProcessGroup) -> _Identity:
+    box = [mine]
     dist.broadcast_object_list(box, src=0, group=control)
+    assert box[0] is not None, "rank 0 has identified the run"
     return box[0]
 
 

@@ -401,7 +401,7 @@ class Trainer:
         place = self._place.step
         start = f"resumes after step {place} (from the {self._resumed_from} tier)" if place else "starts"
         self._metrics.say(
-            f"{config.name} {start}: {self._parameters:,} parameters in {config.engine.precision}, "
+            f"{config.name} {start}: {self._parameters:,} parameters in {self._shared.precision}, "
             f"ZeRO {config.engine.zero_stage}, {num_ranks(config.parallel)} rank(s) on {self._shared.device.type}, "
             f"{prepared.train.tokens:,} tokens of {prepared.source}; folder {self._shared.folder.path}"
         )
@@ -409,6 +409,8 @@ class Trainer:
             f"counting tokens alone reaches {prepared.unigram_entropy:.4f} nats/token (unigram entropy); peak "
             f"{self._peak.flops_per_s / 1e9:,.0f} GFLOP/s per rank ({self._peak.how})"
         )
+        if self._shared.precision.warning:
+            self._metrics.say(self._shared.precision.warning)
 
     def _pace(self) -> metrics.Pace:
         rate = self._throughput.tokens_per_s

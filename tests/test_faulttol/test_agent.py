@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import multiprocessing as mp
 import os
+import select
 import signal
 import socket
 import threading
@@ -207,14 +208,16 @@ def test_a_process_that_breaks_off_while_it_is_asked_ends_no_look(
         assert agent.look()[0].process_alive
 
 
-def _spin(ready: mp.synchronize.Event, cpu: int, names: bool) -> None:
-    """Never rest, on one CPU; in the thread that trains, or in one of nobody's."""
+def _spin(ready: mp.synchronize.Event, cpu: int, kind: str) -> None:
+    """Never rest, on one CPU; in the thread that trains, in one that waits for connections first, or in nobody's."""
     os.sched_setaffinity(0, {cpu})
 
     def run() -> None:
-        if names:
+        if kind == "the loop":
             name_loop()
         ready.set()
+        if kind == "connections":
+            select.epoll().poll(1.0)
         while True:
             pass
 
@@ -222,12 +225,12 @@ def _spin(ready: mp.synchronize.Event, cpu: int, names: bool) -> None:
     time.sleep(_TIMEOUT_S)
 
 
-@pytest.mark.parametrize("names", [True, False], ids=["the loop", "the background"])
-def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, names: bool) -> None:
+@pytest.mark.parametrize("kind", ["the loop", "connections", "the background"])
+def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, kind: str) -> None:
     """Two processes of which a thread never rests, bound to one CPU: each waits half of the time."""
     cpu = min(os.sched_getaffinity(0))
     ready = [server_context().Event() for _ in range(2)]
-    spinning = [server_context().Process(target=_spin, args=(one, cpu, names), daemon=True) for one in ready]
+    spinning = [server_context().Process(target=_spin, args=(one, cpu, kind), daemon=True) for one in ready]
     agent = NodeAgent()
     try:
         for process, event in zip(spinning, ready, strict=True):
@@ -237,7 +240,7 @@ def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, names: bo
         agent.watch(Watched(0, pid, start_ticks(pid), tmp_path / "heart", tmp_path / "answers"))
         first_s, begun_s = agent.look()[0].cpu_wait_s, time.monotonic()
         assert first_s == 0.0
-        waited_s = list[float]()
+        waited_s, names = list[float](), kind != "the background"
         while time.monotonic() < begun_s + (1.0 if not names else _TIMEOUT_S) and (not waited_s or waited_s[-1] < 0.3):
             time.sleep(0.1)
             waited_s.append(agent.look()[0].cpu_wait_s or 0.0)

@@ -129,6 +129,7 @@ def test_config_prints_every_setting_with_its_source(
     assert any(line.split() == ["seed", "=", "5", "#", "command", "line"] for line in lines)
     assert any(line.startswith("name ") and line.endswith("# tiny.toml") for line in lines)
     assert any(line.startswith("optim.eps") and line.endswith("# default") for line in lines)
+    assert any(line.split() == ["engine.precision", "=", '"auto"', "#", "tiny.toml"] for line in lines)
 
 
 def test_help_says_of_every_command_what_it_does(

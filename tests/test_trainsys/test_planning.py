@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from offload import PlacementError
 from tests.test_trainsys.test_engine import configure
 from trainsys import planning
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
+from trainsys.precision import ability_of
 
 H200 = {
     "cpu.adamw": 5e9,
@@ -111,6 +113,15 @@ def test_a_plan_tells_bytes_time_and_efficiency_of_every_way_to_offload(tmp_path
         steps[name] = float(line.split()[1])
     assert steps["none"] < steps["tiered"] < steps["deepspeed"]
     assert seconds(deepspeed, "update: ") == pytest.approx(count / 5e9 + 4 * count / 55e9, rel=1e-3)
+
+
+def test_a_plan_takes_auto_as_the_gpu_of_its_probe_would(tmp_path: Path) -> None:
+    auto = described(tmp_path, "--engine.precision=auto", "--engine.device=auto")
+    assert auto == described(tmp_path, "--engine.device=auto")
+    assert "parameters a rank in bf16; " in auto[0]
+    on_cpu = described(tmp_path, "--engine.precision=auto", "--engine.device=cpu")[0]
+    taken = "bf16" if ability_of(torch.device("cpu")).multiplies_bf16 else "fp32"
+    assert f"parameters a rank in {taken}; " in on_cpu
 
 
 def test_streamed_weights_take_as_long_as_the_link_and_swapped_activations_go_to_cards(tmp_path: Path) -> None:

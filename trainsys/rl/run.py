@@ -118,7 +118,7 @@ def train_policy(
     `node` names this node among its peers, whom `join` finds; without it the node is alone.
     """
     met = setup.meet(config, choose_folder, context)
-    with Run(context, config, met, resume=resume, node=node, join=join) as run:
+    with Run(context, met, resume=resume, node=node, join=join) as run:
         return run.run()
 
 
@@ -128,7 +128,6 @@ class Run:
     def __init__(
         self,
         context: RankContext,
-        config: RunConfig,
         met: setup.Meeting,
         *,
         resume: bool,
@@ -136,7 +135,7 @@ class Run:
         join: JoinPeers | None = None,
     ) -> None:
         """Build policy, engine and checkpointer; with `resume` continue from the newest checkpoint, if any."""
-        self._context, self._config, self._met, self._settings = context, config, met, config.rl
+        self._context, self._config, self._met, self._settings = context, met.config, met, met.config.rl
         self._rank = context.env.rank
         self._accuracy: tuple[int, Accuracy] = (-1, Accuracy({}, {}))
         self._first_accuracy = Accuracy({}, {})
@@ -345,10 +344,12 @@ class Run:
         config, place = self._config, self._place.step
         start = f"resumes after step {place}" if place else "starts"
         self._metrics.say(
-            f"{config.name} {start}: {self._learner.num_parameters:,} parameters in {config.engine.precision}, "
+            f"{config.name} {start}: {self._learner.num_parameters:,} parameters in {self._met.precision}, "
             f"ZeRO {config.engine.zero_stage}, {num_ranks(config.parallel)} rank(s) on {self._met.device.type}; "
             f"tasks {', '.join(config.rl.tasks)}; folder {self._met.folder.path}"
         )
+        if self._met.precision.warning:
+            self._metrics.say(self._met.precision.warning)
 
     def _beat(self, phase: str, step: int | None = None) -> None:
         self._context.heartbeat.beat(step=self._place.step if step is None else step, phase=phase)
