@@ -9,7 +9,8 @@ collectives, messages, gradients, rings, agents and sockets are real; a device's
 ranks than CPUs. Faults are real too (signals, a held GIL, paced connections, stray collectives, flipped bits) and their
 targets drawn from the seed; `shared_cpu` is left out where there are fewer than 4 CPUs. A trial is one fault: it
 strikes, and the first alarm within some seconds is the answer; in a benign trial none may come. Slow communication is
-an alarm once a probe of the links names one.
+an alarm once a probe of the links names one. Of alarms in benign runs those are told apart that `faulttol.mode = act`
+would answer with a recovery.
 
     precision of a class   trials rightly given it / all that were given it, benign ones included
     recall                 trials rightly given it / all trials of the class

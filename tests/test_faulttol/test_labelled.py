@@ -158,9 +158,11 @@ def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
         replace(right, said="none"),
         replace(right, said="crash"),
         *[replace(right, truth="none", said="none")] * 9,
-        replace(right, truth="none", said="hang"),
+        replace(right, truth="none", said="hang", said_kind="hang"),
+        replace(right, truth="none", said="slow", said_kind="communication_slow", named="link 1->0"),
+        replace(right, truth="none", said="slow", said_kind="communication_slow", named="rank 1"),
         replace(right, truth="slow", said="none", grown=1.2),
-        replace(right, truth="slow", said="slow", grown=1.7),
+        *[replace(right, truth="slow", said="slow", grown=1.7)] * 40,
         replace(right, name="ddp/4/hang/2/0", said="none"),
         replace(right, name="ddp/4/kill/2/0", truth="crash", said="crash"),
     ]
@@ -171,14 +173,15 @@ def test_precision_recall_and_culprits_are_of_what_was_said() -> None:
     assert gates["hang: recall"] == (8 / 10, False)
     assert gates["hang: culprit"] == (6 / 8, False)
     assert gates["slow: recall"] == (1.0, True)  # what made steps less than 1.5 times as long is not gated
-    assert gates["alarms in clean and benign runs"] == (1, False)
+    assert gates["alarms in clean and benign runs"] == (3, False)
+    assert gates["actions in clean and benign runs"] == (2, False)  # a slow link is only told
     assert gates["hang: found within threshold + 1 s"] == (1.0, True)
     assert gates["crash: recall"] == (1.0, True)  # of tuned seeds, where there is nothing else
-    assert report.median("benign, held out", "trials") == 10
+    assert report.median("benign, held out", "trials") == 12
     assert report.median("hang, tuned", "recall") == 0
     assert "hang, held out  10      0.889      0.8     0.75" in summary(report)
     assert "| hang, held out | 10 | 0.889 | 0.8 | 0.75 | 1.10, 1.10 |" in markdown(report)
-    assert "| benign, held out | 10 | 1 | 0.394 |" in markdown(report)
+    assert "| benign, held out | 12 | 3 | 2 | 0.527 |" in markdown(report)
     assert "| hang: precision | 0.889 | 0.99 | missed |" in markdown(report)
 
 
@@ -214,6 +217,7 @@ def test_a_version_is_of_what_code_does(tmp_path: Path) -> None:
         digests[name] = code_digest([path])
     assert digests["told"] == digests["plain"] != digests["done"]
     assert code_digest([tmp_path / "plain.py"], "more") != digests["plain"]
+    assert digests["plain"] == "1342f49f8dd0d3f7", "whatever Python reads it"
     assert len(code_version()) == 16
 
 
