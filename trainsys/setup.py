@@ -174,8 +174,6 @@ def device_of(config: RunConfig, local_rank: int) -> torch.device:
     """
     wanted, count = config.engine.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and not count):
-        if config.engine.precision == "fp16":
-            raise ConfigError(["config: engine.precision: fp16 does not train on CPU; use bf16 or fp32"])
         return torch.device("cpu")
     if not count:
         ray = "; under Ray reserve one for every rank: --launch.gpus_per_rank=1" if config.launch.kind == "ray" else ""

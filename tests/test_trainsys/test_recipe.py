@@ -85,8 +85,7 @@ def test_an_override_is_read_as_its_setting_s_type(override: str, value: object)
         ('name = "r"\n', "mine.toml: steps: missing; give an integer"),
         (
             MINIMAL + '[engine]\nprecision = "fp8"\n',
-            "mine.toml: engine.precision: 'fp8' is not a choice; allowed: 'auto', 'fp32', 'bf16', "
-            "'fp16'",
+            "mine.toml: engine.precision: 'fp8' is not a choice; allowed: 'auto', 'fp32', 'bf16', 'fp16'",
         ),
         (
             MINIMAL + "[engine]\nzero_stage = 4\n",
