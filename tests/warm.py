@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,6 +28,9 @@ import psutil
 from tests.ranks import server_context
 
 _WORKER = "launch.worker"
+_LAUNCH = [sys.executable, "-m", "trainsys", "launch"]
+_STARTING_RUNS = ("trainsys.bench.soak",)
+_POLL_S = 0.02
 _GONE_TIMEOUT_S = 30
 
 
@@ -107,17 +111,72 @@ def _be_command(module: str, args: list[str], cwd: str, stdout: str, stderr: str
     os.chdir(cwd)
     # Processes that it has forked come from the same server, not from one of its own.
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
-    # Local ranks are started by this module alone.
-    local: Any = importlib.import_module("launch.local")
-    local.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _popen})
+    starting: Any = SimpleNamespace(**{**vars(subprocess), "Popen": _popen, "run": _run})
+    # Local ranks are started by the first module alone; whole runs by the second, and by benchmarks themselves.
+    for name in ("launch.local", "trainsys.bench.training"):
+        importlib.import_module(name).subprocess = starting  # type: ignore[attr-defined]
+    if module in _STARTING_RUNS:
+        sys.modules["subprocess"] = starting
     _run_module(module, args, environ)
 
 
 def _popen(command: list[str], **options: Any) -> Any:
-    """A rank as a fork, if it is safe to fork; anything else as `subprocess.Popen` starts it."""
-    if _WORKER in command and threading.active_count() == 1:
-        return _Worker(command, **options)
+    """A rank or a run as a fork, if it is safe to fork; anything else as `subprocess.Popen` starts it."""
+    if threading.active_count() == 1:
+        if _WORKER in command:
+            return _Worker(command, **options)
+        if command[:4] == _LAUNCH:
+            return _Launch(command, **options)
     return subprocess.Popen(command, **options)
+
+
+def _run(command: list[str], **options: Any) -> Any:
+    """As `subprocess.run`, a run that has to succeed as a fork."""
+    if command[:4] != _LAUNCH or options != {"check": True}:
+        return subprocess.run(command, **options)
+    code = _popen(command).wait()
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+    return subprocess.CompletedProcess(command, code)
+
+
+class _Launch:
+    """A run forked from the benchmark that starts it; the part of `subprocess.Popen` that benchmarks use."""
+
+    def __init__(self, command: list[str], *, start_new_session: bool = False) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            with _ending_here():
+                if start_new_session:
+                    os.setsid()
+                _run_module(command[2], command[3:], dict(os.environ))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until_s = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > until_s:
+                raise subprocess.TimeoutExpired("trainsys launch", timeout or 0.0)
+            time.sleep(_POLL_S)
+        return code
+
+    def terminate(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 class _Worker:
@@ -148,8 +207,7 @@ class _Worker:
 
 def _be_worker(command: list[str], output: int, env: dict[str, str], pass_fds: Sequence[int]) -> None:
     """Be the rank that `command` names: with nothing of its launcher but its memory. Does not return."""
-    code = 1
-    try:
+    with _ending_here():
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
@@ -162,10 +220,18 @@ def _be_worker(command: list[str], output: int, env: dict[str, str], pass_fds: S
         for known in (forkserver._forkserver, resource_tracker._resource_tracker):
             type(known).__init__(known)
         _run_module(_WORKER, command[command.index(_WORKER) + 1 :], env)
+
+
+@contextlib.contextmanager
+def _ending_here() -> Iterator[None]:
+    """End this process with the block, as an interpreter ends that has run it: it must not go on as its parent."""
+    code = 1
+    try:
+        yield
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:  # noqa: BLE001 - this process ends here, and must not go on as its launcher
+    except BaseException:  # noqa: BLE001 - this process ends here
         sys.excepthook(*sys.exc_info())
     finally:
         threading._shutdown()  # type: ignore[attr-defined]  # as at the end of any interpreter
