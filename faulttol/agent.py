@@ -204,7 +204,8 @@ class _CpuWaits:
 
     By the kernel's count, of the first thread, the one that trains (`name_loop`) and those of backends and autograd:
     what works in the background may wait, and holds nobody up. Gloo's own thread has a name in torch 2.13, none in
-    2.11: there it is known by the process's name and by what it rests in, a wait for connections.
+    2.11: there it is known by the process's name and by what it rests in, a wait for connections. Other loops that wait
+    for connections and have no name of their own, as fsspec's, count with it.
     """
 
     def __init__(self, pid: int) -> None:

@@ -150,6 +150,7 @@ class _Launch:
         self.pid = os.fork()
         if self.pid == 0:
             with _ending_here():
+                sys.modules["subprocess"] = subprocess
                 if start_new_session:
                     os.setsid()
                 _run_module(command[2], command[3:], dict(os.environ))
@@ -224,20 +225,24 @@ def _be_worker(command: list[str], output: int, env: dict[str, str], pass_fds: S
 
 @contextlib.contextmanager
 def _ending_here() -> Iterator[None]:
-    """End this process with the block, as an interpreter ends that has run it: it must not go on as its parent."""
+    """End this process with the block, much as an interpreter ends that has run it: it must not go on as its parent."""
     code = 1
     try:
         yield
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - this process ends here
         sys.excepthook(*sys.exc_info())
     finally:
-        threading._shutdown()  # type: ignore[attr-defined]  # as at the end of any interpreter
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]  # as at the end of any interpreter
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def _close_all_but(kept: set[int]) -> None:

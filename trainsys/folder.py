@@ -26,7 +26,7 @@ from typing import Any
 from trainsys import recipe
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError, RunError
-from trainsys.precision import Precision
+from trainsys.precision import Precision, with_precision
 
 _PACKAGES = ("trainsys", "torch", "deepspeed", "ray", "pyarrow", "fsspec", "transformers", "wandb")
 
@@ -95,6 +95,12 @@ class RunFolder:
                 record["sources"]["engine.precision"] = before["sources"]["engine.precision"]
         self._write_record(record)
 
+    def as_begun(self, config: RunConfig) -> RunConfig:
+        """Return `config` with what `engine.precision = auto` came to in this run, if that is known."""
+        if config.engine.precision != "auto" or not self.exists():
+            return config
+        return with_precision(config, self.record()["config"]["engine"]["precision"])
+
     def settle(self, precision: Precision) -> None:
         """Keep what `engine.precision = auto` came to, for this start and all later ones.
 
@@ -102,6 +108,8 @@ class RunFolder:
             RunError: as `write_record`.
         """
         record = self.record()
+        if record["config"]["engine"]["precision"] != "auto":  # by a later start, while this one stood
+            return
         record["config"]["engine"]["precision"] = precision
         record["sources"]["engine.precision"] += ": auto"
         self._write_record(record)
@@ -175,18 +183,28 @@ _FREE = ("data.cache_dir",)
 def _require_same_run(folder: RunFolder, resolved: recipe.Resolved) -> None:
     """Refuse a resume that would load a checkpoint into another model, precision or data order.
 
-    `engine.precision = auto` is any precision: the record's stays, and where that is `auto` nothing is saved yet.
+    `engine.precision = auto` is any precision: the record's stays. Where that is `auto` nothing is saved yet, but by
+    the nodes of a swarm, each of which has decided for itself.
     """
     before = dict(recipe.leaves(folder.record()["config"]))
+    is_free = before["engine.precision"] == "auto" and not (folder.path / "nodes").exists()
     problems = [
         f"{resolved.sources[key]}: {key}: {value!r}, but the run in {folder.path} has {before.get(key)!r}; "
         "a resumed run keeps it"
         for key, value in recipe.leaves(recipe.to_tree(resolved.config))
         if key.startswith(_IDENTITY) and key not in _FREE and before.get(key) != value
-        if key != "engine.precision" or "auto" not in (value, before.get(key))
+        if key != "engine.precision" or not (is_free or value == "auto")
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def as_begun(config: RunConfig, *, resume: bool) -> RunConfig:
+    """Return `config` with what `engine.precision = auto` came to in the run that it resumes, if that is known."""
+    try:
+        return choose(config, resume=True).as_begun(config) if resume else config
+    except RunError:  # whoever opens the run tells it
+        return config
 
 
 def choose(config: RunConfig, *, resume: bool) -> RunFolder:

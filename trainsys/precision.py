@@ -7,7 +7,7 @@ has fp32 masters beside the weights, with fp32 it has none, so no later start ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,7 +91,8 @@ def ability_of(device: torch.device) -> Ability:
     """
     if device.type == "cuda":
         return Ability("GPU", torch.cuda.is_bf16_supported(including_emulation=False))
-    return Ability("CPU", _cpu_multiplies_bf16())
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return Ability("CPU", has_onednn and has_instructions(_capabilities()))
 
 
 def alone(config: RunConfig, ability: Ability) -> RunConfig:
@@ -108,7 +109,7 @@ def outcomes(config: RunConfig) -> list[RunConfig]:
     return [with_precision(config, "fp32"), with_precision(config, "bf16")]
 
 
-def with_precision(config: RunConfig, precision: Precision) -> RunConfig:
+def with_precision(config: RunConfig, precision: Asked) -> RunConfig:
     """Return `config` with this precision."""
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
 
@@ -125,15 +126,18 @@ def _lacking(abilities: Sequence[Ability]) -> str:
     return f"the {device} of rank {ranks[0]}{others}"
 
 
-def _cpu_multiplies_bf16() -> bool:
-    """Return whether this CPU has instructions for products in bf16, and torch a oneDNN that uses them.
+def has_instructions(capabilities: Mapping[str, object]) -> bool:
+    """Return whether a CPU with these capabilities multiplies bf16.
 
-    Without them oneDNN converts to fp32 and back where there is AVX-512; elsewhere it leaves bf16 to a plain loop.
+    Without such instructions oneDNN converts to fp32 and back where there is AVX-512; elsewhere it leaves bf16 to a
+    plain loop.
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
+    return any(bool(capabilities.get(name)) for name in _CPU_INSTRUCTIONS)
+
+
+def _capabilities() -> Mapping[str, object]:
+    """What torch says of this CPU; an older torch of x86 only."""
     if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in _CPU_INSTRUCTIONS)
-    # An older torch only tells whether its oneDNN takes bf16 at all, to which AVX-512 is enough.
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return dict(torch.cpu.get_capabilities())
+    asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {name: getattr(torch.cpu, function, bool)() for name, function in asked.items()}

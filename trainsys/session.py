@@ -34,7 +34,8 @@ def train_here(resolved: Resolved, *, resume: bool) -> str:
         raise ConfigError(str(error).splitlines()) from error
     with contextlib.ExitStack() as stack:
         context = stack.enter_context(RankContext.open(os.environ))
-        check(resolved.config, world_size=context.env.world_size, sources=resolved.sources)
+        config = folder.as_begun(resolved.config, resume=resume)
+        check(config, world_size=context.env.world_size, sources=resolved.sources)
         if resolved.config.faulttol.mode == "act":
             source = resolved.sources.get("faulttol.mode", "config")
             raise ConfigError(
@@ -61,7 +62,7 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
     """
     from trainsys.trainer import rank_payload
 
-    check(resolved.config, sources=resolved.sources)
+    check(folder.as_begun(resolved.config, resume=resume), sources=resolved.sources)
     memory = resolved.config.checkpoint.memory
     if resolved.config.launch.kind == "local" and memory.every and memory.peers:
         source = resolved.sources.get("checkpoint.memory.peers", "config")

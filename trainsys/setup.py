@@ -120,7 +120,8 @@ def meet(config: RunConfig, choose_folder: Callable[[], RunFolder], context: Ran
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     mine = all_or_none(lambda: _identify(choose_folder()) if env.rank == 0 else None, control)
     run = _from_rank_0(mine, control)
-    precision = agree(config.engine.precision, run.began, ability_of(device), control)
+    ability = all_or_none(lambda: ability_of(device), control)
+    precision = agree(config.engine.precision, run.began, ability, control)
     if run.began == "auto":
         all_or_none(lambda: run.folder.settle(precision.precision) if env.rank == 0 else None, control)
     return Meeting(

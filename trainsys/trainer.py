@@ -70,7 +70,7 @@ def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any]
     def work() -> dict[str, Any]:
         is_again = context.generation > payload["first_generation"]
         config = elastic.with_ranks(recipe_config, context.env.world_size) if is_again else recipe_config
-        check(config, world_size=context.env.world_size)
+        check(folder.as_begun(config), world_size=context.env.world_size)
         resume = payload["resume"] or is_again
         with elastic.recorded(config, folder, context):
             summary = train(context, config, lambda: folder, resume=resume, threads=payload["threads"])

@@ -17,7 +17,7 @@ would answer with a recovery.
     culprit                of those rightly given it: the strongest suspect is the target (a rank, a directed link)
 
 The grid is ten seeds of every kind and magnitude in each of the three jobs, with 4 and 8 ranks from seed to seed in
-turn: those of `grid.HELD_OUT_SEEDS`, whose misses no rule was made by, and which are gated. Seeds of
+turn: those of `grid.HELD_OUT_SEEDS`, which no threshold was chosen by, and which are gated. Seeds of
 `grid.TUNED_SEEDS` may be looked at to make a rule better; they are told apart. Where none of a class was held out, its
 gates are of what there is.
 

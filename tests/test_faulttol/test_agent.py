@@ -208,7 +208,7 @@ def test_a_process_that_breaks_off_while_it_is_asked_ends_no_look(
         assert agent.look()[0].process_alive
 
 
-def _spin(ready: mp.synchronize.Event, cpu: int, kind: str) -> None:
+def _spin(ready: mp.synchronize.Event, seen: mp.synchronize.Event, cpu: int, kind: str) -> None:
     """Never rest, on one CPU; in the thread that trains, in one that waits for connections first, or in nobody's."""
     os.sched_setaffinity(0, {cpu})
 
@@ -216,8 +216,8 @@ def _spin(ready: mp.synchronize.Event, cpu: int, kind: str) -> None:
         if kind == "the loop":
             name_loop()
         ready.set()
-        if kind == "connections":
-            select.epoll().poll(1.0)
+        while kind == "connections" and not seen.is_set():
+            select.epoll().poll(0.2)
         while True:
             pass
 
@@ -229,8 +229,8 @@ def _spin(ready: mp.synchronize.Event, cpu: int, kind: str) -> None:
 def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, kind: str) -> None:
     """Two processes of which a thread never rests, bound to one CPU: each waits half of the time."""
     cpu = min(os.sched_getaffinity(0))
-    ready = [server_context().Event() for _ in range(2)]
-    spinning = [server_context().Process(target=_spin, args=(one, cpu, kind), daemon=True) for one in ready]
+    ready, seen = [server_context().Event() for _ in range(2)], server_context().Event()
+    spinning = [server_context().Process(target=_spin, args=(one, seen, cpu, kind), daemon=True) for one in ready]
     agent = NodeAgent()
     try:
         for process, event in zip(spinning, ready, strict=True):
@@ -244,6 +244,8 @@ def test_how_long_a_process_waits_for_a_cpu_is_counted(tmp_path: Path, kind: str
         while time.monotonic() < begun_s + (1.0 if not names else _TIMEOUT_S) and (not waited_s or waited_s[-1] < 0.3):
             time.sleep(0.1)
             waited_s.append(agent.look()[0].cpu_wait_s or 0.0)
+            if len(waited_s) == 5:
+                seen.set()
         assert waited_s == sorted(waited_s)
         assert (waited_s[-1] >= 0.3) == names, "nobody waits for what is done in the background"
         assert waited_s[-1] <= time.monotonic() - begun_s

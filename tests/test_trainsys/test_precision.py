@@ -71,6 +71,22 @@ def test_fp16_is_refused_on_all_ranks_where_one_has_no_gpu() -> None:
             choose(asked, "fp16", [GPU, ABLE])
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "does"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({"avx512_f": True, "avx512_bw": True, "avx512_vnni": True, "avx512_bf16": False}, False),
+        ({"avx512_f": True, "avx512_bf16": True}, True),
+        ({"amx_tile": True, "amx_bf16": True, "avx512_bf16": True}, True),
+        ({"architecture": "aarch64", "bf16": True, "sve": True}, True),
+        ({"architecture": "aarch64", "bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_a_cpu_multiplies_bf16_by_its_instructions(capabilities: dict[str, object], does: bool) -> None:
+    assert precision.has_instructions(capabilities) is does
+
+
 def agreed(rank: int, world_size: int) -> str:
     """Of ranks of which the last one's machine is older."""
     assert dist.group.WORLD is not None
@@ -91,6 +107,36 @@ def test_settings_must_hold_together_for_all_that_auto_may_come_to() -> None:
     assert len(refused.value.problems) == len(set(refused.value.problems)), "once each"
 
 
+def test_a_resumed_run_is_checked_for_the_precision_that_it_has(tmp_path: Path) -> None:
+    """ZeRO 0 of DeepSpeed is right in fp32 alone."""
+    settings = ["--engine.zero_stage=0", "--engine.backend=deepspeed", f"--run_dir={tmp_path / 'run'}"]
+    with folder.open_run(recipe.load(["tiny"], [*settings, "--engine.precision=fp32"]), resume=False):
+        pass
+    config = recipe.load(["tiny"], settings).config
+    check(folder.as_begun(config, resume=True))
+    assert folder.as_begun(config, resume=False) is config
+    elsewhere = recipe.load(["tiny"], [f"--run_dir={tmp_path / 'none'}"]).config
+    assert folder.as_begun(elsewhere, resume=True) is elsewhere
+
+
+def test_a_swarm_whose_nodes_have_decided_keeps_to_auto(tmp_path: Path) -> None:
+    """Its own ranks never meet: what its record says stays as it was asked."""
+
+    def resolved(*settings: str) -> recipe.Resolved:
+        return recipe.load(["tiny"], [f"--run_dir={tmp_path / 'run'}", *settings])
+
+    with folder.open_run(resolved(), resume=False) as run:
+        (run.path / "nodes" / "node0").mkdir(parents=True)
+    for named in ("fp32", "bf16"):
+        with (
+            pytest.raises(ConfigError, match=f"engine.precision: '{named}', but the run in .* has 'auto'"),
+            folder.open_run(resolved(f"--engine.precision={named}"), resume=True),
+        ):
+            raise AssertionError("unreachable")
+    with folder.open_run(resolved(), resume=True) as run:
+        assert run.record()["config"]["engine"]["precision"] == "auto"
+
+
 @pytest.mark.parametrize("settled", ["fp32", "bf16"])
 def test_the_record_keeps_what_auto_came_to_through_every_resume(tmp_path: Path, settled: Precision) -> None:
     def resolved(*settings: str) -> recipe.Resolved:
@@ -109,6 +155,7 @@ def test_the_record_keeps_what_auto_came_to_through_every_resume(tmp_path: Path,
     (tmp_path / "run" / "config.json").unlink()
     with folder.open_run(resolved(), resume=False) as run:
         run.settle(settled)
+        run.settle("bf16" if settled == "fp32" else "fp32")  # a start that stood while this one decided
         assert held(run) == (settled, "tiny.toml: auto")
     for settings in ((), (f"--engine.precision={settled}",), ("--engine.precision=auto",)):
         with folder.open_run(resolved(*settings), resume=True) as run:
