@@ -23,7 +23,8 @@ gates are of what there is.
 
 A job goes on from trial to trial; what ends it is followed by a new one. Every beginning of the order of trials is
 balanced. `--runs` keeps every trial as a line of JSON, with a digest of the code that made and judged it: a second run
-makes only what is missing, the figures are of all lines of this code, and lines of other code count for nothing.
+makes only what is missing, the figures are of all lines of this code with the `--seeds` that are asked for, and lines
+of other code count for nothing.
 `--workers` makes so many parts at a time. `--budget-s` bounds one run; with 0 it tells what the lines say. `--traces`
 keeps what the ranks recorded in each, for looking at: it can not be judged anew as a whole, since probes answer a
 suspicion. Rivals judge the same records (`faulttol.bench.labels.rivals`); those that need a run of their own are in
@@ -58,7 +59,6 @@ from faulttol.bench.labels.grid import (
     HELD_OUT_SEEDS,
     MAGNITUDES,
     RANKS,
-    TUNED_SEEDS,
     Case,
     Verdict,
     cases,
@@ -115,10 +115,10 @@ def main(words: list[str]) -> int:
 
 
 def _report(made: Mapping[str, Verdict], options: argparse.Namespace) -> int:
-    """Tell what all trials of the grid say; return the exit code."""
+    """Tell what all trials with these seeds say; return the exit code."""
     grid = cases(list(JOBS), RANKS, EVERY, MAGNITUDES, HELD_OUT_SEEDS)
-    whole = [*grid, *cases(list(JOBS), RANKS, EVERY, MAGNITUDES, TUNED_SEEDS)]
-    verdicts = [made[case.name] for case in whole if case.name in made]
+    asked = cases(list(JOBS), RANKS, EVERY, MAGNITUDES, options.seeds)
+    verdicts = [made[case.name] for case in asked if case.name in made]
     report = Report(
         "faulttol.labelled",
         {

@@ -216,8 +216,9 @@ def _spin(ready: mp.synchronize.Event, seen: mp.synchronize.Event, cpu: int, kin
         if kind == "the loop":
             name_loop()
         ready.set()
+        connections = select.epoll()
         while kind == "connections" and not seen.is_set():
-            select.epoll().poll(0.2)
+            connections.poll(0.2)
         while True:
             pass
 

@@ -201,6 +201,8 @@ def test_lines_of_other_rules_count_for_nothing(tmp_path: Path) -> None:
     assert document["parameters"]["trials by machine"] == {"2 CPUs": 1}
     assert document["parameters"]["version"] == code_version()
     assert "1 of 1400 trials" in shown.read_text()
+    assert main([*words, "--seeds=16"]) == 0
+    assert json.loads(told.read_text())["parameters"]["trials"] == 0, "it is of another seed"
     assert len(runs.read_text().splitlines()) == 3  # nothing is thrown away, and nothing made
 
 
