@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     preflight.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path(), help="where a job writes")
     preflight.add_argument("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
     preflight.set_defaults(run_command=_preflight)
+    build = commands.add_parser("build", help="Build the recorder's part in C++ for this torch, once (half a minute).")
+    build.set_defaults(run_command=_build)
     return parser
 
 
@@ -162,6 +164,13 @@ def _preflight(options: argparse.Namespace) -> int:
     checks = check_machine(options.folder, device=options.device)
     print(summary(checks))
     return int(not all(check.ok for check in checks))
+
+
+def _build(_: argparse.Namespace) -> int:
+    from faulttol import compiled
+
+    print(compiled.build())
+    return 0
 
 
 def _ship(options: argparse.Namespace) -> int:

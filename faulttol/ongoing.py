@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from faulttol.channels import Channels
 from faulttol.ring import Ring
+
+if TYPE_CHECKING:
+    from faulttol.compiled import Compiled
 
 
 class Group:
@@ -20,12 +25,12 @@ class Group:
     __slots__ = (
         "backends",
         "coalesces",
+        "count",
         "messages",
         "name",
         "names",
         "ranks",
         "ref",
-        "seq",
         "timed",
         "timed_kinds",
         "unfinished",
@@ -34,8 +39,8 @@ class Group:
     def __init__(self, group: Any, name: str, ranks: tuple[int, ...]) -> None:
         self.ref = weakref.ref(group)
         self.name, self.ranks = name, ranks
-        self.seq = 0
-        """How many collectives were begun in it."""
+        self.count: Callable[[], int] = itertools.count(1).__next__
+        """Counts one more collective in it."""
         self.messages: dict[tuple[int, bool], int] = {}
         """How many messages were begun, by (peer, whether this rank sends)."""
         self.names: dict[tuple[str, object], tuple[int, int]] = {}
@@ -47,6 +52,14 @@ class Group:
         self.coalesces = False
         self.unfinished: list[Token] = []
         """Begun while it coalesces: one work will stand for all of them."""
+
+    def tell(self, compiled: Compiled, names: tuple[int, int], num_collectives: int) -> None:
+        """Let the part in C++ record the next collective that is like the one that begins, where that came from it."""
+        group = self.ref()
+        told = compiled.know(names, self.ranks, num_collectives) if self.backends.get("cpu") == "gloo" else None
+        if told is not None:
+            self.count, forget = told
+            self.ref = weakref.ref(group, lambda _: forget())
 
 
 class Groups:
@@ -124,6 +137,44 @@ class Token:
 
     def __init__(self, index: int, kind: str, group: Group, begin_ns: int) -> None:
         self.index, self.kind, self.group, self.begin_ns = index, kind, group, begin_ns
+
+
+REST_NS = 10_000_000
+"""How long the threads of a backend get to let go of what is over."""
+
+
+class Resting:
+    """Works on the CPU that began inside autograd's backward and are over.
+
+    Whoever lets go of such a work last needs Python's lock. Were that gloo's thread, it could wait for a thread that
+    holds the lock and waits for gloo's: DDP's reducer ends so when it outlives the process group.
+    """
+
+    def __init__(self) -> None:
+        self._works: deque[tuple[int, Any]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._works)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([work for _, work in self._works])
+
+    def add(self, now_ns: int, work: Any) -> None:
+        """Hold a work from now on."""
+        self._works.append((now_ns, work))
+
+    def let_go(self, now_ns: int) -> None:
+        """Let go of the works that have rested."""
+        with contextlib.suppress(IndexError):  # another thread took the last one
+            while self._works:
+                since_ns, work = self._works.popleft()
+                if since_ns + REST_NS > now_ns:
+                    self._works.appendleft((since_ns, work))
+                    return
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._works.clear()
 
 
 def work_is_over(token: Token) -> bool:

@@ -3,8 +3,9 @@
 `install()` once a process, before or after the process groups are made. What is written, and when:
 
     begun    before torch is called; a rank that is stopped or dies inside leaves it in the ring
-    ended    CPU: after `Work.wait`; for those who wait in C++ once somebody asks `is_completed`: this thread when it is
-             in the recorder next (it begins another, or sets a mark), else the watcher, every `poll_s`
+    ended    CPU, by the part in C++ (`faulttol.compiled`): as it happens, in the backend's thread
+             CPU, from Python: after `Work.wait`; for those who wait in C++ when this thread is in the recorder next (it
+             begins another, or sets a mark), else by the watcher, every `poll_s`
              device: by the watcher, with the device's own times (`faulttol.device`); nothing waits for the device
     failed   the call or the waiting raised, or the work ended without success
 
@@ -13,7 +14,6 @@ The path of a record is wrapped: a defect in it loses the event, which is counte
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -27,9 +27,11 @@ import torch
 
 from faulttol.channels import Channels
 from faulttol.compat import Interception, group_of, in_backward, measure, work_of
+from faulttol.compiled import KINDS, Compiled, Library
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
-from faulttol.ongoing import Group, Groups, Token, has_passed, num_over, work_is_over
+from faulttol.marks import Marks
+from faulttol.ongoing import REST_NS, Group, Groups, Resting, Token, has_passed, num_over, work_is_over
 from faulttol.operations import ENDS_AT_WAIT, Operation
 from faulttol.ring import KIND_NUMBERS, Ring
 
@@ -38,8 +40,6 @@ _IDLE_S = 0.1
 """Between two signs of life while nothing goes on."""
 _HELD_NS = 1_000_000_000
 """How long a work is held that cannot be asked whether it is over; by then whoever waits for it has it."""
-_REST_NS = 10_000_000
-"""How long the threads of a backend get to let go of what is over."""
 _DEVICE_POLL_S = 0.005
 """Between two looks of the watcher at works of devices, which hold their tensors until then."""
 _LOOK_NS = 1_000_000
@@ -51,12 +51,14 @@ _MAX_OUTPUTS = 256
 class Recorder:
     """Records this process until `close()`; `faulttol.install` makes it. Marks belong to the loop's thread."""
 
-    def __init__(self, ring: Ring, rank: int, poll_s: float) -> None:
+    def __init__(self, ring: Ring, rank: int, poll_s: float, library: Library | None) -> None:
         self.ring, self.rank = ring, rank
-        self._step, self._phase = -1, "train"
-        self._where = (-1, ring.number("phase", "train"))
-        self._step_is_open = False
+        self._compiled = None if library is None else Compiled(library, ring)
+        """Records collectives of the CPU that it knows; the others, and their first, come here."""
+        self._marks = Marks(ring, self._compiled)
         self._groups = Groups(ring)
+        self._begun = 0
+        """How many operations were begun here."""
         self._pending: dict[int, Token] = {}
         """On the CPU, by `id` of the work."""
         self._on_device: dict[tuple[int, str, int], deque[Token]] = {}
@@ -64,8 +66,7 @@ class Recorder:
         self._stamped: dict[object, deque[Token]] = {}
         """By stream: what has no work, since it runs on the stream that it was called from."""
         self._outputs: OrderedDict[int, Token] = OrderedDict()
-        self._resting: deque[tuple[int, Any]] = deque()
-        """Since when, and which works on the CPU are over that began inside backward; see `_end`."""
+        self._resting = Resting()
         self._looked_ns = 0
         self._clocks: dict[int, DeviceClock] = {}
         self._channels = Channels(rank)
@@ -90,35 +91,30 @@ class Recorder:
 
     def mark_step(self, step: int, *, phase: str = "train", tokens: int | None = None) -> None:
         """Say that `step` begins, and end the step before if it is open. `tokens`: this rank's share of the work."""
-        if self._step_is_open:
-            self.mark_step_end()
-        self._step, self._phase = step, phase
-        self._step_is_open = True
+        if self._marks.end():
+            self._mark("step_end")
+        self._marks.begin(step, phase)
         self._mark("step_begin", tokens=tokens)
 
     def mark_step_end(
         self, *, loss: float | None = None, grad_norm: float | None = None, tokens: int | None = None
     ) -> None:
         """Say that the step is over, and what came of it; numbers on the host, not tensors of a device."""
-        self._step_is_open = False
+        self._marks.end()
         self._mark("step_end", tokens=tokens, loss=loss, grad_norm=grad_norm)
 
     def mark_phase(self, phase: str) -> None:
         """Say that a phase of the step begins: `eval`, `checkpoint`, …; the next `mark_step` names a new one."""
-        self._phase = phase
+        self._marks.turn(phase)
         self._mark("phase")
 
-    def _mark(
-        self, kind: MarkKind, *, tokens: int | None = None, loss: float | None = None, grad_norm: float | None = None
-    ) -> None:
+    def _mark(self, kind: MarkKind, **told: Any) -> None:
         if not self._is_on:
             return
         try:
-            self._look_in_passing(time.monotonic_ns())
-            self._where = (self._step, self.ring.number("phase", self._phase))
-            if any(isinstance(value, torch.Tensor) and not value.is_cpu for value in (tokens, loss, grad_norm)):
-                raise TypeError("a mark's number is a tensor of a device: reading it would wait for the device")
-            self.ring.mark(kind, time.monotonic_ns(), self._where, tokens, loss, grad_norm)
+            if self._pending or self._resting:
+                self._look_in_passing(time.monotonic_ns())
+            self._marks.write(kind, **told)
         except Exception:  # noqa: BLE001 - recording may lose a mark, and must not end training
             self._lose()
 
@@ -143,12 +139,13 @@ class Recorder:
                 key = (peer, kind == "send")
                 seq = known.messages[key] = known.messages.get(key, 0) + 1
             else:
-                seq = known.seq = known.seq + 1
+                seq = known.count()
             device_type = first.device.type if on_device else "cpu"
             what = (device_type, None if operation.tensors is None or first is None else first.dtype)
             names = known.names.get(what) or self._name(known, group, *what)
             now = time.monotonic_ns()
-            index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._where, peer, names)
+            index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._marks.where, peer, names)
+            self._begun += 1
             token = Token(index, kind, known, now)
             token.on_host = not on_device
             if on_device and known.backends[device_type] != "gloo":
@@ -158,6 +155,8 @@ class Recorder:
                     token.ready = self._clock(known, group, token.device).stamp()[0]
             elif kind in _REDUCE_SCATTERS:
                 self._follow_output(arguments[0], token)
+            elif self._compiled is not None and not on_device and kind in KINDS:
+                known.tell(self._compiled, names, seq)
             if self._pending or self._resting:
                 self._look_in_passing(now)
             return token
@@ -277,11 +276,13 @@ class Recorder:
         self._pause.release()
         self._is_on = False
         self._interception.close()
+        if self._compiled is not None:
+            self._compiled.close()
         if os.getpid() == self._pid:  # a forked child has no such thread
             self._watcher.join()
             self._look_at_all()
             if self._resting:
-                time.sleep(_REST_NS / 1e9)
+                time.sleep(REST_NS / 1e9)
         self._pending.clear()
         self._on_device.clear()
         self._resting.clear()
@@ -290,11 +291,23 @@ class Recorder:
     @property
     def num_pending(self) -> int:
         """How many operations go on, as far as the recorder has noticed."""
+        return self._num_followed + (self._compiled.num_open if self._compiled is not None else 0)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether collectives on the CPU are recorded by the part in C++."""
+        return self._compiled is not None
+
+    @property
+    def _num_followed(self) -> int:
+        """How many have to be looked at to know their end."""
         return len(self._pending) + sum(map(len, (*list(self._on_device.values()), *list(self._stamped.values()))))
 
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back: what a forked child does."""
         self._is_on = False
+        if self._compiled is not None:
+            self._compiled.switch_off()
 
     # Inside.
 
@@ -304,9 +317,7 @@ class Recorder:
         token.is_over = True
         now = time.monotonic_ns()
         if token.in_backward and token.work is not None:
-            # Whoever lets go of it last needs Python's lock. Were that gloo's thread, it could wait for a thread that
-            # holds the lock and waits for gloo's: DDP's reducer ends so when it outlives the process group.
-            self._resting.append((now, token.work))
+            self._resting.add(now, token.work)
         try:
             self.ring.end(token.index, now, None, failed=failed, late=late)
             if token.output and self._outputs.get(token.output) is token:
@@ -336,10 +347,9 @@ class Recorder:
             group.timed = True
             if bare is None:
                 group.ref()._enable_collectives_timing()  # type: ignore[union-attr]
-        clock = self._clocks.get(index)
-        if clock is None:
-            clock = self._clocks[index] = DeviceClock(index)
-        return clock
+        if index not in self._clocks:
+            self._clocks[index] = DeviceClock(index)
+        return self._clocks[index]
 
     def _follow_output(self, output: Any, token: Token) -> None:
         while isinstance(output, (list, tuple)):
@@ -357,11 +367,11 @@ class Recorder:
     def _watch(self) -> None:
         is_ready, begun = False, -1
         while not self._closed.is_set():
-            if not self.num_pending and self.ring.begun == begun and not self._await_something():
+            if not self._num_followed and self._begun == begun and not self._await_something():
                 self.ring.sign()
-                self._let_go(time.monotonic_ns())
+                self._resting.let_go(time.monotonic_ns())
                 continue
-            begun = self.ring.begun  # while more begin it need not be woken for them: each time would cost a look
+            begun = self._begun  # while more begin it need not be woken for them: each time would cost a look
             pause_s = min(self._poll_s, _DEVICE_POLL_S) if self._clocks else self._poll_s
             if self._pause.acquire(timeout=pause_s) or not self._is_on:
                 return
@@ -375,17 +385,17 @@ class Recorder:
     def _await_something(self) -> bool:
         """Return whether something goes on, as soon as it does, or after `_IDLE_S`."""
         self._is_idle = True  # before looking: who begins something after that sees it, and wakes
-        if not self.num_pending and self._wake.wait(_IDLE_S):
+        if not self._num_followed and self._wake.wait(_IDLE_S):
             self._wake.clear()
         self._is_idle = False
-        return self._closed.is_set() or self.num_pending > 0
+        return self._closed.is_set() or self._num_followed > 0
 
     def _look_in_passing(self, now_ns: int) -> None:
         """End what is over on the host, in a thread that trains: a look costs less here than the watcher's waking."""
         if now_ns - self._looked_ns > _LOOK_NS:
             self._looked_ns = now_ns
             self._look_at_works(self._pending, only_host=True)
-            self._let_go(now_ns)
+            self._resting.let_go(now_ns)
 
     def _look_at_works(self, works: dict[int, Token], *, only_host: bool = False) -> None:
         for key, token in list(works.items()):
@@ -397,18 +407,9 @@ class Recorder:
                 works.pop(key, None)
                 self._lose()
 
-    def _let_go(self, now_ns: int) -> None:
-        """Let go of the works that have rested."""
-        with contextlib.suppress(IndexError):  # another thread took the last one
-            while self._resting:
-                rests = self._resting.popleft()
-                if rests[0] + _REST_NS > now_ns:
-                    self._resting.appendleft(rests)
-                    return
-
     def _look_at_all(self) -> None:
         self._look_at_works(self._pending)
-        self._let_go(time.monotonic_ns())
+        self._resting.let_go(time.monotonic_ns())
         for (_, _, peer), tokens in list(self._on_device.items()):
             self._end_those_over(tokens, work_is_over, self._end_of_work, in_order=peer < 0)
         for tokens in list(self._stamped.values()):

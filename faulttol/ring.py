@@ -21,10 +21,10 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from faulttol.errors import RingError
 from faulttol.events import KINDS, MARK_KINDS, CollectiveEvent, MarkKind, RankRecord, StepMark
@@ -56,9 +56,24 @@ _LATE = 1
 _HAS_LOSS, _HAS_NORM = 1, 2
 KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 """The number of a kind in records."""
-_MARK_NUMBERS = {kind: _FIRST_MARK + number for number, kind in enumerate(MARK_KINDS)}
+MARK_NUMBERS = {kind: _FIRST_MARK + number for number, kind in enumerate(MARK_KINDS)}
+"""The same of a mark."""
 _NAMELESS: Mapping[str, Any] = {"name": "", "backend": "", "ranks": ()}
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Layout(NamedTuple):
+    """Where in a ring's file the records are, in bytes."""
+
+    first: int
+    capacity: int
+    """Records."""
+    record_bytes: int
+    begin_bytes: int
+    """Of them, of the part that is written first."""
+    begun_counter: int
+    no_peer: int
+    """What stands for none, as an unsigned number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +115,20 @@ class Ring:
         self._map = _create(path, info)
         self._counters = memoryview(self._map).cast("Q")
         self._indexes = itertools.count(1)
+        self._claim: Callable[[], int] = self._next
         self._first = _HEADER_BYTES + _NAMES_BYTES
         self._names: dict[tuple[str, ...], int] = {}
         self._naming = threading.Lock()
         self._counters[_SIGN] = time.monotonic_ns()
+
+    @property
+    def layout(self) -> Layout:
+        """Where in the file the records are."""
+        return Layout(self._first, self.capacity, _RECORD_BYTES, _BEGIN_BYTES, _BEGUN * 8, _NO_PEER % 2**64)
+
+    def share(self, claim: Callable[[], int]) -> None:
+        """Let `claim` take the records: another writer of this process takes them too, before any was taken here."""
+        self._claim = claim
 
     def number(self, kind: str, name: str, backend: str = "", ranks: tuple[int, ...] = ()) -> int:
         """Return the number of a group, phase or dtype, which is written down when it is new; 0 when all are taken."""
@@ -115,11 +140,10 @@ class Ring:
         self, kind: int, when_ns: int, size: int, seq: int, where: tuple[int, int], peer: int, names: tuple[int, int]
     ) -> int:
         """Write that an operation begins; return its index. `where`: (step, phase); `names`: (group, dtype)."""
-        index = next(self._indexes)
+        index = self._claim()
         begun = _BEGIN.pack(index, when_ns, size, seq, where[0], peer, names[0], where[1], names[1], kind, 0)
         start = self._first + (index - 1) % self.capacity * _RECORD_BYTES
         self._map[start : start + _RECORD_BYTES] = begun + _SEAL.pack(zlib.crc32(begun)) + _OPEN
-        self._counters[_BEGUN] = index
         return index
 
     def end(self, index: int, when_ns: int, device_ns: int | None, *, failed: bool, late: bool) -> None:
@@ -137,11 +161,8 @@ class Ring:
         grad_norm: float | None,
     ) -> None:
         """Write a mark of the loop."""
-        index = self.begin(
-            _MARK_NUMBERS[kind], when_ns, 0 if tokens is None else tokens + 1, 0, where, _NO_PEER, (0, 0)
-        )
-        has = (_HAS_LOSS if loss is not None else 0) | (_HAS_NORM if grad_norm is not None else 0)
-        self._finish(index, _MARK_END.pack(loss or 0.0, grad_norm or 0.0, _ENDED, has))
+        index = self.begin(MARK_NUMBERS[kind], when_ns, 0 if tokens is None else tokens + 1, 0, where, _NO_PEER, (0, 0))
+        self._finish(index, _MARK_END.pack(loss or 0.0, grad_norm or 0.0, _ENDED, numbers_there(loss, grad_norm)))
 
     def lose(self) -> None:
         """Count a record that could not be written."""
@@ -162,6 +183,11 @@ class Ring:
             self._counters[_CLOSED] = 1
             self._counters.release()
             self._map.close()
+
+    def _next(self) -> int:
+        index = next(self._indexes)
+        self._counters[_BEGUN] = index
+        return index
 
     def _name(self, key: tuple[str, ...], ranks: tuple[int, ...]) -> int:
         with self._naming:
@@ -343,6 +369,11 @@ class RingReader:
                 return
             self._names.append(json.loads(text))
             self._named_bytes += _NAME.size + length
+
+
+def numbers_there(loss: float | None, grad_norm: float | None) -> int:
+    """Return which of a mark's numbers are there, as it is written."""
+    return (_HAS_LOSS if loss is not None else 0) | (_HAS_NORM if grad_norm is not None else 0)
 
 
 def ring_path(directory: str | Path, rank: int, generation: int = 0) -> Path:

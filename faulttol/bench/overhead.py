@@ -27,13 +27,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import faulttol
+from faulttol import compiled
 from faulttol.bench import Bound, Gate, Report, arguments
 from faulttol.bench.parts.ranks import Device, Rank, join, store_folder, together
 
@@ -58,6 +59,13 @@ class Sizes:
     rows: int
     bucket_mb: float
     """Of DDP; eight layers make this many megabytes of gradients and a few buckets."""
+
+
+class How(NamedTuple):
+    """How is recorded."""
+
+    poll_s: float
+    is_native: bool
 
 
 FULL = {
@@ -88,20 +96,25 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=400, help="of blocks of steps (default: %(default)s)")
     parser.add_argument("--rows", type=int, help="of the step's input: its length (default: 192 on a CPU, 16384 else)")
     parser.add_argument("--poll-ms", type=float, default=20.0, help="how often ends are looked for")
+    parser.add_argument(
+        "--python", action="store_true", help="record from Python, as where the part in C++ is not built"
+    )
     options = parser.parse_args()
     device = cast(Device, options.device)
     sizes = SMOKE if options.smoke else replace(FULL[device], blocks=options.repeats, pairs=options.pairs)
     sizes = replace(sizes, rows=options.rows or sizes.rows)
     parameters = {"device": device, "ranks": options.ranks, "poll_ms": options.poll_ms, "calls": sizes.calls}
-    parameters |= {"rows": sizes.rows, "width": sizes.width}
+    parameters |= {"rows": sizes.rows, "width": sizes.width, "recorder": "Python" if options.python else "C++"}
     report = Report("faulttol.overhead", parameters)
+    if not options.python:
+        compiled.build()
+    how = How(options.poll_ms / 1e3, not options.python)
     with contextlib.ExitStack() as stack:
         num = min(options.ranks, torch.cuda.device_count()) if device == "cuda" else options.ranks
         ranks = [stack.enter_context(Rank(device, index)) for index in range(num)]
         one, all_of_them = stack.enter_context(store_folder()), stack.enter_context(store_folder())
-        poll_s = options.poll_ms / 1e3
-        single = together(ranks[:1], _collectives, one, device, sizes, poll_s, timeout_s=_TIMEOUT_S)[0]
-        steps = together(ranks, _steps, all_of_them, device, sizes, poll_s, timeout_s=_TIMEOUT_S)
+        single = together(ranks[:1], _collectives, one, device, sizes, how, timeout_s=_TIMEOUT_S)[0]
+        steps = together(ranks, _steps, all_of_them, device, sizes, how, timeout_s=_TIMEOUT_S)
     _report(report, single, steps, sizes)
     return report.finish(options)
 
@@ -157,7 +170,7 @@ def interval(samples: Sequence[float]) -> tuple[float, float, float]:
     return means[_NUM_RESAMPLES // 40], trimmed(samples), means[-1 - _NUM_RESAMPLES // 40]
 
 
-def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> Pairs:
+def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, how: How) -> Pairs:
     """By pair of blocks: seconds a call without the recorder, and with it."""
     join(rank, world_size, folder, device)
     x = torch.ones(16, device=device)
@@ -171,21 +184,21 @@ def _collectives(rank: int, world_size: int, folder: str, device: Device, sizes:
             dist.all_reduce(x)
         return _since(begin)
 
-    pairs = _alternate(block, folder, sizes.blocks, poll_s)
+    pairs = _alternate(block, folder, sizes.blocks, how)
     dist.destroy_process_group()
     return pairs
 
 
-def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> tuple[Pairs, float]:
+def _steps(rank: int, world_size: int, folder: str, device: Device, sizes: Sizes, how: How) -> tuple[Pairs, float]:
     """By pair of blocks: seconds without the recorder, and with it; and how many collectives a step has."""
     join(rank, world_size, folder, device)
     try:
-        return _ddp_steps(rank, folder, device, sizes, poll_s)
+        return _ddp_steps(rank, folder, device, sizes, how)
     finally:  # after its reducer: one that ends last waits with Python's lock for threads that need it
         dist.destroy_process_group()
 
 
-def _ddp_steps(rank: int, folder: str, device: Device, sizes: Sizes, poll_s: float) -> tuple[Pairs, float]:
+def _ddp_steps(rank: int, folder: str, device: Device, sizes: Sizes, how: How) -> tuple[Pairs, float]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     layers = (nn.Linear(sizes.width, sizes.width, device=device, dtype=dtype) for _ in range(_NUM_LAYERS))
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=sizes.bucket_mb)
@@ -202,22 +215,22 @@ def _ddp_steps(rank: int, folder: str, device: Device, sizes: Sizes, poll_s: flo
         _settle(device)
         return _since(begin)
 
-    pairs = _alternate(block, folder, sizes.pairs, poll_s)
-    faulttol.install(folder, generation=1)
+    pairs = _alternate(block, folder, sizes.pairs, how)
+    faulttol.install(folder, generation=1, native=how.is_native)
     block()
     faulttol.uninstall()
     record = faulttol.read_ring(faulttol.ring_path(folder, rank, 1))
     return pairs, sum(event.step >= 0 for event in record.events) / sizes.steps
 
 
-def _alternate(block: Callable[[], Time], folder: str, num_pairs: int, poll_s: float) -> Pairs:
+def _alternate(block: Callable[[], Time], folder: str, num_pairs: int, how: How) -> Pairs:
     """Return what blocks took, in pairs: without the recorder, and with it; each order as often as the other."""
     pairs = []
     for index in range(_WARM_UP_PAIRS + num_pairs):
         taken = {}
         for is_recorded in (False, True) if index % 2 else (True, False):
             if is_recorded:
-                faulttol.install(folder, poll_s=poll_s)
+                faulttol.install(folder, poll_s=how.poll_s, native=how.is_native)
             taken[is_recorded] = block()
             faulttol.uninstall()
         pairs.append((taken[False], taken[True]))
