@@ -5,6 +5,8 @@ VENV  ?= .venv
 # build that does not fit the machine, say which one: make run TORCH='torch==2.13.0 --index-url URL'
 TORCH ?= torch==2.13.0
 ARGS  ?=
+# Tests run beside each other, for they wait as much as they compute: a worker for each processor, up to eight.
+WORKERS ?= logical
 
 FIND_PYTHON = for python in python3.11 python3.12 python3.13 python3 python; do \
 	if $$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; \
@@ -24,6 +26,7 @@ TEST_READY = $(VENV)/.test-ready
 help:  ## Print this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'ARGS="…" is added to the command: make run ARGS="--steps=50", make test ARGS="-k mesh".'
+	@echo 'WORKERS=0 runs tests one after another, in one process.'
 
 run: $(RUN_READY)  ## Train the default recipe on this machine: trainsys launch tiny.
 	$(WITH_VENV) trainsys launch tiny $(ARGS)
@@ -42,7 +45,7 @@ types: $(TEST_READY)  ## Check types alone.
 # Tests start some hundred processes: where Python is told to keep no bytecode, each would compile all of this anew.
 pytest: $(TEST_READY)  ## Run the tests alone.
 	@$(VENV)/bin/python -m compileall -q $(SOURCES)
-	$(WITH_VENV) python -m pytest $(ARGS)
+	$(WITH_VENV) python -m pytest -n $(WORKERS) --maxprocesses 8 $(ARGS)
 
 format: $(TEST_READY)  ## Rewrite the sources in the project's style.
 	$(WITH_VENV) ruff check --fix $(SOURCES)

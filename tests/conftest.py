@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from tests.ranks import warm_up
+from tests.workers import FilesInWorkers, longest_first
 
 _GRACE_S = 2.0
 
@@ -26,9 +29,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let the fork server import torch while tests are collected."""
-    if not session.config.option.collectonly:
+    """Let the fork server import torch while tests are collected, in each process that runs some."""
+    # Ray starts its workers with a niceness of 15: beside tests of another worker they would hardly run.
+    os.environ.update(RAY_worker_niceness="0")
+    if not session.config.option.collectonly and session.config.option.dist == "no":  # so says a worker, too
         warm_up()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesInWorkers:
+    """Decide who runs what."""
+    return FilesInWorkers(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Decide what comes first."""
+    longest_first(items)
 
 
 @pytest.fixture(autouse=True)
