@@ -11,8 +11,8 @@ rank's part of the tokens:
     row, sequence       nothing              sums, part    gathers tokens of dy  nothing
 
 With `overlap` a rank begins with the tokens it has, or with those that others wait for, while the rest is on its
-way: parts travel round the ring of ranks, one hop a product, or are fetched by the GPUs' copy engines
-(`parallel.symmetric`). Nothing waits on the host. Without, the collective and the product follow each other. Results
+way: parts travel round the ring of ranks, one hop a product, or are pushed by the GPUs' copy engines
+(`parallel.pushed`). Nothing waits on the host. Without, the collective and the product follow each other. Results
 are the same but for the order of sums: for two ranks and products whose library computes a row alike whatever the
 number of rows they are equal to the bit; with more ranks the ring sums in an order of its own.
 
@@ -36,7 +36,8 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     _resolve_process_group,
 )
 
-from parallel import symmetric
+from parallel import pushed, symmetric
+from parallel.products import linear, outer, product_into
 
 _SMALL_BYTES = 2**20
 """Sequences of fewer bytes than this are transposed to send the batch in one collective; larger ones go one by one,
@@ -76,8 +77,11 @@ def check_tokens(num_tokens: int, group: ProcessGroup) -> None:
 @torch.library.custom_op("parallel::column", mutates_args=())
 def _column(x: Tensor, weight: Tensor, group: str, sequence: bool, overlap: bool) -> Tensor:
     if not sequence:
-        return _linear(x, weight.t())
-    return _gather_product(x, weight.t(), _ranks(group), overlap, keep=False)[0]
+        return linear(x, weight.t())
+    ranks = _ranks(group)
+    if overlap and symmetric.available(ranks, x):
+        return pushed.column(x, weight.t(), symmetric.buffers(ranks, x.device))
+    return _gather_product(x, weight.t(), ranks, overlap)[0]
 
 
 @_column.register_fake
@@ -93,18 +97,20 @@ def _column_backward(
     ranks = _ranks(group)
     grad = grad.contiguous()
     if not sequence:
-        grad_x = _linear(grad, weight)
+        grad_x = linear(grad, weight)
         work = dist.all_reduce(grad_x, group=ranks, async_op=overlap)
-        grad_weight = _outer(grad, x)
+        grad_weight = outer(grad, x)
         if work is not None:
             work.wait()
         return grad_x, grad_weight
     if not overlap:
         gathered = gather_tokens(x, ranks)
-        return scatter_tokens(_linear(grad, weight), ranks), _outer(grad, gathered)
-    gathering = _begin_gather(x, ranks)
+        return scatter_tokens(linear(grad, weight), ranks), outer(grad, gathered)
+    if symmetric.available(ranks, x):
+        return pushed.column_backward(grad, x, weight, symmetric.buffers(ranks, x.device))
+    gathering = _start_gather(x, ranks)
     finish = _start_product_scatter(grad, weight, ranks)
-    grad_weight = _outer(grad, gathering())
+    grad_weight = outer(grad, gathering())
     return finish(), grad_weight
 
 
@@ -119,12 +125,14 @@ def _row(x: Tensor, weight: Tensor, group: str, sequence: bool, overlap: bool) -
     x = x.contiguous()
     if sequence:
         check_tokens(x.shape[1], ranks)
+        if overlap and symmetric.available(ranks, x):
+            return pushed.row(x, weight.t(), symmetric.buffers(ranks, x.device))
         if overlap:
             return _start_product_scatter(x, weight.t(), ranks)()
-        return scatter_tokens(_linear(x, weight.t()), ranks)
+        return scatter_tokens(linear(x, weight.t()), ranks)
     if overlap:
         return _product_sum(x, weight.t(), ranks)
-    y = _linear(x, weight.t())
+    y = linear(x, weight.t())
     dist.all_reduce(y, group=ranks)
     return y
 
@@ -141,9 +149,12 @@ def _row_backward(
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
     if not sequence:
-        return _linear(grad, weight), _outer(grad, x)
-    grad_x, gathered = _gather_product(grad, weight, _ranks(group), overlap)
-    return grad_x, _outer(gathered, x)
+        return linear(grad, weight), outer(grad, x)
+    ranks = _ranks(group)
+    if overlap and symmetric.available(ranks, grad):
+        return pushed.row_backward(grad, x, weight, symmetric.buffers(ranks, grad.device))
+    grad_x, gathered = _gather_product(grad, weight, ranks, overlap)
+    return grad_x, outer(gathered, x)
 
 
 @_row_backward.register_fake
@@ -215,49 +226,6 @@ def _start_gather(x_BtI: Tensor, group: ProcessGroup, *, wait: bool = False) -> 
     return finish
 
 
-def _begin_gather(x_BtI: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
-    """Begin to gather tokens by whatever disturbs products least."""
-    if not symmetric.available(group, x_BtI):
-        return _start_gather(x_BtI, group)
-    x_BtI = x_BtI.contiguous()
-    buffers = symmetric.buffers(group, x_BtI.device)
-    batch, share, features = x_BtI.shape
-    out = x_BtI.new_empty(batch, share * buffers.size, features)
-    parts = torch.split(out, share, 1)
-
-    def put(rank: int, part: Tensor) -> None:
-        for mine, theirs in zip(parts[rank], part, strict=True):  # each contiguous: a copy without a kernel
-            mine.copy_(theirs)
-
-    arrived = buffers.gather(x_BtI, put, own=True)
-
-    def finish() -> Tensor:
-        arrived()
-        return out
-
-    return finish
-
-
-def _begin_parts(x_BtI: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
-    """Begin to fetch the parts of all ranks through their memory; returns what gives them as [ranks, B, t, I].
-
-    The part of this rank is not there: whoever multiplies it has it.
-    """
-    buffers = symmetric.buffers(group, x_BtI.device)
-    parts = x_BtI.new_empty(buffers.size, *x_BtI.shape)
-
-    def put(rank: int, part: Tensor) -> None:
-        parts[rank].copy_(part)
-
-    arrived = buffers.gather(x_BtI, put)
-
-    def finish() -> Tensor:
-        arrived()
-        return parts
-
-    return finish
-
-
 @dataclass(frozen=True, slots=True)
 class _Hop:
     """A part on its way from the rank before to the rank after."""
@@ -289,25 +257,15 @@ class _Ring:
         return _Hop(received, dist.batch_isend_irecv(hops))
 
 
-def _gather_product(
-    x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overlap: bool, *, keep: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return (gathered x [B, T, I] times the matrix, gathered x); without `keep` the second may be anything."""
+def _gather_product(x_BtI: Tensor, matrix_IO: Tensor, group: ProcessGroup, overlap: bool) -> tuple[Tensor, Tensor]:
+    """Return (gathered x [B, T, I] times the matrix, gathered x)."""
     if not overlap:
         gathered = gather_tokens(x_BtI, group)
-        return _linear(gathered, matrix_IO), gathered
+        return linear(gathered, matrix_IO), gathered
     x_BtI = x_BtI.contiguous()
     batch, share, features = x_BtI.shape
     product = x_BtI.new_empty(batch, share * group.size(), matrix_IO.shape[1])
     out = torch.split(product, share, 1)
-    if symmetric.available(group, x_BtI):
-        finish = _begin_gather(x_BtI, group) if keep else _begin_parts(x_BtI, group)
-        _product_into(x_BtI, matrix_IO, out[group.rank()])
-        gathered = finish()
-        for rank, part in enumerate(torch.split(gathered, share, 1) if keep else gathered):
-            if rank != group.rank():
-                _product_into(part, matrix_IO, out[rank])
-        return product, gathered
     ring = _Ring(group)
     gathered = x_BtI.new_empty(batch, share * ring.size, features)
     whole = torch.split(gathered, share, 1)
@@ -316,7 +274,7 @@ def _gather_product(
         owner = (ring.rank - step) % ring.size
         # Sequence by sequence: so a part is contiguous in the whole as well.
         hop = ring.pass_on(list(part), list(whole[owner - 1])) if step < ring.size - 1 else None
-        _product_into(part, matrix_IO, out[owner])
+        product_into(part, matrix_IO, out[owner])
         if hop is None:
             break
         hop.wait()
@@ -328,11 +286,8 @@ def _gather_product(
 def _start_product_scatter(x_BTI: Tensor, matrix_IO: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Begin this rank's part [B, t, O] of the sum over ranks of x times the matrix; returns what finishes it.
 
-    The sum for each rank comes past all others, who add their terms, and ends with that rank's own. Where ranks read
-    each other's memory, each fetches all terms for it instead.
+    The sum for each rank comes past all others, who add their terms, and ends with that rank's own.
     """
-    if symmetric.available(group, x_BTI):
-        return _product_fetch(x_BTI, matrix_IO, symmetric.buffers(group, x_BTI.device))
     ring = _Ring(group)
     batch, num_tokens, _ = x_BTI.shape
     share = num_tokens // ring.size
@@ -340,7 +295,7 @@ def _start_product_scatter(x_BTI: Tensor, matrix_IO: Tensor, group: ProcessGroup
     hop: _Hop | None = None
     for step in range(ring.size):
         term = x_BTI.new_empty(batch, share, matrix_IO.shape[1])
-        _product_into(parts[(ring.rank - 1 - step) % ring.size], matrix_IO, term)
+        product_into(parts[(ring.rank - 1 - step) % ring.size], matrix_IO, term)
         if step == ring.size - 1:
             last, arriving = term, hop
             break
@@ -349,25 +304,6 @@ def _start_product_scatter(x_BTI: Tensor, matrix_IO: Tensor, group: ProcessGroup
         hop = ring.pass_on([term], [torch.empty_like(term)])
     assert arriving is not None
     return lambda: last.add_(arriving.wait()[0])
-
-
-def _product_fetch(x_BTI: Tensor, matrix_IO: Tensor, buffers: symmetric.Buffers) -> Callable[[], Tensor]:
-    batch, share, features = x_BTI.shape[0], x_BTI.shape[1] // buffers.size, matrix_IO.shape[1]
-    parts = torch.split(x_BTI, share, 1)
-    boxes, begin = buffers.outbox((batch, share, features), x_BTI.dtype)
-    for step in range(1, buffers.size):
-        rank = (buffers.rank + step) % buffers.size
-        _product_into(parts[rank], matrix_IO, boxes[rank])
-    terms = x_BTI.new_empty(buffers.size, batch, share, features)
-    arrived = begin(lambda rank, term: terms[rank].copy_(term))
-    own = terms[buffers.rank]
-    _product_into(parts[buffers.rank], matrix_IO, own)
-
-    def finish() -> Tensor:
-        arrived()
-        return terms.sum(0) if buffers.size > 2 else own.add_(terms[1 - buffers.rank])
-
-    return finish
 
 
 _SUM_CHUNKS = 2
@@ -386,22 +322,3 @@ def _product_sum(x: Tensor, matrix_IO: Tensor, group: ProcessGroup) -> Tensor:
         assert work is not None
         work.wait()
     return out.view(*x.shape[:-1], -1)
-
-
-def _linear(x: Tensor, matrix_IO: Tensor) -> Tensor:
-    return torch.mm(x.reshape(-1, x.shape[-1]), matrix_IO).view(*x.shape[:-1], -1)
-
-
-def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of a matrix [O, I] from those of its products."""
-    return torch.mm(grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
-
-
-def _product_into(x_BtI: Tensor, matrix_IO: Tensor, out_BtO: Tensor) -> None:
-    """Write x times the matrix into `out`; both may be parts of longer sequences."""
-    if len(x_BtI) == 1:
-        torch.mm(x_BtI[0], matrix_IO, out=out_BtO[0])
-    elif x_BtI.is_contiguous() and out_BtO.is_contiguous():
-        torch.mm(x_BtI.flatten(0, 1), matrix_IO, out=out_BtO.flatten(0, 1))
-    else:
-        torch.bmm(x_BtI, matrix_IO.expand(len(x_BtI), -1, -1), out=out_BtO)

@@ -12,10 +12,10 @@ queries begin with. Then a row's rectangle is a prefix of those queries and a su
 
 In step s a rank sends to s ranks up and receives from s ranks down, directly: only keys that will be seen (three
 quarters of them without documents), nothing where none are. A step's keys travel while the step before is computed; in
-backward they travel again, and the gradients of keys and values go straight back to their owner. Merging is by
-log-sum-exp, in at least fp32. Follows Ring Attention (arXiv 2310.01889) and the zigzag order of Striped Attention's
-(arXiv 2311.09431) successors; differs: no neighbour forwards what it does not need, which on a fabric that connects
-neighbours only makes hops longer.
+backward they travel again, and the gradients of keys and values go straight back to their owner (`parallel.transfers`).
+Merging is by log-sum-exp, in at least fp32. Follows Ring Attention (arXiv 2310.01889) and the zigzag order of Striped
+Attention's (arXiv 2311.09431) successors; differs: no neighbour forwards what it does not need, which on a fabric that
+connects neighbours only makes hops longer.
 """
 
 # Shapes: B batch, T tokens of this rank, H query heads, K key/value heads, E head width, W all tokens of a sequence.
@@ -23,139 +23,18 @@ neighbours only makes hops longer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from parallel import kernels
+from parallel.blocks import Block, Plan, Span, Step, causal_steps, document_block, rectangle_sizes
 from parallel.collectives import all_gather
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Some tokens of a rank: the same slice of every row, or others in each row, by index into B x T."""
-
-    along: slice
-    index_N: Tensor | None = None
-
-    def take(self, x_BT: Tensor) -> Tensor:
-        """Return these tokens of `x` [B, T, ...]: [B, t, ...], or [N, ...] where rows differ."""
-        return x_BT[:, self.along] if self.index_N is None else x_BT.flatten(0, 1)[self.index_N]
-
-    def put(self, x_BT: Tensor, values: Tensor) -> None:
-        """Write what `take` would return."""
-        if self.index_N is None:
-            x_BT[:, self.along] = values
-        else:
-            x_BT.flatten(0, 1).index_copy_(0, self.index_N, values.to(x_BT.dtype))
-
-    def add(self, x_BT: Tensor, values: Tensor) -> None:
-        """Add to what `take` would return."""
-        if self.index_N is None:
-            x_BT[:, self.along] += values
-        else:
-            x_BT.flatten(0, 1).index_add_(0, self.index_N, values.to(x_BT.dtype))
-
-    def empty(self, x_BT: Tensor) -> Tensor:
-        """Return a contiguous tensor for what `take` would return."""
-        if self.index_N is not None:
-            return x_BT.new_empty(len(self.index_N), *x_BT.shape[2:])
-        start, stop, _ = self.along.indices(x_BT.shape[1])
-        return x_BT.new_empty(x_BT.shape[0], stop - start, *x_BT.shape[2:])
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Queries of one rank that see keys of another: all of `queries` see all of `keys`, row by row."""
-
-    queries: Span
-    keys: Span
-    pieces: kernels.Pieces | None = None
-    """Where rows differ: how many of each belong together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What one rank does in one step of the ring."""
-
-    shift: int
-    block: Block | None
-    """Of own queries with the keys of the rank `shift` below; None where none is seen."""
-    given: Span | None
-    """Own keys that the rank `shift` above sees; None where none is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How one rank attends, the same in every layer of a forward."""
-
-    found: kernels.Documents | None
-    """Documents among its own tokens."""
-    steps: tuple[Step, ...]
-
-
-def causal_block(length: int, queries_rank: int, keys_rank: int) -> Block:
-    """Return what queries of one rank see of another's keys without documents; `length` tokens are on each rank."""
-    half = length // 2
-    if keys_rank < queries_rank:
-        return Block(Span(slice(0, length)), Span(slice(0, half)))
-    return Block(Span(slice(half, length)), Span(slice(0, length)))
-
-
-def causal_steps(length: int, rank: int, size: int) -> tuple[Step, ...]:
-    """Return a rank's steps where every row is one document."""
-    return tuple(
-        Step(
-            shift,
-            causal_block(length, rank, (rank - shift) % size),
-            causal_block(length, (rank + shift) % size, rank).keys,
-        )
-        for shift in range(1, size)
-    )
-
-
-def rectangle_sizes(numbers_RBT: Tensor, queries_rank: int, keys_rank: int) -> Tensor:
-    """Return [2, B]: how many queries of one rank, counted from the first that may, see how many last keys of another.
-
-    `numbers_RBT` are the documents' numbers by rank. Both counts of a row are 0 where nothing is seen.
-    """
-    block = causal_block(numbers_RBT.shape[2], queries_rank, keys_rank)
-    queries_BT, keys_BT = block.queries.take(numbers_RBT[queries_rank]), block.keys.take(numbers_RBT[keys_rank])
-    first_B1 = queries_BT[:, :1]
-    counts_2B = torch.stack(((queries_BT == first_B1).sum(1), (keys_BT == first_B1).sum(1)))
-    return counts_2B * (counts_2B[1] > 0)
-
-
-def document_block(
-    length: int, queries_rank: int, keys_rank: int, sizes: Sequence[Sequence[int]], device: torch.device
-) -> Block | None:
-    """Return the block of `rectangle_sizes` as numbers; None where nothing is seen."""
-    whole = causal_block(length, queries_rank, keys_rank)
-    query_start, *_ = whole.queries.along.indices(length)
-    _, key_stop, _ = whole.keys.along.indices(length)
-    rows = [(row, *both) for row, both in enumerate(zip(*sizes, strict=True)) if both[0]]
-    if not rows:
-        return None
-    if len(rows) == len(sizes[0]) and len({(queries, keys) for _, queries, keys in rows}) == 1:
-        (_, queries, keys) = rows[0]
-        return Block(Span(slice(query_start, query_start + queries)), Span(slice(key_stop - keys, key_stop)))
-    starts = [(row * length + query_start, row * length + key_stop - keys) for row, _, keys in rows]
-    query_sizes, key_sizes = [queries for _, queries, _ in rows], [keys for _, _, keys in rows]
-    return Block(
-        Span(whole.queries.along, _ranges([start for start, _ in starts], query_sizes, device)),
-        Span(whole.keys.along, _ranges([start for _, start in starts], key_sizes, device)),
-        kernels.Pieces.of(query_sizes, key_sizes, device),
-    )
-
-
-def _ranges(starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
-    parts = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return torch.cat(parts).to(device)
+from parallel.transfers import transfers
 
 
 class Ring:
@@ -211,7 +90,7 @@ class Ring:
     ) -> Tensor:
         """Return the mixed values [B, T, H, E] of this rank's tokens; `scale` is of scores, by default E^-1/2."""
         if plan is None:
-            plan = Plan(None, causal_steps(query_BTHE.shape[1], self.group.rank(), self.group.size()))
+            plan = Plan(None, causal_steps(query_BTHE.shape[1], self.group.rank(), self.group.size()), is_causal=True)
         scale = query_BTHE.shape[-1] ** -0.5 if scale is None else scale
         return self._run(query_BTHE, key_BTKE, value_BTKE, scale, plan, self.group)
 
@@ -238,55 +117,69 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plan: Plan, group: ProcessGroup
     ) -> Tensor:
-        transfers = _Transfers(plan.steps, group, torch.stack((key, value), 2))
-        transfers.fetch(0)
-        local, local_lse = kernels.forward(query, key, value, scale=scale, causal=True, found=plan.found)
-        # Copies: what is merged below must not change a result that selective recomputation keeps.
-        out, lse = local.to(local_lse.dtype, copy=True), local_lse.clone(memory_format=torch.contiguous_format)
+        key_value = _fused(_stacked, key)(key, value)
+        passing = transfers(plan, group, key_value)
+        passing.fetch(0)
+        result = kernels.forward(query, *key_value.unbind(), scale=scale, causal=True, found=plan.found)
         for number, step in enumerate(plan.steps):
-            transfers.fetch(number + 1)
-            key_value = transfers.fetched(number)
+            passing.fetch(number + 1)
+            seen = passing.fetched(number)
             if step.block is not None:
-                assert key_value is not None
-                part = _block_forward(step.block, query, key_value, scale)
-                _merge(step.block.queries, out, lse, *part)
-        transfers.finish()
-        mixed = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, mixed, lse)
+                assert seen is not None
+                part = _block_forward(step.block, query, seen, scale)
+                is_last = number == len(plan.steps) - 1
+                result = _merge(step.block.queries, *result, *part, query.dtype if is_last else part[1].dtype)
+            passing.release(number)
+        out, lse = result
+        mixed = out.to(query.dtype)  # where nothing was seen in the last step it is not yet
+        ctx.save_for_backward(query, key_value, mixed, lse)
         ctx.scale, ctx.plan, ctx.group = scale, plan, group
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mixed, lse = ctx.saved_tensors
+        query, key_value, mixed, lse = ctx.saved_tensors
         plan: Plan = ctx.plan
-        result, (grad,) = (mixed, lse), grads
-        transfers = _Transfers(plan.steps, ctx.group, torch.stack((key, value), 2))
-        transfers.fetch(0)
-        own = kernels.backward(grad, query, key, value, result, scale=ctx.scale, causal=True, found=plan.found)
-        dquery = own[0].to(lse.dtype)
-        dkey_value = torch.stack(own[1:], 2).to(lse.dtype)
+        grad, result = grads[0], (mixed, lse)
+        passing = transfers(plan, ctx.group, key_value)
+        passing.fetch(0)
+        how: dict[str, Any] = {"scale": ctx.scale, "causal": True, "found": plan.found}
+        key, value = key_value
+        own = kernels.backward(grad, query, key, value, result, **how)
+        # The sum of two terms is rounded once in any case.
+        sums_in = lse.dtype if len(plan.steps) > 1 else query.dtype
+        dquery, dkey, dvalue = (x.to(sums_in).contiguous() for x in own)
+
+        def add_returned(number: int) -> None:
+            found = passing.returned(number)
+            if found is not None:
+                given, returned = found
+                for dx, part in zip((dkey, dvalue), returned, strict=True):
+                    given.add(dx, part)
+            passing.taken(number)
+
         for number, step in enumerate(plan.steps):
-            transfers.fetch(number + 1)
-            key_value = transfers.fetched(number)
-            dblock: Tensor | None = None
-            if step.block is not None:
-                assert key_value is not None
-                part, *rest = _block_backward(step.block, grad, query, key_value, result, ctx.scale)
-                step.block.queries.add(dquery, part)
-                dblock = torch.stack(rest, -3)
+            passing.fetch(number + 1)
+            seen = passing.fetched(number)
+            for rows in passing.rows:
+                dblock: list[Tensor] = []
+                if step.block is not None:
+                    assert seen is not None
+                    keys = seen if len(passing.rows) == 1 else seen[:, rows]
+                    of_rows = (mixed[rows], lse[rows])
+                    part, *dblock = _block_backward(step.block, grad[rows], query[rows], keys, of_rows, ctx.scale)
+                    step.block.queries.add(dquery[rows], part)
+                passing.give_back(number, dblock)
+            passing.release(number)
             if number:
-                transfers.add_returned(number - 1, dkey_value)
-            transfers.give_back(number, dblock)
+                add_returned(number - 1)
         if plan.steps:
-            transfers.add_returned(len(plan.steps) - 1, dkey_value)
-        transfers.finish()
-        dkey, dvalue = dkey_value.to(key.dtype).unbind(2)
-        return dquery.to(query.dtype), dkey, dvalue, None, None, None
+            add_returned(len(plan.steps) - 1)
+        return *(x.to(query.dtype) for x in (dquery, dkey, dvalue)), None, None, None
 
 
 def _block_forward(block: Block, query: Tensor, key_value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    key, value = key_value.unbind(-3)
+    key, value = key_value
     seeing = block.queries.take(query)
     if block.pieces is None:
         return kernels.forward(seeing, key, value, scale=scale, causal=False)
@@ -296,84 +189,55 @@ def _block_forward(block: Block, query: Tensor, key_value: Tensor, scale: float)
 def _block_backward(
     block: Block, grad: Tensor, query: Tensor, key_value: Tensor, result: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    key, value = key_value.unbind(-3)
+    key, value = key_value
     grad, query, out, lse = (block.queries.take(x) for x in (grad, query, *result))
     if block.pieces is None:
         return kernels.backward(grad, query, key, value, (out, lse), scale=scale, causal=False)
     return kernels.pieces_backward(grad, query, key, value, (out, lse), block.pieces, scale=scale)
 
 
-def _merge(span: Span, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Take in what some queries saw elsewhere: the mean of both outputs by the weight of their scores."""
+def _merge(
+    span: Span, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp with what some queries saw elsewhere: the mean by the weight of their scores.
+
+    Never changes its arguments: selective recomputation keeps the first of them. The output is of `dtype`.
+    """
+    if span.index_N is None:
+        merged, merged_lse = torch.empty_like(out, dtype=dtype), torch.empty_like(lse)
+        merge = _fused(_merge_into, out)
+        merge(*(span.take(x) for x in (merged, merged_lse, out, lse)), part, part_lse)
+        start, stop, _ = span.along.indices(out.shape[1])
+        for rest in (slice(0, start), slice(stop, out.shape[1])):
+            merged[:, rest], merged_lse[:, rest] = out[:, rest], lse[:, rest]
+        return merged, merged_lse
+    out, lse = out.to(part_lse.dtype, copy=True), lse.clone(memory_format=torch.contiguous_format)
     before, before_lse = span.take(out), span.take(lse)
     share = (part_lse - before_lse).sigmoid_()[..., None]
     span.put(out, torch.lerp(before, part.to(before.dtype), share))
     span.put(lse, torch.logaddexp(before_lse, part_lse))
+    return out.to(dtype), lse
 
 
-class _Transfers:
-    """What travels in one pass: a step's keys and values here, later their gradients back."""
-
-    def __init__(self, steps: Sequence[Step], group: ProcessGroup, key_value: Tensor) -> None:
-        self._steps, self._group, self._key_value = steps, group, key_value
-        self._rank, self._size = group.rank(), group.size()
-        self._fetches: dict[int, _Transfer] = {}
-        self._returns: dict[int, _Transfer] = {}
-
-    def fetch(self, number: int) -> None:
-        """Start the transfer of a step's keys and values; of no step past the last."""
-        if number < len(self._steps):
-            step = self._steps[number]
-            sent = None if step.given is None else step.given.take(self._key_value).contiguous()
-            received = None if step.block is None else step.block.keys.empty(self._key_value)
-            self._fetches[number] = self._start(step.shift, sent, received)
-
-    def fetched(self, number: int) -> Tensor | None:
-        """Wait for a step's keys and values, [B, t, 2, K, E] or [N, 2, K, E]."""
-        transfer = self._fetches.pop(number)
-        transfer.wait()
-        return transfer.received
-
-    def give_back(self, number: int, grad: Tensor | None) -> None:
-        """Start the return of a block's gradients, and of those of own keys that went out in that step."""
-        step = self._steps[number]
-        received = None if step.given is None else step.given.empty(self._key_value)
-        self._returns[number] = self._start(-step.shift, grad, received)
-
-    def add_returned(self, number: int, grad: Tensor) -> None:
-        """Wait for what comes back in a step and add it to the gradient of own keys and values."""
-        transfer = self._returns.pop(number)
-        transfer.wait()
-        if transfer.received is not None:
-            given = self._steps[number].given
-            assert given is not None
-            given.add(grad, transfer.received)
-
-    def finish(self) -> None:
-        """See that all is over."""
-        assert not self._fetches
-        assert not self._returns
-
-    def _start(self, shift: int, sent: Tensor | None, received: Tensor | None) -> _Transfer:
-        up, down = ((self._rank + way) % self._size for way in (shift, -shift))
-        operations = []
-        if sent is not None:
-            operations.append(dist.P2POp(dist.isend, sent, group=self._group, group_peer=up))
-        if received is not None:
-            operations.append(dist.P2POp(dist.irecv, received, group=self._group, group_peer=down))
-        works = dist.batch_isend_irecv(operations) if operations else []
-        return _Transfer(works, sent, received)
+def _merge_into(
+    place: Tensor, place_lse: Tensor, before: Tensor, before_lse: Tensor, part: Tensor, part_lse: Tensor
+) -> None:
+    wide = part_lse.dtype
+    share = (part_lse - before_lse).sigmoid()[..., None]
+    place.copy_(torch.lerp(before.to(wide), part.to(wide), share))
+    place_lse.copy_(torch.logaddexp(before_lse, part_lse))
 
 
-@dataclass(slots=True)
-class _Transfer:
-    """A transfer on its way, with the tensors it reads and writes."""
+def _stacked(key: Tensor, value: Tensor) -> Tensor:
+    """Return [2, B, T, K, E], contiguous."""
+    return torch.stack((key, value))
 
-    works: Sequence[Any]
-    sent: Tensor | None
-    received: Tensor | None
 
-    def wait(self) -> None:
-        """Wait until both directions are done; a GPU's stream waits, not the host."""
-        for work in self.works:
-            work.wait()
+def _fused(function: Callable[..., Any], like: Tensor) -> Callable[..., Any]:
+    """Return the function, in one pass over memory where that is known to pay and the compiler is loaded anyway."""
+    return _compiled(function) if like.is_cuda and "torch._dynamo" in sys.modules else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)

@@ -1,9 +1,13 @@
-"""Parts that GPUs fetch from each other's memory by their copy engines, which leaves all cores to the products.
+"""Parts that GPUs write into each other's memory by their copy engines, which leaves all cores to the products.
 
-Every GPU of a group has a buffer that the others can read. A rank puts its part there, tells the others and waits for
-their word, and each fetches what it needs; all on a stream of its own, so nothing waits on the host. Words are written
-and waited for by the stream itself (`cuStreamWriteValue32`, `cuStreamWaitValue32`): a kernel that did it, such as the
-barrier of torch's symmetric memory, would have to wait for a product to leave a core free, and the copies with it.
+Every GPU of a group has slots that the others can write into. A rank writes its part there, piece by piece as it has
+them, and says so after each; what reads a piece waits for that word alone. Nothing is copied before it is sent, and
+nobody has to be ready for it: a slot is used again when its owner said that it has read what came four transfers ago,
+which it did long since. Copies are on a stream of their own, so nothing waits on the host.
+
+Words are written and waited for by the streams themselves (`cuStreamWriteValue32`, `cuStreamWaitValue32`): a kernel
+that did it, such as the barrier of torch's symmetric memory, would have to wait for a product to leave a core free, and
+the copies with it. So does a copy inside one GPU, which takes cores: it gets another stream.
 
 Multicast is never used: torch would set it up with the first buffers of a process, so its switch for that, the
 environment variable TORCH_SYMM_MEM_DISABLE_MULTICAST, is set before.
@@ -13,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,9 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-_SLOTS = 3
-"""Buffers in turn. Two operations of a rank may be under way at once, and what the one before them put in place may
-still be read by others, who are known to be done with it when the next barrier was passed."""
+_SLOTS = 4
+"""Transfers that may be under way at once. Two are, at most, in a product's backward, four in a long ring's."""
 _ALIGNMENT = 256
 _WORD_BYTES = 4
 _GREATER_OR_EQUAL = 0
@@ -32,111 +35,162 @@ _GREATER_OR_EQUAL = 0
 
 
 def available(group: ProcessGroup, like: Tensor) -> bool:
-    """Return whether GPUs of the group can read each other's memory."""
+    """Return whether GPUs of the group can reach each other's memory."""
     if not like.is_cuda:
         return False
-    return _can_read(group.group_name, group.size(), like.device)
+    return _can_reach(group.group_name, group.size(), like.device)
 
 
 class Buffers:
-    """A group's buffers; every rank makes the same calls in the same order, from one stream."""
+    """A group's slots; every rank makes the same calls in the same order, from one stream."""
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self._slot = 0
-        self._slot_bytes = 0
-        self._memory: Any = None
-        self._meetings = 0
-        self._own_words: list[int] = []
-        self._words_of_peers: list[int] = []
+        self.pushing = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._region: _Region | None = None
+        self._closed: list[int] = []
 
-    def gather(self, part: Tensor, put: Callable[[int, Tensor], None], *, own: bool = False) -> Callable[[], None]:
-        """Begin to hand every other rank's tensor, shaped like this rank's contiguous `part`, to `put(rank, tensor)`.
+    def open(self, num_bytes: int, num_pieces: int) -> Transfer:
+        """Begin a transfer for which every rank has `num_bytes` of a slot, and which comes in `num_pieces` of each.
 
-        `put` enqueues copies out of it; with `own` of `part` too, which must not change before they are done. The
-        function that is returned makes the current stream wait for them.
+        The pieces of one transfer are all pushed before the next one is opened. Blocks the host where the slots have
+        to grow, until all ranks are there.
         """
-        offset = self._claim(part.nbytes, part.itemsize)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._at(self.rank, part.shape, part.dtype, offset).copy_(part)
-            if own:
-                put(self.rank, part)
-        return self._fetch(lambda rank: self._at(rank, part.shape, part.dtype, offset), put, part)
+        if self._region is None or num_bytes > self._region.slot_bytes:
+            self._region = _Region(self.group, num_bytes)
+            self._closed.clear()
+        transfer = Transfer(self, self._region, num_pieces)
+        # First what others may wait for. The slots that are given back were read on the current stream.
+        self.pushing.wait_stream(torch.cuda.current_stream())
+        for number in self._closed:
+            for peer in self.others:
+                self._region.write(self.pushing, self._region.releases_at[peer], number)
+        self._closed.clear()
+        for peer in self.others:
+            self._region.wait(self.pushing, self._region.releases[peer], transfer.number - _SLOTS)
+        return transfer
 
-    def outbox(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Callable[..., Callable[[], None]]]:
-        """Return (a tensor [ranks, *shape] to write each rank's part into, what begins to fetch once it is written).
+    def give_back(self, transfer: Transfer) -> None:
+        """Let others know, when the next transfer is opened, that they may write into this one's slot again."""
+        if transfer.region is self._region:
+            self._closed.append(transfer.number)
 
-        `begin(put)` hands the part that each other rank has for this one to `put(rank, tensor)`, as `gather` does.
+    @property
+    def others(self) -> list[int]:
+        """The other ranks, beginning with the next: so not all send to the same one at once."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+
+class Transfer:
+    """What is under way between all ranks: pieces that this one sends, and those that come into its slot."""
+
+    def __init__(self, buffers: Buffers, region: _Region, num_pieces: int) -> None:
+        self._buffers, self.region = buffers, region
+        self.number, self._first_word = region.count(num_pieces)
+        self._num_sent = 0
+        self._held: list[Tensor] = []
+        self._sent: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def memory(self, shape: Sequence[int], dtype: torch.dtype, rank: int | None = None) -> Tensor:
+        """Return a rank's slot, by default this one's, as a tensor of this shape."""
+        owner = self._buffers.rank if rank is None else rank
+        return self.region.slot(owner, self.number, shape, dtype)
+
+    def send(self, copies: Mapping[int, Iterable[tuple[Tensor, Tensor]]]) -> None:
+        """Send one more piece: by rank (source, place in its slot), each contiguous; every rank is told.
+
+        Sources must not change before `close`.
         """
-        numel = 1
-        for length in shape:
-            numel *= length
-        offset = self._claim(self.size * numel * dtype.itemsize, dtype.itemsize)
-        boxes = self._at(self.rank, (self.size, *shape), dtype, offset)
+        self._num_sent += 1
+        stream = self._buffers.pushing
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for peer in self._buffers.others:
+                for source, place in copies.get(peer, ()):
+                    place.copy_(source, non_blocking=True)
+                    self._held.append(source)
+                self.region.write(stream, self.region.arrivals_at[peer], self._first_word + self._num_sent)
+            self._sent = stream.record_event()
 
-        def begin(put: Callable[[int, Tensor], None]) -> Callable[[], None]:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            return self._fetch(lambda rank: self._at(rank, shape, dtype, offset + self.rank * numel), put)
+    def copy(self, source: Tensor, place: Tensor) -> None:
+        """Copy into this rank's own slot, aside, row by row; `arrived` waits for it."""
+        aside = self._buffers.aside
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for mine, there in zip(source, place, strict=True):  # each contiguous, which takes a third of the time
+                there.copy_(mine, non_blocking=True)
+            self._copied = aside.record_event()
+        self._held.append(source)
 
-        return boxes, begin
+    def arrived(self, rank: int, num_pieces: int = 1) -> None:
+        """Let the current stream wait until so many pieces from a rank are in this one's slot, or what was copied."""
+        stream = torch.cuda.current_stream()
+        if rank != self._buffers.rank:
+            self.region.wait(stream, self.region.arrivals[rank], self._first_word + num_pieces)
+        elif self._copied is not None:
+            stream.wait_event(self._copied)
 
-    def _fetch(
-        self, at: Callable[[int], Tensor], put: Callable[[int, Tensor], None], *kept: Tensor
-    ) -> Callable[[], None]:
-        """Fetch others' parts; `kept` is what the stream still reads, whose memory is not given away before."""
-        with torch.cuda.stream(self._stream):
-            self._meet()
-            for step in range(1, self.size):
-                rank = (self.rank - step) % self.size
-                put(rank, at(rank))
-            done = self._stream.record_event()
-        held = list(kept)
+    def close(self) -> None:
+        """Give the slot back: all that reads it is on the current stream by now."""
+        stream = torch.cuda.current_stream()
+        for event in (self._sent, self._copied):
+            if event is not None:
+                stream.wait_event(event)
+        self._held.clear()
+        self._buffers.give_back(self)
 
-        def wait() -> None:
-            torch.cuda.current_stream().wait_event(done)
-            held.clear()
 
-        return wait
+class _Region:
+    """Memory of all ranks: the slots, and words from each of the others."""
 
-    def _meet(self) -> None:
-        """Let the stream tell all others that it got here, and wait until they did."""
-        self._meetings = (self._meetings + 1) % 2**32
-        stream, word = self._stream.cuda_stream, self._meetings
-        for address in self._words_of_peers:
-            _checked(_driver().cuStreamWriteValue32_v2(stream, address, word, 0))
-        for address in self._own_words:
-            _checked(_driver().cuStreamWaitValue32_v2(stream, address, word, _GREATER_OR_EQUAL))
+    def __init__(self, group: ProcessGroup, num_bytes: int) -> None:
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # torch reads it once, at its first buffer
+        import torch.distributed._symmetric_memory as symmetric_memory
 
-    def _claim(self, num_bytes: int, itemsize: int) -> int:
-        """Return the offset, in elements, of the next slot, after all ranks have made it large enough."""
-        if num_bytes > self._slot_bytes:
-            os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # torch reads it once, at its first buffer
-            import torch.distributed._symmetric_memory as symmetric_memory
+        torch.cuda.synchronize()
+        dist.barrier(group)
+        rank, size = group.rank(), group.size()
+        self.slot_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        end = _SLOTS * self.slot_bytes
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._whole = symmetric_memory.empty(end + 2 * size * _WORD_BYTES, dtype=torch.uint8, device=device)
+        self._whole[end:].zero_()
+        self._memory: Any = symmetric_memory.rendezvous(self._whole, group.group_name)
+        self._num_transfers = self._num_words = 0
+        own = self._whole.data_ptr() + end
+        self.arrivals = [own + other * _WORD_BYTES for other in range(size)]
+        """Addresses of words here: how many pieces have come from a rank."""
+        self.releases = [own + (size + other) * _WORD_BYTES for other in range(size)]
+        """Addresses of words here: which transfer a rank has closed."""
+        theirs = [self._memory.get_buffer(other, (1,), torch.uint8, end).data_ptr() for other in range(size)]
+        self.arrivals_at = [address + rank * _WORD_BYTES for address in theirs]
+        """Addresses of the words of this rank in the memory of each."""
+        self.releases_at = [address + (size + rank) * _WORD_BYTES for address in theirs]
+        torch.cuda.synchronize()
+        dist.barrier(group)  # all words are 0 before the first is written
 
-            torch.cuda.synchronize()
-            dist.barrier(self.group)
-            self._slot_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-            end = _SLOTS * self._slot_bytes
-            device = torch.device("cuda", torch.cuda.current_device())
-            whole = symmetric_memory.empty(end + self.size * _WORD_BYTES, dtype=torch.uint8, device=device)
-            whole[end:].zero_()
-            self._whole = whole
-            self._memory = symmetric_memory.rendezvous(whole, self.group.group_name)
-            self._meetings = 0
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            own = whole.data_ptr() + end
-            self._own_words = [own + rank * _WORD_BYTES for rank in others]
-            theirs = [self._at(rank, (1,), torch.uint8, end + self.rank * _WORD_BYTES) for rank in others]
-            self._words_of_peers = [word.data_ptr() for word in theirs]
-            torch.cuda.synchronize()
-            dist.barrier(self.group)  # all words are 0 before the first is written
-        self._slot = (self._slot + 1) % _SLOTS
-        return self._slot * self._slot_bytes // itemsize
+    def count(self, num_pieces: int) -> tuple[int, int]:
+        """Return the number of one more transfer, from 1 on, and how many words came before its own."""
+        self._num_transfers += 1
+        before = self._num_words
+        self._num_words += num_pieces
+        return self._num_transfers, before
 
-    def _at(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    def slot(self, rank: int, number: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the slot of a transfer at a rank."""
+        offset = number % _SLOTS * self.slot_bytes // dtype.itemsize
         return self._memory.get_buffer(rank, tuple(shape), dtype, offset)  # type: ignore[no-any-return]
+
+    def write(self, stream: torch.cuda.Stream, address: int, word: int) -> None:
+        """Let a stream write a word once all before it is done."""
+        _checked(_driver().cuStreamWriteValue32_v2(stream.cuda_stream, address, word % 2**32, 0))
+
+    def wait(self, stream: torch.cuda.Stream, address: int, word: int) -> None:
+        """Let a stream wait for a word, or a later one."""
+        if word > 0:
+            _checked(_driver().cuStreamWaitValue32_v2(stream.cuda_stream, address, word % 2**32, _GREATER_OR_EQUAL))
 
 
 @cache
@@ -163,7 +217,7 @@ def _checked(code: int) -> None:
 
 
 @cache
-def _can_read(name: str, size: int, device: torch.device) -> bool:
+def _can_reach(name: str, size: int, device: torch.device) -> bool:
     """Return whether this host's GPUs reach each other; a group over several hosts has more ranks than those."""
     peers = range(torch.cuda.device_count())
     here = device.index if device.index is not None else torch.cuda.current_device()

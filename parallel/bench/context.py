@@ -30,8 +30,9 @@ from torch.nn import functional
 
 from parallel import kernels
 from parallel.bench import Backend, Bound, Gate, Report, arguments, device_of, spawn
+from parallel.blocks import Plan, causal_steps
 from parallel.context import Context, number_documents
-from parallel.ring import Plan, causal_steps, in_order
+from parallel.ring import in_order
 from parallel.ulysses import by_rank, shared_heads
 
 _TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 2e-2}

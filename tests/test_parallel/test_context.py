@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -11,11 +12,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from torch import Tensor
 
-from parallel import kernels
+from parallel import kernels, ring, symmetric
+from parallel.blocks import Block, Span, causal_block, document_block, rectangle_sizes
 from parallel.context import Context, number_documents, zigzag
-from parallel.ring import Block, causal_block, document_block, in_order, rectangle_sizes
+from parallel.ring import in_order
 from parallel.ulysses import by_rank, shared_heads
 from tests.ranks import run_ranks
+from tests.test_parallel.slots import Buffers
 
 Method = Literal["ring", "ulysses"]
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -101,6 +104,40 @@ def exact_rank(rank: int, world_size: int, method: Method, heads: list[tuple[int
 )
 def test_outputs_and_gradients_equal_one_process(method: Method, size: int, heads: list[tuple[int, int]]) -> None:
     assert run_ranks(exact_rank, size, method, heads) == [len(heads) * len(LAYOUTS) * 8] * size
+
+
+def pushing_rank(rank: int, world_size: int, folder: Path) -> int:
+    """As `exact_rank`, with keys and gradients pushed, gradients in as many pieces as there are rows."""
+    fake: Any = Buffers(folder, rank, world_size)
+    symmetric.available = lambda group, like: True
+    symmetric.buffers = lambda group, device: fake  # type: ignore[assignment]
+    compared = exact_rank(rank, world_size, "ring", [(4, 2), (3, 1)])
+    assert fake.num_open == 0
+    assert fake.num_transfers == compared // 4 * 3 * (world_size - 1)  # keys twice, gradients once
+    return compared
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_pushed_keys_and_gradients_equal_one_process(size: int, tmp_path: Path) -> None:
+    assert run_ranks(pushing_rank, size, tmp_path) == [2 * len(LAYOUTS) * 8] * size
+
+
+def test_what_ranks_saw_is_merged_in_one_pass_or_by_index() -> None:
+    for span in (slice(0, 6), slice(3, 6), slice(1, 4)):
+        torch.manual_seed(3)
+        out, part = torch.randn(2, 6, 3, 4).bfloat16(), torch.randn(2, 6, 3, 4)[:, span].bfloat16()
+        lse, part_lse = torch.randn(2, 6, 3), torch.randn(2, 6, 3)[:, span]
+        kept = out.clone()
+        merged = ring._merge(Span(span), out, lse, part, part_lse, torch.bfloat16)
+        rows = torch.arange(12).view(2, 6)[:, span].flatten()
+        flat, flat_lse = part.flatten(0, 1), part_lse.flatten(0, 1)
+        scattered = ring._merge(Span(span, rows), out, lse, flat, flat_lse, torch.bfloat16)
+        assert torch.equal(out, kept)
+        for one, other in zip(merged, scattered, strict=True):
+            torch.testing.assert_close(one.float(), other.float(), rtol=torch.finfo(one.dtype).eps, atol=1e-6)
+        share = ((part_lse.exp()) / (part_lse.exp() + lse[:, span].exp()))[..., None]
+        exact = out[:, span].float() * (1 - share) + part.float() * share
+        torch.testing.assert_close(merged[0][:, span].float(), exact, rtol=2**-8, atol=2**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -139,6 +139,7 @@ CASES = {
     "pipeline, 2 m": Case(_PIPELINE, scale=2, micro_sequences=2),
     "context": Case(ParallelConfig(context=2)),
     "context, long": Case(ParallelConfig(context=2), micro_sequences=1, stretch=_LONG),
+    "context, long, all-to-all": Case(ParallelConfig(context=2, attention="ulysses"), micro_sequences=1, stretch=_LONG),
 }
 PLAIN = {
     BASELINE: Case(ParallelConfig(shard=2)),

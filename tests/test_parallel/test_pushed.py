@@ -1,0 +1,75 @@
+"""Products whose parts are pushed in pieces, through files in place of GPUs' memory, against those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import pushed
+from parallel.overlap import gather_tokens, scatter_tokens
+from parallel.products import linear, outer
+from tests.ranks import run_ranks
+from tests.test_parallel.slots import Buffers
+
+ROUNDS = 3
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def pushed_rank(rank: int, world_size: int, folder: Path) -> int:
+    assert dist.group.WORLD is not None
+    group, buffers = dist.group.WORLD, Buffers(folder, rank, world_size)
+    random = torch.Generator().manual_seed(rank)
+    compared = 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    for batch, share, wide, narrow in ((1, 8, 12, 20), (4, 3, 6, 5), (9, 4, 8, 8), (3, 16, 4, 2)):
+        for piece_bytes in (2**24, 64):
+            pushed._PIECE_BYTES = piece_bytes
+            for _ in range(ROUNDS):
+                x, grad, weight = (
+                    normal(batch, share, wide),
+                    normal(batch, share * world_size, narrow),
+                    normal(narrow, wide),
+                )
+                gathered = gather_tokens(x, group)
+                pairs = [(pushed.column(x, weight.t(), buffers), linear(gathered, weight.t()))]
+                found = pushed.column_backward(grad, x, weight, buffers)
+                wanted = (scatter_tokens(linear(grad, weight), group), outer(grad, gathered))
+                pairs += zip(found, wanted, strict=True)
+                pairs.append((pushed.row(grad, weight, buffers), wanted[0]))
+                found = pushed.row_backward(x, grad, weight.t(), buffers)
+                pairs += zip(found, (linear(gathered, weight.t()), outer(gathered, grad)), strict=True)
+                for mine, theirs in pairs:
+                    torch.testing.assert_close(mine, theirs, **EXACT)
+                    compared += 1
+    assert buffers.num_open == 0
+    return compared
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pushed_products_are_those_that_follow_their_collectives(size: int, tmp_path: Path) -> None:
+    assert run_ranks(pushed_rank, size, tmp_path) == [4 * 2 * ROUNDS * 6] * size
+
+
+def test_pieces_cover_every_token_once() -> None:
+    for batch, num_tokens, num_bytes, features, count in (
+        (16, 2048, 2**27, 1024, 4),
+        (16, 2048, 2**27, 2048, 2),
+        (16, 2048, 2**27, 8192, 1),
+        (1, 100, 2**27, 512, 4),
+        (3, 7, 2**26, 1024, 4),
+        (5, 4, 2**25, 1, 2),
+        (2, 8, 1, 1, 1),
+    ):
+        covered = torch.zeros(batch, num_tokens)
+        cut = pushed.pieces(batch, num_tokens, num_bytes, features)
+        for piece in cut:
+            covered[piece] += 1
+        assert (covered == 1).all()
+        assert len(cut) == count
