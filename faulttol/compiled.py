@@ -55,7 +55,7 @@ def build() -> Path:
 
     Raises: RecorderError when there is no compiler or it failed; what to do is in the message.
     """
-    path = _path()
+    path = library_path()
     if path.exists():
         return path
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
@@ -85,7 +85,7 @@ def load() -> Library | None:
 
     Raises: RecorderError when what was built cannot be loaded.
     """
-    path = _path()
+    path = library_path()
     return Library(path) if path.exists() else None
 
 
@@ -103,19 +103,19 @@ class Library:
             found.restype, found.argtypes = result, arguments
             return found
 
-        handle, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
+        who, pointer, number, long = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
         self.error = function("error", ctypes.c_char_p)
-        self.open = function("open", handle, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, number)
-        self.close = function("close", None, handle)
-        self.switch_off = function("switch_off", None, handle)
-        self.place = function("place", None, handle, number, number)
-        self.claim = function("claim", count, handle)
-        self.know = function("know", handle, handle, number, number, count, ctypes.c_void_p, number)
-        self.forget = function("forget", None, handle, handle)
-        self.count = function("count", count, handle)
-        self.num_open = function("num_open", ctypes.c_int64, handle)
+        self.open = function("open", who, ctypes.c_char_p, pointer, pointer, number)
+        self.close = function("close", None, who)
+        self.switch_off = function("switch_off", None, who)
+        self.place = function("place", None, who, number, number)
+        self.claim = function("claim", long, who)
+        self.know = function("know", pointer, who, number, number, long, pointer, number)
+        self.forget = function("forget", None, who, pointer)
+        self.count = function("count", long, pointer)
+        self.num_open = function("num_open", ctypes.c_int64, who)
         numbers = (ctypes.c_double, ctypes.c_double)
-        self.mark = function("mark", None, handle, number, number, number, count, *numbers, number)
+        self.mark = function("mark", None, who, number, number, number, long, *numbers, number)
 
 
 class Compiled:
@@ -133,21 +133,21 @@ class Compiled:
             for each in _OPERATORS
         ]
         operations = (_Operation * len(places))(*places)
-        self._handle = library.open(
+        self._number = library.open(
             str(ring.path).encode(), ctypes.byref(_Layout(*ring.layout)), ctypes.byref(operations), len(places)
         )
-        if self._handle is None:
+        if not self._number:
             raise RecorderError(f"{_SOURCE.name}: {library.error().decode()}; {_REMEDY}")
-        ring.share(functools.partial(library.claim, self._handle))
-        self.mark: Callable[..., None] = functools.partial(library.mark, self._handle)
+        ring.share(self._claim)
+        self.mark: Callable[..., None] = functools.partial(library.mark, self._number)
         """Takes (kind, step, phase, tokens + 1 or 0, loss, gradient norm, which of the two are there)."""
-        self.place: Callable[[int, int], None] = functools.partial(library.place, self._handle)
+        self.place: Callable[[int, int], None] = functools.partial(library.place, self._number)
         """Takes (step, phase): where what begins from now on is."""
 
     @property
     def num_open(self) -> int:
         """How many operations that began here go on."""
-        return int(self._library.num_open(self._handle))
+        return int(self._library.num_open(self._number))
 
     def know(
         self, names: tuple[int, int], ranks: Sequence[int], num_collectives: int
@@ -158,28 +158,30 @@ class Compiled:
         object is gone; None for any other call.
         """
         of_group = (ctypes.c_int64 * len(ranks))(*ranks)
-        counter = self._library.know(self._handle, *names, num_collectives, ctypes.byref(of_group), len(ranks))
+        counter = self._library.know(self._number, *names, num_collectives, ctypes.byref(of_group), len(ranks))
         if counter is None:
             return None
-        return functools.partial(self._library.count, counter), functools.partial(self._forget, counter)
+        return functools.partial(self._library.count, counter), functools.partial(
+            self._library.forget, self._number, counter
+        )
 
     def switch_off(self) -> None:
         """Record nothing any more, without taking anything back."""
-        self._library.switch_off(self._handle)
+        self._library.switch_off(self._number)
 
     def close(self) -> None:
-        """Take the kernels out of torch; what goes on still writes its end. Not to be used after it."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            self._library.close(handle)
+        """Take the kernels out of torch; what goes on still writes its end. Idempotent; later calls do nothing."""
+        self._library.close(self._number)
 
-    def _forget(self, counter: int) -> None:
-        if self._handle is not None:
-            self._library.forget(self._handle, counter)
+    def _claim(self) -> int:
+        index = int(self._library.claim(self._number))
+        if not index:
+            raise RecorderError("the recorder was closed meanwhile")
+        return index
 
 
-def _path() -> Path:
-    """Return where the library is, or will be, in the user's cache."""
+def library_path() -> Path:
+    """Return where the library is for this torch, or will be once it is built, in the user's cache."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faulttol"
     abi = str(torch.compiled_with_cxx11_abi())
     parts = (torch.__version__, str(torch.version.git_version), abi, platform.machine(), *_FLAGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -61,12 +62,14 @@ def install(
         if library is None and native is None:
             _LOG.info("collectives on the CPU are recorded from Python; python -m faulttol build makes that cheaper")
         path = ring_path(Path(directory), rank, generation)
-        ring = Ring(path, rank=rank, world_size=world_size, generation=generation, capacity=capacity)
-        try:
-            _Process.recorder = Recorder(ring, rank, poll_s, library)
-        except BaseException:
-            ring.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            ring = Ring(path, rank=rank, world_size=world_size, generation=generation, capacity=capacity)
+            undo.callback(ring.close)
+            in_cpp = None if library is None else compiled.Compiled(library, ring)
+            if in_cpp is not None:
+                undo.callback(in_cpp.close)
+            _Process.recorder = Recorder(ring, rank, poll_s, in_cpp)
+            undo.pop_all()
         return _Process.recorder
 
 

@@ -27,7 +27,7 @@ import torch
 
 from faulttol.channels import Channels
 from faulttol.compat import Interception, group_of, in_backward, measure, work_of
-from faulttol.compiled import KINDS, Compiled, Library
+from faulttol.compiled import KINDS, Compiled
 from faulttol.device import DeviceClock, is_capturing, leave_captures_alone
 from faulttol.events import MESSAGES, MarkKind
 from faulttol.marks import Marks
@@ -51,9 +51,9 @@ _MAX_OUTPUTS = 256
 class Recorder:
     """Records this process until `close()`; `faulttol.install` makes it. Marks belong to the loop's thread."""
 
-    def __init__(self, ring: Ring, rank: int, poll_s: float, library: Library | None) -> None:
+    def __init__(self, ring: Ring, rank: int, poll_s: float, compiled: Compiled | None) -> None:
         self.ring, self.rank = ring, rank
-        self._compiled = None if library is None else Compiled(library, ring)
+        self._compiled = compiled
         """Records collectives of the CPU that it knows; the others, and their first, come here."""
         self._marks = Marks(ring, self._compiled)
         self._groups = Groups(ring)
@@ -196,11 +196,11 @@ class Recorder:
     def awaited(self, work: Any) -> Token | None:
         """Return the token of a work on the CPU: its wait is its end. A device's wait is only an order."""
         token = self._pending.pop(id(work), None)
-        if token is not None:
-            try:
+        try:
+            if token is not None:
                 token.is_late = work.is_completed()
-            except Exception:  # noqa: BLE001 - as in begin
-                self._lose()
+        except Exception:  # noqa: BLE001 - as in begin
+            self._lose()
         return token
 
     def over(self, token: Token) -> None:

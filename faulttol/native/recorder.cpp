@@ -9,6 +9,7 @@
 // Records are those of faulttol/ring.py. Plain C functions, called by faulttol/compiled.py.
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -18,7 +19,6 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -170,7 +170,8 @@ struct ForgetsMissed {
 };
 
 struct Recorder {
-  Recorder(const char* path, const Layout& layout) : ring(path, layout), no_peer(static_cast<int32_t>(layout.no_peer)) {}
+  Recorder(const char* path, const Layout& layout, uint64_t number)
+      : ring(path, layout), no_peer(static_cast<int32_t>(layout.no_peer)), number(number) {}
 
   bool find(const Key& key, Known& found) {
     const std::lock_guard<std::mutex> held(lock);
@@ -187,22 +188,35 @@ struct Recorder {
 
   Ring ring;
   const int32_t no_peer;
+  const uint64_t number;
   std::atomic<bool> is_on{true};
   std::atomic<int64_t> where{0};  // step << 16 | phase
   std::atomic<int64_t> num_open{0};
   std::mutex lock;
   std::map<Key, Known> known;
   std::map<c10d::ProcessGroup*, Counter*> counters;
-  std::deque<Counter> all_counters;
   std::unique_ptr<torch::Library> library;
 };
 
-std::mutex current_lock;
+std::mutex current_lock;  // of these two
 std::shared_ptr<Recorder> current;
+uint64_t num_recorders = 0;
 
 std::shared_ptr<Recorder> in_use() {
   const std::lock_guard<std::mutex> held(current_lock);
   return current;
+}
+
+// The recorder of a number that Python has: null once it is closed, for other threads may come later.
+std::shared_ptr<Recorder> numbered(uint64_t number) {
+  auto recorder = in_use();
+  if (recorder && recorder->number != number) recorder.reset();
+  return recorder;
+}
+
+void replace_current(std::shared_ptr<Recorder> recorder) {
+  const std::lock_guard<std::mutex> held(current_lock);
+  current.swap(recorder);
 }
 
 // The first tensor of an argument and the bytes of all; false for what Python has to look at.
@@ -315,10 +329,6 @@ std::map<std::string, c10::BoxedKernel>& kernels() {
   return *made;
 }
 
-using Handle = std::shared_ptr<Recorder>;
-
-Recorder& recorder_of(void* handle) { return **static_cast<Handle*>(handle); }
-
 thread_local std::string last_error;
 
 }  // namespace
@@ -327,22 +337,24 @@ extern "C" {
 
 const char* faulttol_error() { return last_error.c_str(); }
 
-// Maps a ring and puts the kernels into torch; null on failure, which faulttol_error then tells.
-void* faulttol_open(const char* path, const Layout* layout, const Operation* operations, int num_operations) {
-  if (layout->record_bytes != sizeof(Record) || layout->begin_bytes != sizeof(Begun) + sizeof(uint32_t)) {
-    last_error = "records are of another size there";
-    return nullptr;
+// Maps a ring and puts the kernels into torch; returns the recorder's number, or 0 on failure, which faulttol_error then
+// tells. There is one at a time.
+uint64_t faulttol_open(const char* path, const Layout* layout, const Operation* operations, int num_operations) {
+  // A child that is forked while another thread holds the lock finds it free.
+  static const int forks = pthread_atfork(
+      [] { current_lock.lock(); }, [] { current_lock.unlock(); }, [] { current_lock.unlock(); });
+  if (forks != 0 || layout->record_bytes != sizeof(Record) ||
+      layout->begin_bytes != sizeof(Begun) + sizeof(uint32_t)) {
+    last_error = forks ? std::strerror(forks) : "records are of another size there";
+    return 0;
   }
   try {
-    auto recorder = std::make_shared<Recorder>(path, *layout);
+    auto recorder = std::make_shared<Recorder>(path, *layout, ++num_recorders);
     if (recorder->ring.error()) {
       last_error = std::string(path) + ": " + std::strerror(recorder->ring.error());
-      return nullptr;
+      return 0;
     }
-    {
-      const std::lock_guard<std::mutex> held(current_lock);
-      current = recorder;
-    }
+    replace_current(recorder);
     recorder->library = std::make_unique<torch::Library>(
         torch::Library::IMPL, "c10d", c10::DispatchKey::ADInplaceOrView, __FILE__, __LINE__);
     for (int place = 0; place < num_operations; ++place) {
@@ -354,60 +366,62 @@ void* faulttol_open(const char* path, const Layout* layout, const Operation* ope
       }
       recorder->library->impl(name.c_str(), torch::CppFunction::makeFromBoxedKernel(found->second));
     }
-    return new Handle(std::move(recorder));
+    return recorder->number;
   } catch (const std::exception& error) {
     last_error = error.what();
-    const std::lock_guard<std::mutex> held(current_lock);
-    current.reset();
-    return nullptr;
+    replace_current(nullptr);
+    return 0;
   }
 }
 
 // Takes the kernels out of torch; what goes on still writes its end.
-void faulttol_close(void* handle) {
-  {
-    const std::lock_guard<std::mutex> held(current_lock);
-    current.reset();
+void faulttol_close(uint64_t number) {
+  if (const auto recorder = numbered(number)) {
+    recorder->is_on = false;
+    recorder->library.reset();
+    replace_current(nullptr);
   }
-  auto* owned = static_cast<Handle*>(handle);
-  (*owned)->is_on = false;
-  (*owned)->library.reset();
-  delete owned;
 }
 
 // Records nothing any more, and takes nothing back.
-void faulttol_switch_off(void* handle) { recorder_of(handle).is_on = false; }
-
-// Says where what begins from now on is, without a mark.
-void faulttol_place(void* handle, int step, int phase) {
-  const int64_t where = (static_cast<int64_t>(step) << 16) | (phase & 0xFFFF);
-  recorder_of(handle).where.store(where, std::memory_order_relaxed);
+void faulttol_switch_off(uint64_t number) {
+  if (const auto recorder = numbered(number)) recorder->is_on = false;
 }
 
-// Takes the next record of the ring for a writer in Python.
-uint64_t faulttol_claim(void* handle) { return recorder_of(handle).ring.claim(); }
+// Says where what begins from now on is, without a mark.
+void faulttol_place(uint64_t number, int step, int phase) {
+  const int64_t where = (static_cast<int64_t>(step) << 16) | (phase & 0xFFFF);
+  if (const auto recorder = numbered(number)) recorder->where.store(where, std::memory_order_relaxed);
+}
+
+// Takes the next record of the ring for a writer in Python; 0 once it is closed.
+uint64_t faulttol_claim(uint64_t number) {
+  const auto recorder = numbered(number);
+  return recorder ? recorder->ring.claim() : 0;
+}
 
 // Tells of the group and the dtype that the call in this thread was about, if it came past a kernel here and was not
-// known; returns the counter of the group's collectives, which starts at `num_collectives`, or null.
-void* faulttol_know(void* handle, int group, int dtype, uint64_t num_collectives, const int64_t* ranks, int num_ranks) {
-  auto& recorder = recorder_of(handle);
-  if (!missed.first) return nullptr;
-  const std::lock_guard<std::mutex> held(recorder.lock);
-  Counter*& counter = recorder.counters[missed.first];
-  if (!counter) {
-    counter = &recorder.all_counters.emplace_back(num_collectives);
-  }
+// known; returns the counter of the group's collectives, which starts at `num_collectives`, or null. Counters are kept
+// for ever: a thread of Python's may still count.
+void* faulttol_know(
+    uint64_t number, int group, int dtype, uint64_t num_collectives, const int64_t* ranks, int num_ranks) {
+  const auto recorder = numbered(number);
+  if (!recorder || !missed.first) return nullptr;
+  const std::lock_guard<std::mutex> held(recorder->lock);
+  Counter*& counter = recorder->counters[missed.first];
+  if (!counter) counter = new Counter(num_collectives);
   auto copied = std::make_shared<const std::vector<int64_t>>(ranks, ranks + num_ranks);
-  recorder.known[missed] = {static_cast<uint16_t>(group), static_cast<uint16_t>(dtype), counter, std::move(copied)};
+  recorder->known[missed] = {static_cast<uint16_t>(group), static_cast<uint16_t>(dtype), counter, std::move(copied)};
   return counter;
 }
 
 // Forgets the group that has this counter: it is gone, and another may have its address.
-void faulttol_forget(void* handle, void* counter) {
-  auto& recorder = recorder_of(handle);
-  const std::lock_guard<std::mutex> held(recorder.lock);
-  std::erase_if(recorder.known, [&](const auto& entry) { return entry.second.collectives == counter; });
-  std::erase_if(recorder.counters, [&](const auto& entry) { return entry.second == counter; });
+void faulttol_forget(uint64_t number, void* counter) {
+  const auto recorder = numbered(number);
+  if (!recorder) return;
+  const std::lock_guard<std::mutex> held(recorder->lock);
+  std::erase_if(recorder->known, [&](const auto& entry) { return entry.second.collectives == counter; });
+  std::erase_if(recorder->counters, [&](const auto& entry) { return entry.second == counter; });
 }
 
 // Counts one more collective of a group.
@@ -416,22 +430,26 @@ uint64_t faulttol_count(void* counter) {
 }
 
 // How many operations that began here go on.
-int64_t faulttol_num_open(void* handle) { return recorder_of(handle).num_open.load(); }
+int64_t faulttol_num_open(uint64_t number) {
+  const auto recorder = numbered(number);
+  return recorder ? recorder->num_open.load() : 0;
+}
 
 // Writes a mark of the loop, and says where what begins from now on is.
 void faulttol_mark(
-    void* handle, int kind, int step, int phase, uint64_t tokens, double loss, double gradient_norm, int has) {
-  auto& recorder = recorder_of(handle);
-  faulttol_place(handle, step, phase);
+    uint64_t number, int kind, int step, int phase, uint64_t tokens, double loss, double gradient_norm, int has) {
+  const auto recorder = numbered(number);
+  if (!recorder) return;
+  faulttol_place(number, step, phase);
   Begun begun{};
-  begun.index = recorder.ring.claim();
+  begun.index = recorder->ring.claim();
   begun.when = now_ns();
   begun.bytes = tokens;
   begun.step = step;
-  begun.peer = recorder.no_peer;
+  begun.peer = recorder->no_peer;
   begun.phase = static_cast<uint16_t>(phase);
   begun.kind = static_cast<uint8_t>(kind);
-  recorder.ring.begin(begun);
-  recorder.ring.end(begun.index, Marked{loss, gradient_norm, kEnded, static_cast<uint8_t>(has)});
+  recorder->ring.begin(begun);
+  recorder->ring.end(begun.index, Marked{loss, gradient_norm, kEnded, static_cast<uint8_t>(has)});
 }
 }

@@ -397,7 +397,7 @@ def test_without_what_was_built_it_records_from_python_and_without_a_compiler_sa
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
         with pytest.raises(RecorderError, match="no such header"):
             faulttol.install(tmp_path, rank=0, world_size=1, native=True)
-        path = compiled._path()
+        path = compiled.library_path()
         path.write_bytes(b"no library")
         with pytest.raises(RecorderError, match="remove the file and build it again"):
             faulttol.install(tmp_path, rank=0, world_size=1)

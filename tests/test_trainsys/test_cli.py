@@ -146,6 +146,7 @@ def test_env_says_where_each_package_came_from(
     output = output_of(monkeypatch, capsys, "env")
     for package in ("trainsys", "parallel", "checkpoint", "offload", "faulttol", "launch"):
         assert f"{package}/__init__.py" in output
+    assert "\nrecorder     in C++, " in output or "python -m faulttol build" in output
 
 
 def test_recipes_lists_what_ships(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
