@@ -9,11 +9,7 @@ is right, and the checkpoint of it as well; what is found in step N is gone with
 
 from __future__ import annotations
 
-import json
-import math
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +22,9 @@ from faulttol import sdc
 from faulttol.errors import Corrupted
 from faulttol.finding import Finding
 from trainsys import setup
+from trainsys.distrust import distrust
 from trainsys.drill import Drill
 from trainsys.engines import Engine
-from trainsys.folder import RunFolder
 from trainsys.hostmemory import gather_on
 
 
@@ -170,51 +166,6 @@ def _noting(squares: list[Tensor], name: str, first: Callable[[str, Tensor], Ten
         return gradient
 
     return note
-
-
-def distrust(folder: RunFolder, after_step: int, why: str) -> None:
-    """Write down, durably enough for the next generation, that no checkpoint of a later step is to be gone on from."""
-    path = _mark(folder)
-    known = _read(path)
-    if known is not None:
-        after_step = min(after_step, known[0])
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # rank 0 and the launcher may both write it
-    try:
-        unfinished.write_text(json.dumps({"after_step": after_step, "why": why}), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def heed(folder: RunFolder, checkpointer: ck.Checkpointer) -> int:
-    """Mark the checkpoints that a `distrust` was about, before any is loaded; return how many there were.
-
-    One rank calls it, when no older generation can commit any more.
-    """
-    known = _read(_mark(folder))
-    if known is None:
-        return 0
-    count = checkpointer.distrust(*known)
-    _mark(folder).unlink()
-    return count
-
-
-def right_until(folder: RunFolder) -> float:
-    """Return the last step whose checkpoint may be gone on from, by a `distrust` that nobody has heeded yet."""
-    known = _read(_mark(folder))
-    return math.inf if known is None else known[0]
-
-
-def _mark(folder: RunFolder) -> Path:
-    return folder.path / "distrusted.json"
-
-
-def _read(path: Path) -> tuple[int, str] | None:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return known["after_step"], known["why"]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from faulttol.fence import Fence
 from faulttol.probing import Answering
 from trainsys.check import backend_of, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
-from trainsys.corruption import distrust, right_until
+from trainsys.distrust import distrust, right_until
 from trainsys.errors import ConfigError, RunError
 from trainsys.folder import RunFolder
 from trainsys.precision import outcomes

@@ -7,11 +7,11 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import launch
 from launch import Job, JobResult, RankContext, RankEnv
-from trainsys import elastic, folder
+from trainsys import elastic, folder, recipe
 from trainsys.check import check, num_ranks
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError, RunError
@@ -60,8 +60,6 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
     Raises:
         ConfigError, RunError: before anything starts; launch.LaunchError: a rank failed, or none could start.
     """
-    from trainsys.trainer import rank_payload
-
     check(folder.as_begun(resolved.config, resume=resume), sources=resolved.sources)
     memory = resolved.config.checkpoint.memory
     if resolved.config.launch.kind == "local" and memory.every and memory.peers:
@@ -95,6 +93,18 @@ def launch_ranks(resolved: Resolved, *, resume: bool, on_output: Callable[[bytes
             "the last checkpoint before"
         )
     return result
+
+
+def rank_payload(config: RunConfig, run: folder.RunFolder, *, resume: bool, threads: int = 1) -> dict[str, Any]:
+    """Return what `trainer.run_rank` needs, as JSON values; `threads` are the CPU threads a rank computes with."""
+    return {
+        "config": recipe.to_tree(config),
+        "folder": str(run.path),
+        "resume": resume,
+        "first_generation": elastic.next_generation(run),
+        "threads": threads,
+        "cwd": os.getcwd(),
+    }
 
 
 def outcome_of(result: JobResult) -> str:

@@ -23,7 +23,8 @@ from parallel import hybrid
 from trainsys import data, elastic, meter, metrics, models, offloading, recipe, schedule, setup, snapshot
 from trainsys.check import accumulation_steps, check, data_ranks, num_ranks
 from trainsys.config import RunConfig
-from trainsys.corruption import Inspector, heed
+from trainsys.corruption import Inspector
+from trainsys.distrust import heed
 from trainsys.drill import Drill
 from trainsys.engines import DTYPES, Engine, open_engine
 from trainsys.export import export_model, sample_text
@@ -56,7 +57,7 @@ class Summary:
 
 
 def run_rank(context: RankContext, payload: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Train on this rank and return its Summary as JSON; the entry of every launcher, see `rank_payload`.
+    """Train on this rank and return its Summary as JSON; the entry of every launcher, see `session.rank_payload`.
 
     None for a spare that was not needed.
     """
@@ -103,18 +104,6 @@ def train(
         elastic.check_links(shared)
     with Trainer(shared, resume=resume) as trainer:
         return trainer.run()
-
-
-def rank_payload(config: RunConfig, folder: RunFolder, *, resume: bool, threads: int = 1) -> dict[str, Any]:
-    """Return what `run_rank` needs, as JSON values; `threads` is the number of CPU threads a rank computes with."""
-    return {
-        "config": recipe.to_tree(config),
-        "folder": str(folder.path),
-        "resume": resume,
-        "first_generation": elastic.next_generation(folder),
-        "threads": threads,
-        "cwd": os.getcwd(),
-    }
 
 
 class Trainer:

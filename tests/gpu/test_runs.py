@@ -19,7 +19,7 @@ from launch import Job, RankContext
 from tests.gpu.devices import needs_gpus
 from tests.test_trainsys import runs, test_hf
 from tests.test_trainsys.test_resume import assert_equal_state
-from trainsys import folder, metrics, recipe, trainer
+from trainsys import folder, metrics, recipe, session, trainer
 
 pytestmark = [*needs_gpus(1), pytest.mark.slow]
 WORLDS = [pytest.param(1, id="1 GPU"), pytest.param(2, id="2 GPUs", marks=needs_gpus(2))]
@@ -38,7 +38,7 @@ def train(settings: list[str], run_dir: Path, *, resume: bool) -> None:
     with folder.open_run(resolved, resume=resume) as run:
         job = Job(
             entry=f"{__name__}:deterministic_rank",
-            payload=trainer.rank_payload(config, run, resume=resume),
+            payload=session.rank_payload(config, run, resume=resume),
             world_size=config.parallel.replicate,
             log_dir=run.logs,
             name=config.name,

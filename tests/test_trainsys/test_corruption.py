@@ -18,7 +18,8 @@ from faulttol.errors import Corrupted
 from tests.ranks import run_ranks
 from trainsys import ConfigError, RunError, elastic, recipe
 from trainsys.check import check
-from trainsys.corruption import Inspector, distrust, heed
+from trainsys.corruption import Inspector
+from trainsys.distrust import distrust, heed
 from trainsys.folder import RunFolder
 
 _RUN = ("--optim.kind=adamw", "--engine.backend=torch", "--engine.zero_stage=0", "--engine.precision=fp32")

@@ -36,7 +36,7 @@ from launch import Job, RankContext
 from trainsys import folder, recipe, trainer
 from trainsys.check import check, num_ranks
 from trainsys.recipe import Resolved
-from trainsys.session import threads_per_rank
+from trainsys.session import rank_payload, threads_per_rank
 
 _DEFAULT = ("tiny", "--launch.kind=local")
 _QUIET = ("--evaluation.sequences=0", "--evaluation.sample_tokens=0", "--metrics.every=1000000")
@@ -141,7 +141,7 @@ def _train(resolved: Resolved, size: int) -> list[list[Block]]:
     """Run the job; the blocks of every rank."""
     config = resolved.config
     with folder.open_run(resolved, resume=False) as run:
-        payload = trainer.rank_payload(config, run, resume=False, threads=threads_per_rank(config))
+        payload = rank_payload(config, run, resume=False, threads=threads_per_rank(config))
         job = Job(
             entry="trainsys.bench.saving:run_rank",
             payload={**payload, "block": size},

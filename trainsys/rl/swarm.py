@@ -31,8 +31,7 @@ from trainsys.errors import RunError
 from trainsys.folder import RunFolder
 from trainsys.recipe import Resolved
 from trainsys.rl import ray_mailbox
-from trainsys.session import ENTRY, threads_per_rank
-from trainsys.trainer import rank_payload
+from trainsys.session import ENTRY, rank_payload, threads_per_rank
 
 State = Literal["starting", "running", "done", "stopped", "died", "failed"]
 
