@@ -63,13 +63,15 @@ define install
 		{ code=$$?; [ $$code -ge 128 ] || rm -f $(PARTIAL); exit $$code; }
 endef
 
+# Compiling takes most of an install, and pip does it on one processor. What fails is not for this version of Python.
 $(RUN_READY): pyproject.toml constraints.txt
 	@if [ -e $(PARTIAL) ]; then echo 'The last install did not finish: starting over.'; rm -rf $(VENV); fi
 	@$(FIND_PYTHON); echo "Installing into $(VENV) with $$($$python --version): once, some minutes"; \
 		mkdir -p $(VENV) && touch $(PARTIAL) && $$python -m venv $(VENV)
 	$(call install,'pip>=25.1')
-	$(call install,$(TORCH))
-	$(call install,--constraint constraints.txt --editable '.[all]')
+	$(call install,--no-compile $(TORCH))
+	$(call install,--no-compile --constraint constraints.txt --editable '.[all]')
+	@$(VENV)/bin/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 	@rm $(PARTIAL)
 	@touch $@
 
