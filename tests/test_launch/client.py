@@ -19,7 +19,7 @@ import psutil
 
 from tests.sources import ROOT
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
@@ -31,9 +31,9 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 20.0) 
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
+    """Whether a process is there, no zombie, and not just being reaped."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
 

@@ -28,7 +28,7 @@ class LauncherContract:
 
         def build(entry: str, payload: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
             name = settings.pop("name", "job")
-            config = {"start_timeout_s": 60.0, "cpus_per_rank": self.cpus_per_rank, **settings}
+            config = {"start_timeout_s": 120.0, "cpus_per_rank": self.cpus_per_rank, **settings}
             return {
                 "job": {
                     "entry": f"tests.test_launch.entries:{entry}",

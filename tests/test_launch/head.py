@@ -20,7 +20,7 @@ import psutil
 from tests.test_launch.client import runs, wait_for
 
 _RAY = Path(sys.executable).with_name("ray")
-_START_S = 60.0
+_START_S = 120.0
 _STOP_S = 20.0
 
 

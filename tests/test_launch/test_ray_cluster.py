@@ -81,12 +81,56 @@ def job_for(cluster: Cluster, folder: Path, entry: str, **settings: Any) -> dict
         "config": {
             "kind": "ray",
             "ray_address": cluster.address,
-            "start_timeout_s": 60.0,
+            "start_timeout_s": 120.0,
             "cpus_per_rank": 1.0,
             **settings,
         },
         "heartbeat_interval_s": 0.1,
     }
+
+
+# These come first: the cluster that the others share would run beside theirs.
+@pytest.mark.slow
+def test_ranks_on_two_nodes_know_their_places_and_are_watched(tmp_path: Path) -> None:
+    with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
+        cluster.add_node(num_cpus=1)
+        end = driver.run(job_for(cluster, tmp_path, "places"))
+        assert end["event"] == "ended", end
+        assert end["results"] == [[0, 0, 1, 0], [1, 0, 1, 1]]  # rank 0 beside the driver, on the head
+        kill = job_for(cluster, tmp_path, "steps")
+        kill["job"]["payload"]["faults"] = [{"kind": "kill", "rank": 1, "step": 2}]
+        end = driver.run(kill)
+        assert (end["event"], end["rank"], end["reason"]) == ("failed", 1, "died"), end
+        # Its last words were fetched from its node after it had died.
+        assert end["log_tails"]["1"] == "rank 1 did step 0\nrank 1 did step 1\n"
+
+
+@pytest.mark.slow
+def test_a_lost_agent_costs_nothing_and_a_lost_node_its_rank_alone(tmp_path: Path) -> None:
+    with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
+        cluster.add_node(num_cpus=1)
+        request = job_for(cluster, tmp_path, "generations")
+        driver.submit(request | {"recovery": str(tmp_path)})
+        driver.until_output("generation 0 did step 20")
+        agents = cluster.pids("ray::AgentActor")
+        assert len(agents) == 2, "one a node"
+        for pid in agents:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(cluster.pids("ray::AgentActor")) == 2, "agents in their places", 30.0)
+        assert not set(agents) & set(cluster.pids("ray::AgentActor"))
+        # For longer than lost_after_s, after which nodes without a word count as lost: a step takes 10 ms at least.
+        driver.until_output(f"generation 0 did step {200 * round(HealthConfig().lost_after_s)}")
+        assert not (tmp_path / "recoveries.jsonl").exists()
+        pids = [int((tmp_path / f"rank{rank}.pid").read_text()) for rank in range(2)]
+        gone = cluster.kill_added_node()  # either rank's: not the head, which has all that Ray knows
+        (lost,) = (rank for rank, pid in enumerate(pids) if pid in gone)
+        cluster.add_node(num_cpus=1)  # where the lost rank's successor starts
+        driver.until_output("generation 1 did step 20")
+        (tmp_path / "finish").touch()
+        end = driver.end()
+        assert end["event"] == "ended", end
+        (recovery,) = (tmp_path / "recoveries.jsonl").read_text().splitlines()
+        assert [loss["rank"] for loss in json.loads(recovery)["losses"]] == [lost]
 
 
 def test_a_job_is_submitted_followed_and_waited_for(with_token: Cluster) -> None:
@@ -196,49 +240,6 @@ def test_ranks_are_refused_with_a_wrong_token(cluster: Cluster, tmp_path: Path) 
     assert (refused["event"], refused["type"]) == ("refused", "TokenError"), refused
     assert "the authentication token of this process is not the cluster's" in refused["text"]
     assert "ray get-auth-token" in refused["text"]
-
-
-@pytest.mark.slow
-def test_ranks_on_two_nodes_know_their_places_and_are_watched(tmp_path: Path) -> None:
-    with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
-        cluster.add_node(num_cpus=1)
-        end = driver.run(job_for(cluster, tmp_path, "places"))
-        assert end["event"] == "ended", end
-        assert end["results"] == [[0, 0, 1, 0], [1, 0, 1, 1]]  # rank 0 beside the driver, on the head
-        kill = job_for(cluster, tmp_path, "steps")
-        kill["job"]["payload"]["faults"] = [{"kind": "kill", "rank": 1, "step": 2}]
-        end = driver.run(kill)
-        assert (end["event"], end["rank"], end["reason"]) == ("failed", 1, "died"), end
-        # Its last words were fetched from its node after it had died.
-        assert end["log_tails"]["1"] == "rank 1 did step 0\nrank 1 did step 1\n"
-
-
-@pytest.mark.slow
-def test_a_lost_agent_costs_nothing_and_a_lost_node_its_rank_alone(tmp_path: Path) -> None:
-    with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
-        cluster.add_node(num_cpus=1)
-        request = job_for(cluster, tmp_path, "generations")
-        driver.submit(request | {"recovery": str(tmp_path)})
-        driver.until_output("generation 0 did step 20")
-        agents = cluster.pids("ray::AgentActor")
-        assert len(agents) == 2, "one a node"
-        for pid in agents:
-            os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: len(cluster.pids("ray::AgentActor")) == 2, "agents in their places", 30.0)
-        assert not set(agents) & set(cluster.pids("ray::AgentActor"))
-        # For longer than lost_after_s, after which nodes without a word count as lost: a step takes 10 ms at least.
-        driver.until_output(f"generation 0 did step {200 * round(HealthConfig().lost_after_s)}")
-        assert not (tmp_path / "recoveries.jsonl").exists()
-        pids = [int((tmp_path / f"rank{rank}.pid").read_text()) for rank in range(2)]
-        gone = cluster.kill_added_node()  # either rank's: not the head, which has all that Ray knows
-        (lost,) = (rank for rank, pid in enumerate(pids) if pid in gone)
-        cluster.add_node(num_cpus=1)  # where the lost rank's successor starts
-        driver.until_output("generation 1 did step 20")
-        (tmp_path / "finish").touch()
-        end = driver.end()
-        assert end["event"] == "ended", end
-        (recovery,) = (tmp_path / "recoveries.jsonl").read_text().splitlines()
-        assert [loss["rank"] for loss in json.loads(recovery)["losses"]] == [lost]
 
 
 def test_the_token_is_found_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
