@@ -179,6 +179,62 @@ _column.register_autograd(_backward_by(_column_backward), setup_context=_keep)
 _row.register_autograd(_backward_by(_row_backward), setup_context=_keep)
 
 
+def gather(x_BtI: Tensor, group: str, *, overlap: bool) -> Tensor:
+    """Return the tokens of all ranks [B, T, I], contiguous, of which each goes on for itself: gradients are summed."""
+    return _gather(x_BtI, group, overlap)  # type: ignore[no-any-return]
+
+
+def scatter(x_BTI: Tensor, group: str, *, overlap: bool) -> Tensor:
+    """Return this rank's part [B, t, I] of the sum over ranks, contiguous; gradients are gathered.
+
+    Raises: ValueError if the ranks cannot share the tokens evenly.
+    """
+    return _scatter(x_BTI, group, overlap)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("parallel::gather", mutates_args=())
+def _gather(x: Tensor, group: str, overlap: bool) -> Tensor:
+    ranks = _ranks(group)
+    if overlap and symmetric.available(ranks, x):
+        return pushed.gather(x, symmetric.buffers(ranks, x.device))
+    return gather_tokens(x, ranks)
+
+
+@_gather.register_fake
+def _(x: Tensor, group: str, overlap: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * _ranks(group).size(), *x.shape[2:])
+
+
+@torch.library.custom_op("parallel::scatter", mutates_args=())
+def _scatter(x: Tensor, group: str, overlap: bool) -> Tensor:
+    ranks = _ranks(group)
+    check_tokens(x.shape[1], ranks)
+    if overlap and symmetric.available(ranks, x):
+        return pushed.scatter(x, symmetric.buffers(ranks, x.device))
+    return scatter_tokens(x, ranks)
+
+
+@_scatter.register_fake
+def _(x: Tensor, group: str, overlap: bool) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // _ranks(group).size(), *x.shape[2:])
+
+
+def _keep_how(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.how = inputs
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _scatter(grad, *ctx.how), None, None
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _gather(grad, *ctx.how), None, None
+
+
+_gather.register_autograd(_gather_backward, setup_context=_keep_how)
+_scatter.register_autograd(_scatter_backward, setup_context=_keep_how)
+
+
 def gather_tokens(x_BtI: Tensor, group: ProcessGroup) -> Tensor:
     """Return the parts of all ranks side by side along dimension 1, contiguous; outside of autograd."""
     return _start_gather(x_BtI, group, wait=True)()

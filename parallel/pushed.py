@@ -14,13 +14,13 @@ in fp32.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from parallel.products import outer, product_into
-from parallel.symmetric import Buffers
+from parallel.symmetric import Buffers, copy_into
 
 _MOST_PIECES = 4
 _PIECE_BYTES = 2**24
@@ -59,6 +59,25 @@ def row_backward(grad_BtO: Tensor, x_BTI: Tensor, weight_OI: Tensor, buffers: Bu
     grad_weight = outer(gathering.gathered(), x_BTI)
     gathering.close()
     return grad_x, grad_weight
+
+
+def gather(x_BtI: Tensor, buffers: Buffers) -> Tensor:
+    """Return the tokens of all ranks [B, T, I]."""
+    gathering = _Gathering(x_BtI, buffers, hidden_by=1)
+    whole = gathering.copied()
+    gathering.close()
+    return whole
+
+
+def scatter(x_BTI: Tensor, buffers: Buffers) -> Tensor:
+    """Return this rank's part [B, t, I] of the sum over ranks."""
+    x_BTI = x_BTI.contiguous()
+    batch, share, features = x_BTI.shape[0], x_BTI.shape[1] // buffers.size, x_BTI.shape[2]
+    parts = torch.split(x_BTI, share, 1)
+    total = _Sum(buffers, (batch, share, features), x_BTI, hidden_by=1)
+    for piece in total.pieces:
+        total.send(piece, {peer: parts[peer][piece] for peer in buffers.others})
+    return total.finish(parts[buffers.rank])
 
 
 def pieces(batch: int, num_tokens: int, num_bytes: int, hidden_by: int) -> list[tuple[slice, slice]]:
@@ -110,6 +129,18 @@ class _Gathering:
                 product_into(parts[rank][piece], matrix_IO, out[rank][piece])
         return product
 
+    def copied(self) -> Tensor:
+        """Return all tokens [B, T, I] in memory of their own."""
+        batch, share, features = self._x.shape
+        whole = self._x.new_empty(batch, share * self._size, features)
+        out, parts = torch.split(whole, share, 1), self._parts()
+        copy_into(out[self._rank], self._x)
+        for number, piece in enumerate(self._pieces, 1):
+            for rank in self._others():
+                self._transfer.arrived(rank, number)
+                copy_into(out[rank][piece], parts[rank][piece])
+        return whole
+
     def gathered(self) -> Tensor:
         """Return all tokens [B, T, I]; they stay until `close`."""
         for rank in range(self._size):
@@ -128,37 +159,50 @@ class _Gathering:
 
 def _begin_scatter(x_BTI: Tensor, matrix_IO: Tensor, buffers: Buffers, *, hidden_by: int) -> Callable[[], Tensor]:
     """Begin this rank's part [B, t, O] of the sum over ranks of x times the matrix; returns what finishes it."""
-    rank, size = buffers.rank, buffers.size
-    batch, share, features = x_BTI.shape[0], x_BTI.shape[1] // size, matrix_IO.shape[1]
-    shape = (batch, share, features)
-    parts = torch.split(x_BTI, share, 1)
-    num_bytes = batch * share * features * x_BTI.itemsize
-    cut = pieces(batch, share, num_bytes, hidden_by)
-    transfer = buffers.open(size * num_bytes, len(cut))
-    others = buffers.others
-    outgoing = {peer: x_BTI.new_empty(shape) for peer in others}
-    places = {peer: transfer.memory((size, *shape), x_BTI.dtype, peer)[rank] for peer in others}
-    for piece in cut:
-        for peer in others:
-            product_into(parts[peer][piece], matrix_IO, outgoing[peer][piece])
-        transfer.send({peer: _contiguous(outgoing[peer][piece], places[peer][piece]) for peer in others})
-    terms = transfer.memory((size, *shape), x_BTI.dtype)
-    product_into(parts[rank], matrix_IO, terms[rank])
+    shape = (x_BTI.shape[0], x_BTI.shape[1] // buffers.size, matrix_IO.shape[1])
+    parts = torch.split(x_BTI, shape[1], 1)
+    total = _Sum(buffers, shape, x_BTI, hidden_by=hidden_by)
+    terms = {rank: x_BTI.new_empty(shape) for rank in range(buffers.size)}
+    for piece in total.pieces:
+        for peer in buffers.others:
+            product_into(parts[peer][piece], matrix_IO, terms[peer][piece])
+        total.send(piece, {peer: terms[peer][piece] for peer in buffers.others})
+    own = terms[buffers.rank]
+    product_into(parts[buffers.rank], matrix_IO, own)
+    return lambda: total.finish(own)
 
-    def finish() -> Tensor:
-        out = x_BTI.new_empty(shape)
-        for number, piece in enumerate(cut, 1):
-            for peer in others:
-                transfer.arrived(peer, number)
-            mine = [term[piece] for term in terms.unbind()]
-            if size == 2:
-                torch.add(*mine, out=out[piece])
+
+class _Sum:
+    """A sum over ranks, of which each gets its part [B, t, ...]: the terms of the others, on their way."""
+
+    def __init__(self, buffers: Buffers, shape: tuple[int, int, int], like: Tensor, *, hidden_by: int) -> None:
+        self._buffers, self._shape, self._dtype = buffers, shape, like.dtype
+        num_bytes = torch.Size(shape).numel() * like.itemsize
+        self.pieces = pieces(shape[0], shape[1], num_bytes, hidden_by)
+        self._transfer = buffers.open(buffers.size * num_bytes, len(self.pieces))
+
+    def send(self, piece: tuple[slice, slice], terms: Mapping[int, Tensor]) -> None:
+        """Send each other rank its term of one piece; pieces are sent in order."""
+        places = {rank: self._terms(rank)[self._buffers.rank][piece] for rank in terms}
+        self._transfer.send({rank: _contiguous(term, places[rank]) for rank, term in terms.items()})
+
+    def finish(self, own: Tensor) -> Tensor:
+        """Return the sum of this rank's own term and those that come."""
+        out, terms = own.new_empty(self._shape), self._terms()
+        for number, piece in enumerate(self.pieces, 1):
+            for rank in self._buffers.others:
+                self._transfer.arrived(rank, number)
+            if self._buffers.size == 2:
+                torch.add(own[piece], terms[1 - self._buffers.rank][piece], out=out[piece])
             else:
+                terms[self._buffers.rank][piece].copy_(own[piece])
                 torch.sum(terms[(slice(None), *piece)], 0, out=out[piece])
-        transfer.close()
+        self._transfer.close()
         return out
 
-    return finish
+    def _terms(self, owner: int | None = None) -> Tensor:
+        """By rank: the terms in an owner's slot."""
+        return self._transfer.memory((self._buffers.size, *self._shape), self._dtype, owner)
 
 
 def _contiguous(source: Tensor, place: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -16,28 +16,30 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parallel import collectives
-from parallel.overlap import check_tokens
+from parallel.overlap import check_tokens, gather, scatter
 
 _GROUP = "_gradient_group"
 
 
-def enter(x_BTD: Tensor, group: ProcessGroup, *, sequence: bool) -> Tensor:
+def enter(x_BTD: Tensor, group: ProcessGroup, *, sequence: bool, overlap: bool = False) -> Tensor:
     """Return all tokens, of which each rank goes on to compute its features; gradients are summed.
 
     Takes all tokens, equal on every rank, or the rank's part of them with `sequence`.
     """
-    return collectives.gather_sum(x_BTD, 1, group) if sequence else collectives.replicate(x_BTD, group)
+    if not sequence or group.size() == 1:
+        return collectives.replicate(x_BTD, group)
+    return gather(x_BTD, group.group_name, overlap=overlap)
 
 
-def leave(x_BTD: Tensor, group: ProcessGroup, *, sequence: bool) -> Tensor:
+def leave(x_BTD: Tensor, group: ProcessGroup, *, sequence: bool, overlap: bool = False) -> Tensor:
     """Return the sum over ranks: of all tokens, or of the rank's part of them with `sequence`.
 
     Raises: ValueError if the ranks cannot share the tokens evenly.
     """
-    if not sequence:
+    if not sequence or group.size() == 1:
         return collectives.sum_ranks(x_BTD, group)
     check_tokens(x_BTD.shape[1], group)
-    return collectives.sum_split(x_BTD, 1, group)
+    return scatter(x_BTD, group.group_name, overlap=overlap)
 
 
 def own_tokens(x_BTD: Tensor, group: ProcessGroup) -> Tensor:

@@ -115,12 +115,11 @@ class Transfer:
             self._sent = stream.record_event()
 
     def copy(self, source: Tensor, place: Tensor) -> None:
-        """Copy into this rank's own slot, aside, row by row; `arrived` waits for it."""
+        """Copy into this rank's own slot, aside; `arrived` waits for it."""
         aside = self._buffers.aside
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for mine, there in zip(source, place, strict=True):  # each contiguous, which takes a third of the time
-                there.copy_(mine, non_blocking=True)
+            copy_into(place, source)
             self._copied = aside.record_event()
         self._held.append(source)
 
@@ -191,6 +190,24 @@ class _Region:
         """Let a stream wait for a word, or a later one."""
         if word > 0:
             _checked(_driver().cuStreamWaitValue32_v2(stream.cuda_stream, address, word % 2**32, _GREATER_OR_EQUAL))
+
+
+_WIDE = torch.complex128
+"""16 bytes: as torch's kernel copies a strided tensor element by element, few and wide ones."""
+
+
+def copy_into(place: Tensor, source: Tensor) -> None:
+    """Copy between tensors of one dtype on one GPU, at the rate of its memory where their rows allow it."""
+    ratio = _WIDE.itemsize // place.itemsize
+    fits = ratio > 1 and all(
+        x.stride(-1) == 1
+        and x.data_ptr() % _WIDE.itemsize == 0
+        and all(n % ratio == 0 for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+        for x in (place, source)
+    )
+    if fits:
+        place, source = place.view(_WIDE), source.view(_WIDE)
+    place.copy_(source, non_blocking=True)
 
 
 @cache

@@ -156,7 +156,8 @@ class ParallelEmbedding(nn.Embedding):
         if self.padding_idx is not None and 0 <= self.padding_idx - self.start < self.num_rows:
             padding = self.padding_idx - self.start
         rows = functional.embedding(index.masked_fill(elsewhere, 0), self.weight, padding)
-        return leave(rows.masked_fill(elsewhere[..., None], 0), self.placement.group, sequence=self.scatters)
+        at, rows = self.placement, rows.masked_fill(elsewhere[..., None], 0)
+        return leave(rows, at.group, sequence=self.scatters, overlap=at.overlap)
 
 
 class ParallelHead(nn.Linear):
@@ -174,7 +175,7 @@ class ParallelHead(nn.Linear):
         Of logits, which are gathered, the gradient is that of a loss that all ranks compute alike.
         """
         at = self.placement
-        x = enter(input, at.group, sequence=at.sequence)
+        x = enter(input, at.group, sequence=at.sequence, overlap=at.overlap)
         if targets is None:
             return collectives.gather(functional.linear(x, self.weight, self.bias), -1, at.group)[
                 ..., : self.out_features
@@ -261,7 +262,7 @@ def _apply(module: nn.Module, style: Style, at: Placement, parts: _Parts) -> Non
         case Heads():
             _set_heads(module, style, at.size)
         case Region():
-            before_first_argument(module, lambda x: enter(x, at.group, sequence=at.sequence))
+            before_first_argument(module, lambda x: enter(x, at.group, sequence=at.sequence, overlap=at.overlap))
         case FirstBlock():
             if at.sequence:
                 before_first_argument(module, lambda x: own_tokens(x, at.group))

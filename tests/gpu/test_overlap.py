@@ -1,4 +1,4 @@
-"""Products that fetch their operands from other GPUs equal those that wait for a collective."""
+"""Products whose parts GPUs push into each other's memory equal those that wait for a collective."""
 
 from __future__ import annotations
 
@@ -50,5 +50,35 @@ def overlap_rank(rank: int, world_size: int) -> int:
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, id="2 GPUs", marks=needs_gpus(2))])
-def test_fetched_parts_give_what_collectives_give(size: int) -> None:
+def test_pushed_parts_give_what_collectives_give(size: int) -> None:
     assert run_ranks(overlap_rank, size, backend="nccl", timeout_s=TIMEOUT_S) == [3 * ROUNDS] * size
+
+
+def bits_rank(rank: int, world_size: int) -> int:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    assert dist.group.WORLD is not None
+    group, random, compared = dist.group.WORLD.group_name, torch.Generator(device).manual_seed(rank), 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device).bfloat16()
+
+    for batch, share, width in ((8, 2048, 2048), (1, 8192, 1024)):  # in two pieces, by sequence and along one
+        weights = normal(width, width), normal(width, width)
+        for late in range(world_size + 1):
+            x, grad = normal(batch, share, width), normal(batch, share, width)
+            plain = results(x, weights, grad, overlapped=False)
+            wholes = [overlap.gather(x, group, overlap=pushes) for pushes in (False, True)]
+            parts = [overlap.scatter(wholes[0], group, overlap=pushes) for pushes in (False, True)]
+            if rank == late:
+                torch.cuda._sleep(20_000_000)
+            pushed = results(x, weights, grad, overlapped=True)
+            for found, expected in zip([*pushed, wholes[1], parts[1]], [*plain, wholes[0], parts[0]], strict=True):
+                assert torch.equal(found, expected)
+                compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, id="2 GPUs", marks=needs_gpus(2))])
+def test_in_bf16_two_ranks_get_the_bits_of_collectives(size: int) -> None:
+    assert run_ranks(bits_rank, size, backend="nccl", timeout_s=TIMEOUT_S) == [2 * 3 * 6] * size

@@ -12,6 +12,7 @@ from torch import Tensor
 from parallel import pushed
 from parallel.overlap import gather_tokens, scatter_tokens
 from parallel.products import linear, outer
+from parallel.symmetric import copy_into
 from tests.ranks import run_ranks
 from tests.test_parallel.slots import Buffers
 
@@ -45,6 +46,8 @@ def pushed_rank(rank: int, world_size: int, folder: Path) -> int:
                 pairs.append((pushed.row(grad, weight, buffers), wanted[0]))
                 found = pushed.row_backward(x, grad, weight.t(), buffers)
                 pairs += zip(found, (linear(gathered, weight.t()), outer(gathered, grad)), strict=True)
+                pairs.append((pushed.gather(x, buffers), gathered))
+                pairs.append((pushed.scatter(grad, buffers), scatter_tokens(grad, group)))
                 for mine, theirs in pairs:
                     torch.testing.assert_close(mine, theirs, **EXACT)
                     compared += 1
@@ -54,7 +57,7 @@ def pushed_rank(rank: int, world_size: int, folder: Path) -> int:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_pushed_products_are_those_that_follow_their_collectives(size: int, tmp_path: Path) -> None:
-    assert run_ranks(pushed_rank, size, tmp_path) == [4 * 2 * ROUNDS * 6] * size
+    assert run_ranks(pushed_rank, size, tmp_path) == [4 * 2 * ROUNDS * 8] * size
 
 
 def test_pieces_cover_every_token_once() -> None:
@@ -73,3 +76,15 @@ def test_pieces_cover_every_token_once() -> None:
             covered[piece] += 1
         assert (covered == 1).all()
         assert len(cut) == count
+
+
+def test_wide_copies_move_every_bit() -> None:
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for width, start in ((16, 0), (16, 16), (24, 8), (5, 0)):
+            bits = torch.randint(-(2**15), 2**15, (3, 4, 256), dtype=torch.int16)
+            source = bits.view(dtype)[..., start : start + width]
+            place = torch.zeros(3, 8, width, dtype=dtype)
+            copy_into(place[:, 2:6], source)
+            assert torch.equal(place[:, 2:6].view(torch.uint8), source.contiguous().view(torch.uint8))
+            assert place[:, :2].count_nonzero() == 0
+            assert place[:, 6:].count_nonzero() == 0
