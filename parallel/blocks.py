@@ -12,6 +12,9 @@ from torch import Tensor
 
 from parallel import kernels
 
+_LARGE_BYTES = 2**20
+"""Rows of as many bytes are added one by one: a GPU adds contiguous memory at twice the rate of strided memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -33,7 +36,10 @@ class Span:
 
     def add(self, x_BT: Tensor, values: Tensor) -> None:
         """Add to what `take` would return."""
-        if self.index_N is None:
+        if self.index_N is None and len(values) and values[0].nbytes >= _LARGE_BYTES:
+            for row, part in zip(x_BT[:, self.along], values, strict=True):
+                row += part
+        elif self.index_N is None:
             x_BT[:, self.along] += values
         else:
             x_BT.flatten(0, 1).index_add_(0, self.index_N, values.to(x_BT.dtype))

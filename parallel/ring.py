@@ -34,6 +34,7 @@ from torch.distributed import ProcessGroup
 from parallel import kernels
 from parallel.blocks import Block, Plan, Span, Step, causal_steps, document_block, rectangle_sizes
 from parallel.collectives import all_gather
+from parallel.symmetric import copy_into
 from parallel.transfers import transfers
 
 
@@ -209,7 +210,8 @@ def _merge(
         merge(*(span.take(x) for x in (merged, merged_lse, out, lse)), part, part_lse)
         start, stop, _ = span.along.indices(out.shape[1])
         for rest in (slice(0, start), slice(stop, out.shape[1])):
-            merged[:, rest], merged_lse[:, rest] = out[:, rest], lse[:, rest]
+            copy_into(merged[:, rest], out[:, rest].to(dtype))
+            merged_lse[:, rest] = lse[:, rest]
         return merged, merged_lse
     out, lse = out.to(part_lse.dtype, copy=True), lse.clone(memory_format=torch.contiguous_format)
     before, before_lse = span.take(out), span.take(lse)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from torch import Tensor
 
-from parallel import kernels, ring, symmetric
+from parallel import blocks, kernels, ring, symmetric
 from parallel.blocks import Block, Span, causal_block, document_block, rectangle_sizes
 from parallel.context import Context, number_documents, zigzag
 from parallel.ring import in_order
@@ -138,6 +138,15 @@ def test_what_ranks_saw_is_merged_in_one_pass_or_by_index() -> None:
         share = ((part_lse.exp()) / (part_lse.exp() + lse[:, span].exp()))[..., None]
         exact = out[:, span].float() * (1 - share) + part.float() * share
         torch.testing.assert_close(merged[0][:, span].float(), exact, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("large_bytes", [0, 2**20])
+def test_a_span_adds_to_its_tokens_alone(large_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_LARGE_BYTES", large_bytes)
+    x, values = torch.randn(3, 6, 2).bfloat16(), torch.randn(3, 4, 2).bfloat16()
+    wanted = torch.cat((x[:, :1], x[:, 1:5] + values, x[:, 5:]), 1)
+    Span(slice(1, 5)).add(x, values)
+    assert torch.equal(x, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
