@@ -104,7 +104,7 @@ class _Gathering:
                 if peer != buffers.rank:
                     place = self._parts(peer)[buffers.rank][piece]
                     copies[peer] = _contiguous(self._x[piece], place)
-            self._transfer.send(copies)
+            self._transfer.send(copies, is_old=True)
         if whole:
             self._transfer.copy(self._x, self._parts()[buffers.rank])
 

@@ -98,14 +98,15 @@ class Transfer:
         owner = self._buffers.rank if rank is None else rank
         return self.region.slot(owner, self.number, shape, dtype)
 
-    def send(self, copies: Mapping[int, Iterable[tuple[Tensor, Tensor]]]) -> None:
+    def send(self, copies: Mapping[int, Iterable[tuple[Tensor, Tensor]]], *, is_old: bool = False) -> None:
         """Send one more piece: by rank (source, place in its slot), each contiguous; every rank is told.
 
-        Sources must not change before `close`.
+        Sources must not change before `close`; with `is_old` they were complete when the transfer was opened.
         """
         self._num_sent += 1
         stream = self._buffers.pushing
-        stream.wait_stream(torch.cuda.current_stream())
+        if not is_old:
+            stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for peer in self._buffers.others:
                 for source, place in copies.get(peer, ()):

@@ -150,13 +150,15 @@ class ParallelEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of tokens [B, T]: of all, or of this rank's part."""
-        index = input - self.start
+        at, index = self.placement, input - self.start
         elsewhere = (index < 0) | (index >= self.num_rows)
-        padding = None
         if self.padding_idx is not None and 0 <= self.padding_idx - self.start < self.num_rows:
-            padding = self.padding_idx - self.start
-        rows = functional.embedding(index.masked_fill(elsewhere, 0), self.weight, padding)
-        at, rows = self.placement, rows.masked_fill(elsewhere[..., None], 0)
+            rows = functional.embedding(index.masked_fill(elsewhere, 0), self.weight, self.padding_idx - self.start)
+            rows = rows.masked_fill(elsewhere[..., None], 0)
+        else:  # Tokens of other ranks are one more row, of zeros: what comes out is not read again to blank it.
+            num_rows = len(self.weight)
+            weight = functional.pad(self.weight, (0, 0, 0, 1))
+            rows = functional.embedding(index.masked_fill(elsewhere, num_rows), weight, num_rows)
         return leave(rows, at.group, sequence=self.scatters, overlap=at.overlap)
 
 

@@ -152,7 +152,7 @@ class Pushes:
         for x, place in zip(self._key_value, self._room(transfer, step.given, peer), strict=True):
             taken = step.given.take(x)
             copies += [(taken, place)] if taken.is_contiguous() else zip(taken, place, strict=True)
-        transfer.send({peer: copies})
+        transfer.send({peer: copies}, is_old=step.given.index_N is None)
 
     def fetched(self, number: int) -> Tensor | None:
         step, transfer = self._steps[number], self._fetches[number]

@@ -58,7 +58,7 @@ class Transfer:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         return slot[:num_bytes].view(dtype).view(*shape)
 
-    def send(self, copies: Mapping[int, Iterable[tuple[Tensor, Tensor]]]) -> None:
+    def send(self, copies: Mapping[int, Iterable[tuple[Tensor, Tensor]]], *, is_old: bool = False) -> None:
         self._num_sent += 1
         assert self._num_sent <= self._num_pieces
         assert self._buffers.num_words == self._first_word + self._num_pieces, "the one before is not sent yet"
