@@ -72,6 +72,8 @@ $(RUN_READY): pyproject.toml constraints.txt
 	$(call install,--no-compile $(TORCH))
 	$(call install,--no-compile --constraint constraints.txt --editable '.[all]')
 	@$(VENV)/bin/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
+	@echo "Building the recorder's part in C++: once, half a minute"
+	@$(VENV)/bin/python -m faulttol build || echo 'Collectives on the CPU are recorded from Python, then.'
 	@rm $(PARTIAL)
 	@touch $@
 

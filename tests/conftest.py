@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from tests.ranks import warm_up
-from tests.workers import FilesInWorkers, longest_first
+from tests.workers import FilesInWorkers, longest_first, turn
 
 _GRACE_S = 2.0
 
@@ -44,6 +44,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesInWorke
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Decide what comes first."""
     longest_first(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Decide when a test may run."""
+    with turn(item.config, is_alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

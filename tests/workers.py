@@ -1,12 +1,18 @@
 """Which worker runs which test, where several run at once: `pytest -n 2`.
 
 A file's tests stay together, in order, so that what its fixtures share is made once. Files that start a Ray go one
-after another through one worker: two of them at once would want more than two cores have.
+after another through one worker: two of them at once would want more than two cores have. While a test runs that is
+marked as `alone`, no other worker runs any: it tells who has no CPU, or has three Ray nodes to feed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +46,25 @@ def longest_first(items: list[pytest.Item]) -> None:
         slow[path] = slow.get(path, 0) + (item.get_closest_marker("slow") is not None)
     rank = {path: (_starts_ray(path), num_slow) for path, num_slow in slow.items()}
     items.sort(key=lambda item: rank[item.nodeid.partition("::")[0]], reverse=True)
+
+
+@contextlib.contextmanager
+def turn(config: pytest.Config, *, is_alone: bool) -> Iterator[None]:
+    """Wait until a test may run, and keep others from it while it runs alone; at once where there is one process.
+
+    Whoever waits stands in a queue, so that a test that wants to be alone is not passed by all others.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        yield
+        return
+    folder = Path(tempfile.gettempdir(), f"trainsys-tests-{worker['testrunuid']}")
+    folder.mkdir(exist_ok=True)
+    with (folder / "room").open("w") as room:
+        with (folder / "queue").open("w") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        yield
 
 
 @functools.cache

@@ -339,6 +339,7 @@ def test_a_part_that_fails_is_told_and_ends_no_other(tmp_path: Path, capfd: pyte
     assert capfd.readouterr().err.count("unrecognized arguments: --no-such-option") == 2
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="the other rank needs a CPU of its own")
 @pytest.mark.parametrize("name", ["ddp", "pipeline"])
 def test_a_rank_that_finds_no_cpu_is_named(name: str) -> None:

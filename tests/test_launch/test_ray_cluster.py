@@ -91,6 +91,7 @@ def job_for(cluster: Cluster, folder: Path, entry: str, **settings: Any) -> dict
 
 # These come first: the cluster that the others share would run beside theirs.
 @pytest.mark.slow
+@pytest.mark.alone
 def test_ranks_on_two_nodes_know_their_places_and_are_watched(tmp_path: Path) -> None:
     with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
         cluster.add_node(num_cpus=1)
@@ -106,6 +107,7 @@ def test_ranks_on_two_nodes_know_their_places_and_are_watched(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_lost_agent_costs_nothing_and_a_lost_node_its_rank_alone(tmp_path: Path) -> None:
     with Cluster(num_cpus=1) as cluster, Driver("local", cluster.environ) as driver:
         cluster.add_node(num_cpus=1)

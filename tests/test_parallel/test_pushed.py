@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import pushed
+from parallel import pushed, symmetric
 from parallel.overlap import gather_tokens, scatter_tokens
 from parallel.products import linear, outer
 from parallel.symmetric import copy_into
@@ -88,3 +89,20 @@ def test_wide_copies_move_every_bit() -> None:
             assert torch.equal(place[:, 2:6].view(torch.uint8), source.contiguous().view(torch.uint8))
             assert place[:, :2].count_nonzero() == 0
             assert place[:, 6:].count_nonzero() == 0
+
+
+def places_rank(rank: int, world_size: int) -> list[bool]:
+    """What ranks on one host are told, and those of two, and where one rank's GPU does not reach its neighbour."""
+    assert dist.group.WORLD is not None
+    group, found = dist.group.WORLD, []
+    for num_hosts, num_apart in ((1, 0), (2, 0), (1, 1)):
+        platform.node = lambda n=num_hosts: f"host{rank % n}"  # type: ignore[misc]
+        torch.cuda.device_count = lambda: 2
+        torch.cuda.can_device_access_peer = lambda one, other, n=num_apart: rank >= n
+        symmetric._can_reach.cache_clear()
+        found.append(symmetric._can_reach(group, torch.device("cpu", 0)))
+    return found
+
+
+def test_all_ranks_are_told_alike_whether_their_gpus_reach_each_other() -> None:
+    assert run_ranks(places_rank, 2) == [[True, False, False]] * 2
