@@ -16,9 +16,12 @@ environment variable TORCH_SYMM_MEM_DISABLE_MULTICAST, is set before.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,15 +33,14 @@ _SLOTS = 4
 """Transfers that may be under way at once. Two are, at most, in a product's backward, four in a long ring's."""
 _ALIGNMENT = 256
 _WORD_BYTES = 4
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _GREATER_OR_EQUAL = 0
 """CU_STREAM_WAIT_VALUE_GEQ; it compares cyclically."""
 
 
 def available(group: ProcessGroup, like: Tensor) -> bool:
-    """Return whether GPUs of the group can reach each other's memory."""
-    if not like.is_cuda:
-        return False
-    return _can_reach(group.group_name, group.size(), like.device)
+    """Return whether GPUs of the group can reach each other's memory; all ranks ask alike, and are told the same."""
+    return like.is_cuda and _can_reach(group, like.device)
 
 
 class Buffers:
@@ -235,9 +237,15 @@ def _checked(code: int) -> None:
 
 
 @cache
-def _can_reach(name: str, size: int, device: torch.device) -> bool:
-    """Return whether this host's GPUs reach each other; a group over several hosts has more ranks than those."""
-    peers = range(torch.cuda.device_count())
+def _can_reach(group: ProcessGroup, device: torch.device) -> bool:
+    """Return whether all ranks are on one host whose GPUs reach each other; waits for all of them, once."""
     here = device.index if device.index is not None else torch.cuda.current_device()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return size <= local and all(torch.cuda.can_device_access_peer(here, peer) for peer in peers if peer != here)
+    reaches = all(
+        torch.cuda.can_device_access_peer(here, peer) for peer in range(torch.cuda.device_count()) if peer != here
+    )
+    name = hashlib.sha256(f"{platform.node()} {_BOOT.read_text() if _BOOT.exists() else ''}".encode()).digest()
+    place = int.from_bytes(name[:7], "little") if reaches else -1 - group.rank()
+    mine = torch.tensor([place], device=device)
+    places = mine.new_empty(group.size())
+    dist.all_gather_into_tensor(places, mine, group=group)
+    return len(set(places.tolist())) == 1
