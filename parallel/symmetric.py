@@ -76,6 +76,7 @@ class Buffers:
     def give_back(self, transfer: Transfer) -> None:
         """Let others know, when the next transfer is opened, that they may write into this one's slot again."""
         if transfer.region is self._region:
+            assert not self._closed or self._closed[-1] < transfer.number, "a word says that all before are closed too"
             self._closed.append(transfer.number)
 
     @property

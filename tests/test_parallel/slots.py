@@ -19,7 +19,7 @@ class Buffers:
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self.num_transfers = self.num_words = self.num_open = 0
+        self.num_transfers = self.num_words = self.num_open = self.num_closed = 0
         shape = (_SLOTS, _SLOT_BYTES)
         names = [str(folder / f"slots{owner}") for owner in range(size)]
         self.slots = [
@@ -82,6 +82,8 @@ class Transfer:
         for peer in range(self._buffers.size):  # what nobody waited for may still be on its way
             self.arrived(peer, self._num_pieces)
         self._buffers.num_open -= 1
+        self._buffers.num_closed += 1
+        assert self._number == self._buffers.num_closed, "a word says that all before are closed too"
         self._buffers.slots[self._buffers.rank][self._number % _SLOTS] = 255
         for peer in range(self._buffers.size):
             self._buffers.releases[peer, self._buffers.rank] = self._number
