@@ -36,7 +36,7 @@ from faulttol.operations import ENDS_AT_WAIT, Operation
 from faulttol.ring import KIND_NUMBERS, Ring
 
 _LOG = logging.getLogger(__name__)
-_IDLE_S = 0.1
+_IDLE_S = 0.25
 """Between two signs of life while nothing goes on."""
 _HELD_NS = 1_000_000_000
 """How long a work is held that cannot be asked whether it is over; by then whoever waits for it has it."""
