@@ -184,6 +184,8 @@ def library_path() -> Path:
     """Return where the library is for this torch, or will be once it is built, in the user's cache."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faulttol"
     abi = str(torch.compiled_with_cxx11_abi())
-    parts = (torch.__version__, str(torch.version.git_version), abi, platform.machine(), *_FLAGS)
+    # Hosts that share a home may have another C library, which would not load what is newer than itself.
+    host = (platform.machine(), *platform.libc_ver())
+    parts = (torch.__version__, str(torch.version.git_version), abi, *host, *_FLAGS)
     digest = hashlib.sha256(_SOURCE.read_bytes() + "\0".join(parts).encode()).hexdigest()[:20]
     return folder / f"recorder-{digest}.so"
