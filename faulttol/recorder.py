@@ -112,8 +112,7 @@ class Recorder:
         if not self._is_on:
             return
         try:
-            if self._pending or self._resting:
-                self._look_in_passing(time.monotonic_ns())
+            self._look_in_passing(time.monotonic_ns())
             self._marks.write(kind, **told)
         except Exception:  # noqa: BLE001 - recording may lose a mark, and must not end training
             self._lose()
@@ -157,8 +156,7 @@ class Recorder:
                 self._follow_output(arguments[0], token)
             elif self._compiled is not None and not on_device and kind in KINDS:
                 known.tell(self._compiled, names, seq)
-            if self._pending or self._resting:
-                self._look_in_passing(now)
+            self._look_in_passing(now)
             return token
         except Exception:  # noqa: BLE001 - recording may lose an event, and must not end training
             self._lose()
@@ -392,7 +390,7 @@ class Recorder:
 
     def _look_in_passing(self, now_ns: int) -> None:
         """End what is over on the host, in a thread that trains: a look costs less here than the watcher's waking."""
-        if now_ns - self._looked_ns > _LOOK_NS:
+        if (self._pending or self._resting) and now_ns - self._looked_ns > _LOOK_NS:
             self._looked_ns = now_ns
             self._look_at_works(self._pending, only_host=True)
             self._resting.let_go(now_ns)

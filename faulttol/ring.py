@@ -72,8 +72,6 @@ class Layout(NamedTuple):
     begin_bytes: int
     """Of them, of the part that is written first."""
     begun_counter: int
-    no_peer: int
-    """What stands for none, as an unsigned number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +122,7 @@ class Ring:
     @property
     def layout(self) -> Layout:
         """Where in the file the records are."""
-        return Layout(self._first, self.capacity, _RECORD_BYTES, _BEGIN_BYTES, _BEGUN * 8, _NO_PEER % 2**64)
+        return Layout(self._first, self.capacity, _RECORD_BYTES, _BEGIN_BYTES, _BEGUN * 8)
 
     def share(self, claim: Callable[[], int]) -> None:
         """Let `claim` take the records: another writer of this process takes them too, before any was taken here."""

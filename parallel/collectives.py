@@ -8,9 +8,9 @@ communication at all. All ranks of the group must call, in the same order, with 
     sum_ranks      sums                       nothing
     split          takes this rank's part     gathers
     gather         gathers                    takes this rank's part (every rank goes on alike)
-    gather_sum     gathers                    sums, then takes this rank's part (ranks go on each for itself)
-    sum_split      sums, takes a part         gathers
     exchange       all-to-all                 all-to-all back
+
+What gathers or shares out a sequence, and what sums or gathers in backward then, is in `parallel.overlap`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,6 @@ def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _Gather.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-def gather_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Return the parts of all ranks side by side along `dim`; each rank does its own part of what follows."""
-    return x if group.size() == 1 else _GatherSum.apply(x, dim, group)  # type: ignore[no-untyped-call]
-
-
-def sum_split(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Return this rank's part along `dim` of the sum of all ranks' `x`."""
-    return x if group.size() == 1 else _SumSplit.apply(x, dim, group)  # type: ignore[no-untyped-call]
-
-
 def exchange(
     x: Tensor, group: ProcessGroup, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
 ) -> Tensor:
@@ -83,15 +73,6 @@ def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     first = x.movedim(dim, 0).contiguous()
     out = first.new_empty(group.size() * first.shape[0], *first.shape[1:])
     all_gather_single(out, first, group=group)
-    return out if dim in (0, -out.ndim) else out.movedim(0, dim)  # no view where none is needed
-
-
-def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Return this rank's part along `dim` of the sum of all ranks' `x`, outside of autograd."""
-    first = x.movedim(dim, 0).contiguous()
-    check_divides(first.shape[0], group)
-    out = first.new_empty(first.shape[0] // group.size(), *first.shape[1:])
-    reduce_scatter_single(out, first, group=group)
     return out if dim in (0, -out.ndim) else out.movedim(0, dim)  # no view where none is needed
 
 
@@ -149,28 +130,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return own_part(grads[0], ctx.dim, ctx.group).contiguous(), None, None
-
-
-class _GatherSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
-
-
-class _SumSplit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return reduce_scatter(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grads[0], ctx.dim, ctx.group), None, None
 
 
 class _Exchange(torch.autograd.Function):

@@ -246,7 +246,7 @@ def scatter_tokens(x_BTI: Tensor, group: ProcessGroup) -> Tensor:
     batch, num_tokens, *features = x_BTI.shape
     x_BTI = x_BTI.contiguous()
     out = x_BTI.new_empty(batch, num_tokens // group.size(), *features)
-    if batch == 1 or x_BTI[0].nbytes >= _SMALL_BYTES:
+    if batch == 1 or x_BTI[:1].nbytes >= _SMALL_BYTES:
         for mine, whole in zip(out, x_BTI, strict=True):
             dist.reduce_scatter_tensor(mine, whole, group=group)
         return out
@@ -261,7 +261,7 @@ def _start_gather(x_BtI: Tensor, group: ProcessGroup, *, wait: bool = False) -> 
     x_BtI = x_BtI.contiguous()
     batch, num_tokens, *features = x_BtI.shape
     out = x_BtI.new_empty(batch, num_tokens * group.size(), *features)
-    if batch == 1 or x_BtI[0].nbytes * group.size() >= _SMALL_BYTES:
+    if batch == 1 or x_BtI[:1].nbytes * group.size() >= _SMALL_BYTES:
         works = [
             dist.all_gather_into_tensor(whole, mine, group=group, async_op=not wait)
             for whole, mine in zip(out, x_BtI, strict=True)

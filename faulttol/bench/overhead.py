@@ -78,8 +78,8 @@ _TRIMMED = 0.2
 _NUM_RESAMPLES = 2000
 _WARM_UP_PAIRS = 3
 _FIRST_CALLS = 20
-"""Of a block, and a step before those that are timed: a ring's first pages and a thread's first turn are no cost of a
-step."""
+"""Of a block, and a step before those that are timed: a ring's first pages, a thread's first turn and the first of a
+kind, which comes through Python, are no cost of a step."""
 _NUM_LAYERS = 8
 Time = tuple[float, float]
 """Of a block: seconds by the clock, and seconds of CPU time of all the process's threads."""

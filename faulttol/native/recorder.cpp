@@ -39,7 +39,6 @@ struct Layout {
   uint64_t record_bytes;
   uint64_t begin_bytes;   // of them, of the part that is written first
   uint64_t begun_counter; // offset
-  uint64_t no_peer;
 };
 
 // One operator: places in its arguments, -1 where it has none (operations.py).
@@ -82,6 +81,7 @@ static_assert(sizeof(Ended) == sizeof(Marked), "both ends have the same place");
 
 constexpr uint8_t kEnded = 1, kFailed = 2, kLate = 1;
 constexpr int kNoDtype = -1;
+constexpr int32_t kNoPeer = -1;
 
 uint64_t now_ns() {
   timespec at{};
@@ -170,8 +170,7 @@ struct ForgetsMissed {
 };
 
 struct Recorder {
-  Recorder(const char* path, const Layout& layout, uint64_t number)
-      : ring(path, layout), no_peer(static_cast<int32_t>(layout.no_peer)), number(number) {}
+  Recorder(const char* path, const Layout& layout, uint64_t number) : ring(path, layout), number(number) {}
 
   bool find(const Key& key, Known& found) {
     const std::lock_guard<std::mutex> held(lock);
@@ -187,7 +186,6 @@ struct Recorder {
   }
 
   Ring ring;
-  const int32_t no_peer;
   const uint64_t number;
   std::atomic<bool> is_on{true};
   std::atomic<int64_t> where{0};  // step << 16 | phase
@@ -293,7 +291,7 @@ class Kernel : public c10::OperatorKernel {
     begun.seq = static_cast<uint32_t>(known.collectives->fetch_add(1, std::memory_order_relaxed) + 1);
     begun.step = static_cast<int32_t>(where >> 16);
     begun.phase = static_cast<uint16_t>(where & 0xFFFF);
-    begun.peer = recorder.no_peer;
+    begun.peer = kNoPeer;
     if (operation_.peer >= 0) {
       const int64_t local = stack[base + operation_.peer].toInt();
       const bool is_rank = local >= 0 && static_cast<size_t>(local) < known.ranks->size();
@@ -446,7 +444,7 @@ void faulttol_mark(
   begun.when = now_ns();
   begun.bytes = tokens;
   begun.step = step;
-  begun.peer = recorder->no_peer;
+  begun.peer = kNoPeer;
   begun.phase = static_cast<uint16_t>(phase);
   begun.kind = static_cast<uint8_t>(kind);
   recorder->ring.begin(begun);

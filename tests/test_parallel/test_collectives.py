@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import collectives
+from parallel import collectives, overlap
 from tests.ranks import run_ranks
 
 
@@ -35,9 +37,9 @@ def _reference(kind: str, inputs: list[Tensor]) -> list[Tensor]:
             return [sum(inputs)] * n  # type: ignore[list-item]
         case "split":
             return list(inputs[0].chunk(n, 1))
-        case "gather" | "gather_sum":
+        case "gather" | "gather, summed":
             return [torch.cat(inputs, 1)] * n
-        case "sum_split":
+        case "scatter":
             return list(sum(inputs).chunk(n, 1))  # type: ignore[union-attr]
     raise AssertionError(kind)
 
@@ -50,14 +52,17 @@ def _one_rank(rank: int, world_size: int, kind: str) -> tuple[Tensor, Tensor]:
     assert dist.group.WORLD is not None
     inputs = _inputs(world_size)
     x = inputs[0 if kind in _EQUAL_INPUT else rank]
-    function = getattr(collectives, kind)
-    y = function(x, dist.group.WORLD) if kind in ("replicate", "sum_ranks") else function(x, 1, dist.group.WORLD)
+    group = dist.group.WORLD
+    if kind in ("gather, summed", "scatter"):
+        y = getattr(overlap, kind.partition(",")[0])(x, group.group_name, overlap=False)
+    else:
+        y = getattr(collectives, kind)(x, *([] if kind in ("replicate", "sum_ranks") else [1]), group)
     (y * _weights(world_size, y, kind in _ALIKE_AFTER)[rank]).sum().backward()
     assert x.grad is not None
     return y.detach(), x.grad
 
 
-@pytest.mark.parametrize("kind", ["replicate", "sum_ranks", "split", "gather", "gather_sum", "sum_split"])
+@pytest.mark.parametrize("kind", ["replicate", "sum_ranks", "split", "gather", "gather, summed", "scatter"])
 def test_a_collective_and_its_gradient_equal_one_process(kind: str) -> None:
     world_size = 3
     inputs = _inputs(world_size)
@@ -122,7 +127,7 @@ def test_an_exchange_whose_rows_do_not_add_up_is_refused_before_anything_is_sent
     run_ranks(_odd_exchange, 2)
 
 
-_KINDS = ("replicate", "sum_ranks", "split", "gather", "gather_sum", "sum_split")
+_KINDS = ("replicate", "sum_ranks", "split", "gather")
 
 
 def _call(kind: str, x: Tensor, dim: int) -> Tensor:
@@ -170,7 +175,7 @@ def _hard_inputs(rank: int, world_size: int) -> None:
         result.sum().backward()
         assert half.grad is not None
         assert (result.dtype, half.grad.dtype) == (torch.bfloat16, torch.bfloat16)
-    for kind in ("replicate", "sum_split"):
+    for kind in ("replicate", "gather"):
         # `backend="aot_eager"` traces forward and backward as the default backend does, without its compiler.
         compiled = torch.compile(lambda t, kind=kind: _call(kind, t * 2, 0).sin(), backend="aot_eager")
         a, b = base.detach().requires_grad_(), base.detach().requires_grad_()
@@ -179,7 +184,7 @@ def _hard_inputs(rank: int, world_size: int) -> None:
         assert a.grad is not None
         assert b.grad is not None
         assert torch.equal(a.grad, b.grad), kind
-    for kind in ("sum_ranks", "gather", "gather_sum", "sum_split"):
+    for kind in ("sum_ranks", "gather"):
         # What follows may work in place on the result along the first dimension.
         x = base.detach().requires_grad_()
         _call(kind, x * 1, 0).mul_(2).sum().backward()
@@ -187,6 +192,35 @@ def _hard_inputs(rank: int, world_size: int) -> None:
 
 def test_strides_empty_rows_narrow_types_double_use_and_compilation_change_nothing() -> None:
     run_ranks(_hard_inputs, 2)
+
+
+def _hard_sequences(rank: int, world_size: int) -> None:
+    """The same of what gathers and shares out sequences."""
+    assert dist.group.WORLD is not None
+    name = dist.group.WORLD.group_name
+    base = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    for call in (overlap.gather, overlap.scatter):
+
+        def gradients(x: Tensor, call: Callable[..., Tensor] = call) -> tuple[Tensor, Tensor]:
+            x = x.detach().requires_grad_()
+            y = call(x * 1, name, overlap=False).mul_(2)  # what follows may work in place on the result
+            y.sin().sum().backward()
+            assert x.grad is not None
+            return y.detach(), x.grad
+
+        y, grad = gradients(base)
+        for again in (
+            gradients(base.transpose(0, 2).contiguous().transpose(0, 2)),
+            torch.compile(gradients, backend="aot_eager")(base),
+        ):
+            assert torch.equal(again[0], y)
+            assert torch.equal(again[1], grad)
+        assert gradients(base.bfloat16())[1].dtype == torch.bfloat16
+        assert gradients(base[:0])[1].shape == (0, 4, 5)
+
+
+def test_strides_empty_batches_and_compilation_change_nothing_of_sequences() -> None:
+    run_ranks(_hard_sequences, 2)
 
 
 def _alone(rank: int, world_size: int) -> None:

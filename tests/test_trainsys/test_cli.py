@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from faulttol import compiled
 from tests.test_trainsys import runs
 from tests.test_trainsys.wandb_file import history
 from trainsys import recipe
@@ -146,7 +147,16 @@ def test_env_says_where_each_package_came_from(
     output = output_of(monkeypatch, capsys, "env")
     for package in ("trainsys", "parallel", "checkpoint", "offload", "faulttol", "launch"):
         assert f"{package}/__init__.py" in output
-    assert "\nrecorder     in C++, " in output or "python -m faulttol build" in output
+
+
+def test_env_says_where_collectives_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "python -m faulttol build" in output_of(monkeypatch, capsys, "env")
+    compiled.library_path().parent.mkdir()
+    compiled.library_path().touch()
+    assert f"recorder     in C++, {tmp_path}" in output_of(monkeypatch, capsys, "env")
 
 
 def test_recipes_lists_what_ships(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
