@@ -8,10 +8,10 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.nn import functional
 
-from parallel.collectives import gather_sum, sum_split
 from parallel.config import ParallelConfig
 from parallel.data import DataParallel, Replicated
 from parallel.groups import MeshGroups
@@ -76,14 +76,14 @@ class Experts(nn.Module):
         self.weight = tag(nn.Parameter(shard.take(self.weight.detach())), shard)
 
     def forward(self, x: Tensor) -> Tensor:
-        everybody = x if self.group is None else gather_sum(x, 0, self.group)
+        everybody = x if self.group is None else funcol.all_gather_tensor_autograd(x, 0, self.group)
         expert = (everybody.detach() > 0).sum(-1) % self.num_experts
         parts = [
             (expert == self.first + index)[..., None] * (everybody @ weight)
             for index, weight in enumerate(self.weight.unbind())
         ]
         mixed = torch.stack(parts).sum(0)
-        return mixed if self.group is None else sum_split(mixed, 0, self.group)
+        return mixed if self.group is None else funcol.reduce_scatter_tensor_autograd(mixed, "sum", 0, self.group)
 
 
 def batch(step: int, num_experts: int) -> tuple[Tensor, Tensor]:
