@@ -12,9 +12,9 @@ import torch
 
 from checkpoint import catalog
 from checkpoint.catalog import CheckpointInfo
-from checkpoint.commit import AttemptName
 from checkpoint.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.manifest import SHARED
+from checkpoint.names import AttemptName
 from checkpoint.reader import Reader, Want
 from checkpoint.selection import Index, select_box
 from checkpoint.storage import Storage, open_storage

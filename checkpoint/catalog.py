@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from checkpoint.commit import COMMIT, TABLE, AttemptName
 from checkpoint.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -15,6 +14,7 @@ from checkpoint.errors import (
     StorageError,
     UnsupportedFormat,
 )
+from checkpoint.names import COMMIT, TABLE, AttemptName
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage
 

@@ -16,7 +16,6 @@ from checkpoint import objects as plain
 from checkpoint.access import open_reader
 from checkpoint.arena import slot_bytes
 from checkpoint.catalog import CheckpointInfo
-from checkpoint.commit import AttemptName
 from checkpoint.comparison import Delta
 from checkpoint.config import CheckpointConfig
 from checkpoint.copies import moments
@@ -32,6 +31,7 @@ from checkpoint.format import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from checkpoint.handle import SaveHandle
 from checkpoint.hooks import Hook
 from checkpoint.loading import Loaded, load
+from checkpoint.names import AttemptName
 from checkpoint.opening import check_arguments
 from checkpoint.planning import Planner, UpdateOrder
 from checkpoint.preemption import Preemption

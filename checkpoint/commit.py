@@ -22,54 +22,22 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy
 import pyarrow
 import torch
-import xxhash
 
 from checkpoint import objects
 from checkpoint.errors import CommitTimeout, CoverageError, SaveAborted, SaveSkipped, StorageError
 from checkpoint.format import fingerprint
-from checkpoint.manifest import ATTEMPT_NAME, CommitRecord, FileRecord, SliceTable
+from checkpoint.manifest import CommitRecord, FileRecord, SliceTable
+from checkpoint.names import ABORT, COMMIT, PARTS, REMOVAL, TABLE, AttemptName
 from checkpoint.shard import Written, rank_name
 from checkpoint.storage import Storage, sizes
 
-COMMIT = "COMMIT.json"
-ABORT = "ABORT.json"
-TABLE = "slices.arrow"
-PARTS = "parts"
-REMOVAL = "REMOVAL.json"
-"""In a folder: it is being removed, or much of it, by somebody who has looked for references to it; none may follow."""
-
 _FIRST_PAUSE_S = 0.004
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptName:
-    """Names one attempt at saving one step."""
-
-    step: int
-    ordinal: int
-    launch: str
-    """Digest of the launch's run_id."""
-
-    @classmethod
-    def of(cls, step: int, ordinal: int, run_id: str) -> AttemptName:
-        return cls(step, ordinal, xxhash.xxh3_64_hexdigest(run_id.encode()))
-
-    @classmethod
-    def parse(cls, folder: str) -> AttemptName | None:
-        """Return the attempt a folder's name stands for; None if it is no attempt's."""
-        match = ATTEMPT_NAME.fullmatch(folder)
-        return cls(int(match[1]), int(match[2]), match[3]) if match else None
-
-    @property
-    def folder(self) -> str:
-        return f"step-{self.step:08d}.a{self.ordinal}.{self.launch}"
 
 
 class Agreement:

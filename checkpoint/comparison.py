@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from checkpoint import catalog
-from checkpoint.commit import COMMIT, REMOVAL
 from checkpoint.delta import Narrowed, Parent, narrow
 from checkpoint.digest import CHUNK_BYTES, DIGEST_BYTES, digest
 from checkpoint.errors import CheckpointError
 from checkpoint.manifest import FileRecord, SavedSlice
-from checkpoint.reader import MARK
+from checkpoint.names import COMMIT, MARK, REMOVAL
 from checkpoint.shard import whole_parts
 from checkpoint.state import Piece
 from checkpoint.storage import Storage

@@ -43,10 +43,11 @@ from torch.futures import Future
 
 from checkpoint import catalog, objects, retention
 from checkpoint.access import open_reader
-from checkpoint.commit import ABORT, COMMIT, Attempt, AttemptName
+from checkpoint.commit import Attempt
 from checkpoint.distcp import own_name, own_tensor
 from checkpoint.errors import CorruptCheckpoint
 from checkpoint.manifest import SHARED
+from checkpoint.names import ABORT, COMMIT, AttemptName
 from checkpoint.reader import Reader
 from checkpoint.region import Region
 from checkpoint.state import BoxSlice, Piece, pieces_of

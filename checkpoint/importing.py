@@ -13,8 +13,9 @@ from typing import Any
 
 from checkpoint import catalog, distcp, objects, weights, zero
 from checkpoint.catalog import CheckpointInfo
-from checkpoint.commit import COMMIT, Attempt, AttemptName
+from checkpoint.commit import Attempt
 from checkpoint.errors import CheckpointNotFound, InvalidState
+from checkpoint.names import COMMIT, AttemptName
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage, open_storage
 from checkpoint.stream import Contents, write_part

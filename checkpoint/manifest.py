@@ -28,6 +28,7 @@ from checkpoint.format import (
     chunk_count,
     fingerprint,
 )
+from checkpoint.names import ATTEMPT_NAME
 from checkpoint.region import Region, Shape
 
 SHARED = -1
@@ -59,8 +60,6 @@ _MAX_HEAD_BYTES = 1 << 30
 """Bytes of a file that are read into memory as one, by the end of its name, and of any other."""
 _CHUNK_BYTES = frozenset(1 << n for n in range(12, LARGEST_DIGEST_BYTES.bit_length()))
 """Bytes under one digest that a table may have."""
-ATTEMPT_NAME = re.compile(r"step-([0-9]{8,18})\.a([0-9]{1,9})\.([0-9a-f]{16})")
-"""A folder of an attempt: step, ordinal, digest of the launch's run_id."""
 _FILE_NAME = re.compile(rf"(?:{ATTEMPT_NAME.pattern}/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 

@@ -23,12 +23,13 @@ import numpy as np
 
 from checkpoint import catalog, objects, retention
 from checkpoint.catalog import PROMOTION, CheckpointInfo
-from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName, brief, is_going
+from checkpoint.commit import brief, is_going
 from checkpoint.config import RemoteConfig
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, SaveFailed, StorageError
 from checkpoint.format import digest, fingerprint
 from checkpoint.manifest import FileRecord
-from checkpoint.reader import MARK, REMEDY, Reader
+from checkpoint.names import COMMIT, MARK, REMOVAL, TABLE, AttemptName
+from checkpoint.reader import REMEDY, Reader
 from checkpoint.storage import Storage, sizes
 
 _FAILURE = "PROMOTION-FAILED.json"

@@ -15,11 +15,12 @@ import torch
 
 from checkpoint import objects
 from checkpoint.arena import free_memory_bytes
-from checkpoint.commit import COMMIT, TABLE, brief
+from checkpoint.commit import brief
 from checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, StateMismatch, StorageError
 from checkpoint.filling import LEAST_BUFFER_BYTES, difference, fill, fill_fresh, raise_first, scatter
 from checkpoint.format import CHUNK_BYTES, CODES, fingerprint
 from checkpoint.manifest import MAX_RECORD_BYTES, SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
+from checkpoint.names import COMMIT, MARK, TABLE
 from checkpoint.region import Region, Shape
 from checkpoint.reshard import Read, plan
 from checkpoint.shard import rank_name
@@ -28,8 +29,6 @@ from checkpoint.storage import MirroredSource, Source, Storage, sizes
 from checkpoint.transfer import Bytes, Transfer, windows
 
 REMEDY = "it was damaged or changed after the commit: load another checkpoint, or restore the file"
-MARK = "BAD.json"
-"""Written beside a commit record by a rank that found the checkpoint damaged, or learned that it is wrong."""
 _MAX_MARK_BYTES = 1 << 20
 _LOCAL_THREADS = 4
 _REMOTE_THREADS = 16

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from checkpoint import catalog
 from checkpoint.catalog import PIN, PROMOTION, RETIRED
-from checkpoint.commit import COMMIT, PARTS, REMOVAL, TABLE, AttemptName
 from checkpoint.config import CheckpointConfig
 from checkpoint.errors import CheckpointError, CorruptCheckpoint, StorageError, UnsupportedFormat
 from checkpoint.manifest import SliceTable
+from checkpoint.names import COMMIT, PARTS, REMOVAL, TABLE, AttemptName
 from checkpoint.reader import Reader
 from checkpoint.storage import Storage, sizes
 

@@ -15,12 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from checkpoint import catalog, process
 from checkpoint.arena import Arena, Slot, free_memory_bytes, slot_bytes
-from checkpoint.commit import Agreement, Attempt, AttemptName
+from checkpoint.commit import Agreement, Attempt
 from checkpoint.config import CheckpointConfig
 from checkpoint.errors import SaveFailed, SaveSkipped, StorageError
 from checkpoint.format import fingerprint
 from checkpoint.handle import Outcome, SaveHandle, SaveStats
 from checkpoint.manifest import FileRecord, TableForm
+from checkpoint.names import AttemptName
 from checkpoint.planning import Draft
 from checkpoint.promotion import Promoter
 from checkpoint.reader import Reader

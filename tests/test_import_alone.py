@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -83,6 +84,22 @@ def _import_alone(package: str, folder: Path, cwd: Path, may_have: frozenset[str
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("module", [*PACKAGES, "trainsys.cli", "trainsys.session", "trainsys.submission"])
+def test_a_recipe_is_read_and_its_ranks_are_started_without_torch(module: str) -> None:
+    """Torch takes seconds of CPU to import: not before a mistake in a recipe is told, nor before ranks are started."""
+    program = f"import sys, {module}; print(*{{*sys.modules}} & {{'torch', 'numpy', 'pyarrow', 'ray'}})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", ["checkpoint", "offload"])
+def test_a_package_that_imports_late_says_what_it_has(package: str) -> None:
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        _ = module.nothing
 
 
 @pytest.mark.parametrize("package", ALONE)

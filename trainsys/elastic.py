@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import faulttol
 import launch
-from checkpoint.commit import COMMIT, AttemptName
-from checkpoint.reader import MARK
+from checkpoint.names import COMMIT, MARK, AttemptName
 from faulttol import fence
 from faulttol.fence import Fence
 from faulttol.probing import Answering

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
 from parallel.legal import Backend
 from trainsys.config import RunConfig
 
@@ -19,6 +16,9 @@ Recompute = Literal["none", "selective", "full"]
 """As trainsys.models.recompute says."""
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from trainsys.metrics import Record
 
 _DEEPSPEED = ("deepspeed_cpu", "deepspeed_nvme")
@@ -202,11 +202,15 @@ def write_trace(engine: object, path: Path) -> None:
 
 def home_of(config: RunConfig, device: torch.device) -> torch.device:
     """Return where the model's weights are when its engine takes it over."""
+    import torch
+
     return torch.device("cpu") if config.offload.parameters == "streamed" else device
 
 
 def compute_device(config: RunConfig, weights: torch.device) -> torch.device:
     """Return where a model computes whose weights are on `weights`."""
+    import torch
+
     if config.offload.parameters == "streamed" and config.engine.device != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return weights

@@ -1,7 +1,8 @@
 """What a run trains in: the precision its recipe names, or with `auto` what the devices of all its ranks are made for.
 
 Ranks decide it together when they first meet (`trainsys.setup`), and the run's record keeps it: with bf16 a checkpoint
-has fp32 masters beside the weights, with fp32 it has none, so no later start may decide otherwise.
+has fp32 masters beside the weights, with fp32 it has none, so no later start may decide otherwise. Recipes are checked
+with what is here, before torch is loaded.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import distributed as dist
+from typing import TYPE_CHECKING, Literal
 
 from trainsys.config import RunConfig
 from trainsys.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import distributed as dist
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Asked = Literal["auto", "fp32", "bf16", "fp16"]
@@ -79,6 +81,8 @@ def agree(asked: Asked, began: Asked, mine: Ability, control: dist.ProcessGroup)
     Raises:
         ConfigError: as `choose`, on every rank alike.
     """
+    from torch import distributed as dist
+
     abilities = [mine] * control.size()
     dist.all_gather_object(abilities, mine, group=control)
     return choose(asked, began, abilities)
@@ -89,6 +93,8 @@ def ability_of(device: torch.device) -> Ability:
 
     Instructions, not a measurement: the same machine always gets the same answer, however busy it is.
     """
+    import torch
+
     if device.type == "cuda":
         return Ability("GPU", torch.cuda.is_bf16_supported(including_emulation=False))
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -137,6 +143,8 @@ def has_instructions(capabilities: Mapping[str, object]) -> bool:
 
 def _capabilities() -> Mapping[str, object]:
     """What torch says of this CPU; an older torch of x86 only."""
+    import torch
+
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     asked = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}

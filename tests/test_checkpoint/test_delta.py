@@ -25,8 +25,8 @@ from checkpoint.delta import MAX_FILES, Narrowed, Parent, narrow
 from checkpoint.digest import CHUNK_BYTES, DIGEST_BYTES, chunk_count, digests
 from checkpoint.format import DTYPES
 from checkpoint.manifest import SHARED, FileRecord, SavedSlice
+from checkpoint.names import MARK
 from checkpoint.promotion import Promoter
-from checkpoint.reader import MARK
 from checkpoint.shard import Part
 from checkpoint.state import FlatSlice, Piece, RankLocal, TensorLike, pieces_of
 from checkpoint.storage import open_storage

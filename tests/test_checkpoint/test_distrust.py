@@ -14,8 +14,9 @@ from checkpoint.__main__ import main
 from checkpoint.catalog import PROMOTION
 from checkpoint.config import RemoteConfig
 from checkpoint.local import LocalStorage
+from checkpoint.names import MARK
 from checkpoint.promotion import marked
-from checkpoint.reader import MARK, Reader
+from checkpoint.reader import Reader
 from checkpoint.storage import open_storage
 from checkpoint.tiers import Tier, Tiers
 from tests.test_checkpoint.fleets import fleet

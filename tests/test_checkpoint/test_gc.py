@@ -16,9 +16,9 @@ import torch
 import checkpoint
 from checkpoint import CheckpointConfig, Checkpointer, SaveFailed, StorageError
 from checkpoint.catalog import RETIRED
-from checkpoint.commit import COMMIT, REMOVAL, TABLE, AttemptName
 from checkpoint.config import RemoteConfig
 from checkpoint.local import LocalStorage
+from checkpoint.names import COMMIT, REMOVAL, TABLE, AttemptName
 from checkpoint.promotion import Promoter
 from checkpoint.retention import Removal, collect, remove
 from checkpoint.storage import Entry, Source, Storage, open_storage

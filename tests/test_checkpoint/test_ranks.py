@@ -26,7 +26,7 @@ from checkpoint import (
     SaveFailed,
     StorageError,
 )
-from checkpoint.commit import AttemptName
+from checkpoint.names import AttemptName
 from checkpoint.state import owners, pieces_of
 from tests.ranks import run_ranks
 from tests.test_checkpoint.worlds import (

@@ -31,10 +31,10 @@ from checkpoint import (
     verify,
 )
 from checkpoint.access import open_reader
-from checkpoint.commit import COMMIT, TABLE
 from checkpoint.format import CHUNK_BYTES, DIGEST_BYTES, LARGEST_DIGEST_BYTES, chunk_count, digest, fingerprint
 from checkpoint.local import LocalStorage
 from checkpoint.manifest import SHARED, CommitRecord, FileRecord, SavedSlice, SliceTable
+from checkpoint.names import COMMIT, TABLE
 from checkpoint.reader import Reader, Want
 from checkpoint.region import Region
 from checkpoint.reshard import plan

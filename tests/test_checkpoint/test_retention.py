@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from checkpoint import CheckpointConfig, Checkpointer
 from checkpoint.catalog import PIN, PROMOTION, RETIRED, Known, scan
-from checkpoint.commit import COMMIT, AttemptName
 from checkpoint.dcp import StorageWriter
 from checkpoint.format import fingerprint
 from checkpoint.local import LocalStorage
 from checkpoint.manifest import CommitRecord, FileRecord
+from checkpoint.names import COMMIT, AttemptName
 from checkpoint.reader import Reader
 from checkpoint.retention import is_sound, removable, remove, superseded
 from tests.test_checkpoint.worlds import wait_until

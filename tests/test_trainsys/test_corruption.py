@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint.commit import COMMIT, AttemptName
+from checkpoint.names import COMMIT, AttemptName
 from faulttol import preflight
 from faulttol.errors import Corrupted
 from tests.ranks import run_ranks

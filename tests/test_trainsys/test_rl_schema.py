@@ -11,8 +11,9 @@ import pytest
 
 from tests.test_trainsys.rollouts import group, row
 from trainsys.rl import schema, tasks
+from trainsys.rl.bounds import Bounds
 from trainsys.rl.rollout import Completion
-from trainsys.rl.schema import SCHEMA, Bounds, FormatError, Row
+from trainsys.rl.schema import SCHEMA, FormatError, Row
 
 _BOUNDS = Bounds()
 

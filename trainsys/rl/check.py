@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trainsys.errors import MissingExtraError
+from trainsys.rl.bounds import Bounds, is_node_name
 from trainsys.rl.errors import TaskError
 from trainsys.rl.questions import draw, parse_spec
-from trainsys.rl.schema import Bounds, is_node_name
 
 if TYPE_CHECKING:
     from trainsys.config import RunConfig

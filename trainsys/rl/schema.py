@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from trainsys.rl.bounds import Bounds, is_node_name
 from trainsys.rl.rollout import Completion, Group, Question
 
 VERSION = 1
 """Of the columns and of what `Row.digest` hashes; a message of another version is refused."""
 DIGEST_BYTES = 32
 _SIGNATURE_BYTES = 64
-_NODE = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -67,20 +67,6 @@ class FormatError(ValueError):
     def __init__(self, reason: str, text: str) -> None:
         self.reason = reason
         super().__init__(f"{reason}: {text}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bounds:
-    """The largest message that is looked into."""
-
-    message_bytes: int = 8 * 2**20
-    rows: int = 256
-    completions: int = 64
-    completion_bytes: int = 8 * 2**10
-    prompt_bytes: int = 16 * 2**10
-    parameter_bytes: int = 4 * 2**10
-    name_bytes: int = 128
-    """Of a task, a version, a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +213,11 @@ def parse_name(name: str) -> Name | None:
     """Return the parts of a message's name, or None where it is none."""
     node, _, rest = name.partition(".")
     sequence, _, digest = rest.partition(".")
-    if not (_NODE.fullmatch(node) and re.fullmatch(r"\d{19}", sequence, re.ASCII)):
+    if not (is_node_name(node) and re.fullmatch(r"\d{19}", sequence, re.ASCII)):
         return None
     if not re.fullmatch(rf"[0-9a-f]{{{2 * DIGEST_BYTES}}}", digest, re.ASCII) or int(sequence) >= 2**63:
         return None
     return Name(node, int(sequence), bytes.fromhex(digest))
-
-
-def is_node_name(text: str) -> bool:
-    """Return whether a node may be called so."""
-    return _NODE.fullmatch(text) is not None
 
 
 def decode(message: bytes, bounds: Bounds) -> list[Row]:

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from trainsys.rl import schema
+from trainsys.rl.bounds import Bounds, is_node_name
 from trainsys.rl.errors import SharingError
 from trainsys.rl.rollout import Group
 from trainsys.rl.selection import Candidate, Quota, Selection, num_missing, select
@@ -284,7 +285,7 @@ class Exchange:
         until_s = self._computed_s() + self._pace.poll_cpu_s
         for name in _in_turn(news, self._generator)[:limit]:
             try:
-                message = self._polling.within_deadline(lambda: self._store.fetch(name, schema.Bounds().message_bytes))  # noqa: B023
+                message = self._polling.within_deadline(lambda: self._store.fetch(name, Bounds().message_bytes))  # noqa: B023
             except Exception as error:  # noqa: BLE001  one that cannot be read must not hide those behind it
                 failures.append(error)
                 self._note_failed(name)
@@ -340,7 +341,7 @@ class Exchange:
     def _look_around(self, listed: Iterable[str]) -> None:
         """Count the peers there are, and what another node has written in this one's name."""
         me = self._identity.node
-        nodes = set(filter(schema.is_node_name, {name.partition(".")[0] for name in listed})) - {me}
+        nodes = set(filter(is_node_name, {name.partition(".")[0] for name in listed})) - {me}
         with self._lock:
             unknown = [name for name in listed if name.startswith(f"{me}.") and name not in self._own]
             # What is older than the oldest own message in mind may be of this node before it was started again.

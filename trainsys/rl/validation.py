@@ -29,8 +29,9 @@ from typing import Any
 
 from trainsys.errors import TrainsysError
 from trainsys.rl import questions, schema, signing, tasks
+from trainsys.rl.bounds import Bounds
 from trainsys.rl.rollout import Completion, Group, Question
-from trainsys.rl.schema import Bounds, FormatError, Row
+from trainsys.rl.schema import FormatError, Row
 
 log = logging.getLogger(__name__)
 

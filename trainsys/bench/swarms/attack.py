@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trainsys.rl import questions, schema, tasks
+from trainsys.rl.bounds import Bounds
 from trainsys.rl.rollout import Completion, Group, Question
 from trainsys.rl.schema import Row
 from trainsys.rl.sharing import Exchange
@@ -56,7 +57,7 @@ class Believer(Validator):
     """Takes rewards as they are claimed: the reference implementation scores by the peer's own answer."""
 
     def check(self, name: str, message: bytes) -> tuple[list[Accepted], list[Rejection]]:
-        return [self._believed(row) for row in schema.decode(message, schema.Bounds())], []
+        return [self._believed(row) for row in schema.decode(message, Bounds())], []
 
     def _believed(self, row: Row) -> Accepted:
         group = Group(row.question, row.completions, row.claimed_rewards, row.node, row.policy_version)
