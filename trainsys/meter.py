@@ -47,7 +47,32 @@ def peak_of(device: torch.device, dtype: torch.dtype, stated: float) -> Peak:
         known = data_sheet_rate(torch.cuda.get_device_name(device), dtype)
         if known is not None:
             return Peak(known, "data sheet")
-    return Peak(_matmul_rate(device, dtype, size=8192 if device.type == "cuda" else 1024), "measured")
+    return Peak(_measured(device, dtype), "measured")
+
+
+class Utilisation:
+    """Model FLOP utilisation (MFU) of a job: the work that counts over what its devices could do in that time.
+
+    A peak that was measured while something else ran is too low. Where a job does more than that, it is measured again.
+    """
+
+    _AGAIN = 3  # at most: it takes 0.3 s each
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, stated: float) -> None:
+        """`stated` is the peak of one device in FLOP/s; 0 to find it out, as `peak_of` says."""
+        self.peak = peak_of(device, dtype, stated)
+        self._where = device, dtype
+        self._left = self._AGAIN if self.peak.how == "measured" else 0
+
+    def of(self, flops_per_s: float) -> float:
+        """Return the share of the peak that a device reaches with `flops_per_s` of useful work, 0 to 1.
+
+        It is above 1 where the peak was stated too low, or measured too low over and over.
+        """
+        while flops_per_s > self.peak.flops_per_s and self._left:
+            self._left -= 1
+            self.peak = Peak(max(self.peak.flops_per_s, _matmul_rate(*self._where)), "measured")
+        return flops_per_s / self.peak.flops_per_s
 
 
 def data_sheet_rate(name: str, dtype: torch.dtype) -> float | None:
@@ -59,8 +84,13 @@ def data_sheet_rate(name: str, dtype: torch.dtype) -> float | None:
 
 
 @functools.cache  # a process may start training more than once
-def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, budget_s: float = 0.3) -> float:
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    return _matmul_rate(device, dtype)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float = 0.3) -> float:
     """Return the best FLOP/s of a square matrix product over `budget_s`."""
+    size = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # the global one belongs to the training
     left = torch.rand(size, size, device=device, generator=own).to(dtype)
     right = torch.rand(size, size, device=device, generator=own).to(dtype)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from checkpoint import SaveStats
 from trainsys.config import RunConfig
 from trainsys.errors import MissingExtraError
-from trainsys.meter import Peak
 from trainsys.step import StepStats
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Pace:
     """Tokens trained on since step 1, all ranks."""
     tokens_per_s: float
     mfu: float
-    """Model FLOP utilisation, 0 to 1 (above 1 where the peak was measured while the machine was busy)."""
+    """Model FLOP utilisation, 0 to 1 (above 1 where the peak was stated, or measured again and again, too low)."""
     eta_s: float
     data_wait_s: float
     """Seconds this rank waited for its batch."""
@@ -400,8 +399,3 @@ def open_metrics(
     if config.metrics.wandb.mode != "off":
         sinks.append(Wandb(config, folder, run_id, tree))
     return Metrics(sinks, admit)
-
-
-def utilisation(tokens_per_s: float, flops_per_token: float, ranks: int, peak: Peak) -> float:
-    """Return model FLOP utilisation: useful FLOP/s over what all ranks could do at `peak`."""
-    return tokens_per_s * flops_per_token / (ranks * peak.flops_per_s)

@@ -177,7 +177,7 @@ class Trainer:
             self._drill.connect()
         self._phases = meter.Phases(shared.device)
         self._throughput = meter.Throughput(config.steps)
-        self._peak = meter.peak_of(shared.device, self._dtype, config.metrics.peak_flops_per_s)
+        self._utilisation = meter.Utilisation(shared.device, self._dtype, config.metrics.peak_flops_per_s)
 
     def __enter__(self) -> Trainer:
         return self
@@ -386,7 +386,7 @@ class Trainer:
         )
 
     def _greet(self) -> None:
-        config, prepared = self._config, self._shared.prepared
+        config, prepared, peak = self._config, self._shared.prepared, self._utilisation.peak
         place = self._place.step
         start = f"resumes after step {place} (from the {self._resumed_from} tier)" if place else "starts"
         self._metrics.say(
@@ -396,7 +396,7 @@ class Trainer:
         )
         self._metrics.say(
             f"counting tokens alone reaches {prepared.unigram_entropy:.4f} nats/token (unigram entropy); peak "
-            f"{self._peak.flops_per_s / 1e9:,.0f} GFLOP/s per rank ({self._peak.how})"
+            f"{peak.flops_per_s / 1e9:,.0f} GFLOP/s per rank ({peak.how})"
         )
         if self._shared.precision.warning:
             self._metrics.say(self._shared.precision.warning)
@@ -406,7 +406,7 @@ class Trainer:
         return metrics.Pace(
             tokens_seen=self._place.tokens_seen,
             tokens_per_s=rate,
-            mfu=metrics.utilisation(rate, self._flops_per_token, num_ranks(self._config.parallel), self._peak),
+            mfu=self._utilisation.of(rate * self._flops_per_token / num_ranks(self._config.parallel)),
             eta_s=self._throughput.eta_s(self._place.step),
             data_wait_s=self._loader.wait_s,
             memory_bytes=meter.memory_peak_bytes(self._shared.device),
