@@ -55,9 +55,10 @@ def build() -> Path:
 
     Raises: RecorderError when there is no compiler or it failed; what to do is in the message.
     """
-    path = library_path()
-    if path.exists():
+    path = built()
+    if path is not None:
         return path
+    path = library_path()
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise RecorderError(f"{_SOURCE.name}: none of {', '.join(_COMPILERS)} is on the path; {_REMEDY}")
@@ -80,13 +81,22 @@ def build() -> Path:
     return path
 
 
-def load() -> Library | None:
-    """Return the library if it was built for this torch, else None.
+def built() -> Path | None:
+    """Return the library if it was built for this torch, where this user may see it, else None."""
+    try:
+        path = library_path()
+        return path if path.exists() else None
+    except (RecorderError, OSError):
+        return None
 
-    Raises: RecorderError when what was built cannot be loaded.
+
+def load() -> Library | None:
+    """Return what was `built`, or None.
+
+    Raises: RecorderError when it cannot be loaded.
     """
-    path = library_path()
-    return Library(path) if path.exists() else None
+    path = built()
+    return None if path is None else Library(path)
 
 
 class Library:
@@ -181,8 +191,14 @@ class Compiled:
 
 
 def library_path() -> Path:
-    """Return where the library is for this torch, or will be once it is built, in the user's cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faulttol"
+    """Return where the library is for this torch, or will be once it is built, in the user's cache.
+
+    Raises: RecorderError for a user without a home.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faulttol"
+    except RuntimeError as error:
+        raise RecorderError(f"no folder to build {_SOURCE.name} in: {error} Set XDG_CACHE_HOME") from error
     abi = str(torch.compiled_with_cxx11_abi())
     # Hosts that share a home may have another C library, which would not load what is newer than itself.
     host = (platform.machine(), *platform.libc_ver())

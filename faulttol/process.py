@@ -22,6 +22,14 @@ class _Process:
     lock = threading.Lock()
 
 
+def _unlock_in_child() -> None:
+    """Let a forked child install and uninstall: the thread that may have been at it is not there."""
+    _Process.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
 def install(
     directory: str | Path,
     *,
@@ -36,9 +44,9 @@ def install(
 
     Before or after the process group is made; nothing in the user's code changes. Put the directory in memory or on a
     local disk, and let all ranks of a machine share it. `rank` and `world_size` are the process group's, or those of
-    torchrun, unless given. A job that formed its groups anew installs anew, with the next `generation`. `capacity`
-    records are kept (72 bytes each); ends that nobody waits for in Python are noticed when this process next begins
-    something or sets a mark, or after `poll_s`.
+    torchrun, unless given. A job that formed its groups anew installs anew, with the next `generation`. A forked
+    child records nothing unless it installs by itself. `capacity` records are kept (72 bytes each); ends that nobody
+    waits for in Python are noticed when this process next begins something or sets a mark, or after `poll_s`.
 
     `native`: whether collectives on the CPU are recorded in C++, at a tenth of the price (`faulttol.compiled`). None:
     where `python -m faulttol build` was run for this torch; True builds it if need be, which takes half a minute.
@@ -53,6 +61,9 @@ def install(
     if not poll_s > 0:
         raise ValueError(f"poll_s: {poll_s} is not above 0")
     with _Process.lock:
+        if _Process.recorder is not None and _Process.recorder.is_inherited:
+            _Process.recorder.close()
+            _Process.recorder = None
         if _Process.recorder is not None:
             raise RecorderError(f"{_Process.recorder.ring.path}: is being recorded by this process; uninstall it first")
         rank, world_size = _place(rank, world_size)

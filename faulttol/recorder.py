@@ -83,7 +83,8 @@ class Recorder:
         self._is_idle = False
         """Whether the watcher sleeps until something goes on; who begins something then wakes it."""
         self._interception = Interception(self)
-        os.register_at_fork(after_in_child=_switch_off(weakref.ref(self)))
+        off = weakref.WeakMethod(self.switch_off)
+        os.register_at_fork(after_in_child=lambda: (switch_off := off()) and switch_off())
         self._watcher = threading.Thread(target=self._watch, name="faulttol-recorder", daemon=True)
         self._watcher.start()
 
@@ -270,13 +271,13 @@ class Recorder:
         if self._closed.is_set():
             return
         self._closed.set()
-        self._wake.set()
-        self._pause.release()
         self._is_on = False
         self._interception.close()
         if self._compiled is not None:
             self._compiled.close()
-        if os.getpid() == self._pid:  # a forked child has no such thread
+        if not self.is_inherited:  # a forked child has no such thread
+            self._wake.set()
+            self._pause.release()
             self._watcher.join()
             self._look_at_all()
             if self._resting:
@@ -292,6 +293,11 @@ class Recorder:
         return self._num_followed + (self._compiled.num_open if self._compiled is not None else 0)
 
     @property
+    def is_inherited(self) -> bool:
+        """Whether this process was forked from the one that it recorded."""
+        return os.getpid() != self._pid
+
+    @property
     def is_native(self) -> bool:
         """Whether collectives on the CPU are recorded by the part in C++."""
         return self._compiled is not None
@@ -302,8 +308,9 @@ class Recorder:
         return len(self._pending) + sum(map(len, (*list(self._on_device.values()), *list(self._stamped.values()))))
 
     def switch_off(self) -> None:
-        """Record nothing any more, without taking anything back: what a forked child does."""
+        """Record nothing any more, without taking anything back: what a forked child does. The ring is not its own."""
         self._is_on = False
+        self.ring.close()
         if self._compiled is not None:
             self._compiled.switch_off()
 
@@ -325,7 +332,7 @@ class Recorder:
 
     def _lose(self) -> None:
         """Count what could not be recorded, and tell of the first one."""
-        if self._closed.is_set():
+        if not self._is_on:
             return
         self.ring.lose()
         if not self._complained:
@@ -485,15 +492,6 @@ class Recorder:
         else:
             token.is_over = True
             self.ring.end(token.index, span.end_ns, duration_ns, failed=False, late=False)
-
-
-def _switch_off(recorder: weakref.ref[Recorder]) -> Any:
-    def in_child() -> None:
-        found = recorder()
-        if found is not None:
-            found.switch_off()
-
-    return in_child
 
 
 _REDUCE_SCATTERS = ENDS_AT_WAIT - MESSAGES

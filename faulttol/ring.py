@@ -99,11 +99,12 @@ class Ring:
         if capacity < 16:
             raise ValueError(f"capacity: {capacity} records; at least 16 are needed")
         self.path, self.capacity = path, capacity
+        self._pid = os.getpid()
         info = RingInfo(
             rank=rank,
             world_size=world_size,
             generation=generation,
-            pid=os.getpid(),
+            pid=self._pid,
             host=socket.gethostname(),
             boot_id=_boot_id(),
             capacity=capacity,
@@ -176,19 +177,33 @@ class Ring:
         self._counters[_SIGN] = time.monotonic_ns()
 
     def close(self) -> None:
-        """Unmap; the file stays and can be read. Idempotent."""
-        if not self._map.closed:
+        """Unmap; the file stays and can be read. Idempotent.
+
+        In a forked child only that: the ring is its parent's, who may still write.
+        """
+        if self._map.closed:
+            return
+        is_ours = os.getpid() == self._pid
+        if is_ours:
             self._counters[_CLOSED] = 1
+        try:
             self._counters.release()
             self._map.close()
+        except BufferError:
+            if is_ours:
+                raise  # a child may have been forked while another thread of its parent was writing
 
     def _next(self) -> int:
         index = next(self._indexes)
-        self._counters[_BEGUN] = index
+        if self._counters[_BEGUN] < index:  # another thread may have come in between with a later one
+            self._counters[_BEGUN] = index
         return index
 
     def _name(self, key: tuple[str, ...], ranks: tuple[int, ...]) -> int:
         with self._naming:
+            found = self._names.get(key)
+            if found is not None:  # another thread was first
+                return found
             text = json.dumps({"kind": key[0], "name": key[1], "backend": key[2], "ranks": ranks}).encode()
             used, number = self._counters[_NAMED], len(self._names) + 1
             whole = _NAME.pack(len(text), zlib.crc32(text)) + text

@@ -15,7 +15,7 @@ def describe() -> str:
     """Return a report of a line a fact, for a bug report."""
     import torch
 
-    from faulttol.compiled import library_path
+    from faulttol.compiled import built
     from trainsys.precision import ability_of
 
     lines = [f"{name:<13}{version}" for name, version in versions().items()]
@@ -27,8 +27,8 @@ def describe() -> str:
         lines.append(f"{'cuda':<13}none")
     does = "multiplies" if ability_of(torch.device("cpu")).multiplies_bf16 else "does not multiply"
     lines.append(f"{'cpu':<13}{does} bf16 in hardware")
-    path = library_path()
-    recorder = f"in C++, {path}" if path.exists() else "in Python; python -m faulttol build makes it cheaper on CPUs"
+    path = built()
+    recorder = f"in C++, {path}" if path else "in Python; python -m faulttol build makes it cheaper on CPUs"
     lines.append(f"{'recorder':<13}{recorder}")
     lines += [f"{name:<13}{importlib.import_module(name).__file__}" for name in _PACKAGES]
     return "\n".join(lines)

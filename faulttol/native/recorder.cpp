@@ -217,6 +217,16 @@ void replace_current(std::shared_ptr<Recorder> recorder) {
   current.swap(recorder);
 }
 
+void lock_all() {
+  current_lock.lock();
+  if (current) current->lock.lock();
+}
+
+void unlock_all() {
+  if (current) current->lock.unlock();
+  current_lock.unlock();
+}
+
 // The first tensor of an argument and the bytes of all; false for what Python has to look at.
 bool measure(const c10::IValue& value, at::Tensor& first, uint64_t& bytes) {
   const auto add = [&](const at::Tensor& tensor) {
@@ -338,9 +348,8 @@ const char* faulttol_error() { return last_error.c_str(); }
 // Maps a ring and puts the kernels into torch; returns the recorder's number, or 0 on failure, which faulttol_error then
 // tells. There is one at a time.
 uint64_t faulttol_open(const char* path, const Layout* layout, const Operation* operations, int num_operations) {
-  // A child that is forked while another thread holds the lock finds it free.
-  static const int forks = pthread_atfork(
-      [] { current_lock.lock(); }, [] { current_lock.unlock(); }, [] { current_lock.unlock(); });
+  // A child that is forked while another thread holds a lock finds it free.
+  static const int forks = pthread_atfork(lock_all, unlock_all, unlock_all);
   if (forks != 0 || layout->record_bytes != sizeof(Record) ||
       layout->begin_bytes != sizeof(Begun) + sizeof(uint32_t)) {
     last_error = forks ? std::strerror(forks) : "records are of another size there";

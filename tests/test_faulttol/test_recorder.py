@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import threading
 import time
 import warnings
@@ -24,6 +25,7 @@ import faulttol
 from faulttol import RecorderError, compiled
 from faulttol.bench.parts.callers import count
 from faulttol.events import KINDS
+from faulttol.ring import RingReader
 from parallel.pipeline.wires import Wires
 from tests.ranks import run_ranks
 from tests.test_faulttol import callers
@@ -243,16 +245,30 @@ def _one_at_a_time(folder: Path, native: bool) -> None:
 
 
 def _forks(folder: Path, native: bool) -> None:
-    """A forked child does not write into its parent's ring."""
+    """A forked child does not write into its parent's ring, nor close it; it may record into one of its own."""
     faulttol.install(folder, native=native)
+    dist.all_reduce(torch.ones(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
+        signal.alarm(20)  # it outlives its parent's test otherwise, if it hangs
         faulttol.mark_step(99)
+        faulttol.install(folder / "child", native=native)
+        faulttol.mark_step(98)
+        dist.all_reduce(torch.ones(1), group=dist.new_group([0]))  # the threads of the old one are its parent's
+        faulttol.uninstall()
         os._exit(0)
-    os.waitpid(pid, 0)
-    assert not faulttol.read_ring(faulttol.ring_path(folder, 0)).marks
+    assert os.waitpid(pid, 0)[1] == 0
+    with RingReader(faulttol.ring_path(folder, 0)) as reader:
+        assert not reader.is_closed
+        dist.all_reduce(torch.ones(1))
+        record = reader.poll()
+    assert not record.marks
+    assert [event.seq for event in record.events] == [1, 2]
+    of_child = faulttol.read_ring(faulttol.ring_path(folder / "child", 0))
+    assert [mark.step for mark in of_child.marks] == [98]
+    assert [event.kind for event in of_child.events] == ["all_reduce"]
 
 
 class _Refuses(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -398,12 +414,23 @@ def test_without_what_was_built_it_records_from_python_and_without_a_compiler_sa
         with pytest.raises(RecorderError, match="no such header"):
             faulttol.install(tmp_path, rank=0, world_size=1, native=True)
         path = compiled.library_path()
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", _no_home)
+        assert not faulttol.install(tmp_path, rank=0, world_size=1).is_native
+        faulttol.uninstall()
+        with pytest.raises(RecorderError, match=r"no folder to build .*: no home\. Set XDG_CACHE_HOME"):
+            faulttol.install(tmp_path, rank=0, world_size=1, native=True)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         path.write_bytes(b"no library")
         with pytest.raises(RecorderError, match="remove the file and build it again"):
             faulttol.install(tmp_path, rank=0, world_size=1)
         assert [each.name for each in path.parent.iterdir()] == [path.name], "nothing half built is left"
     finally:
         faulttol.uninstall()
+
+
+def _no_home() -> Path:
+    raise RuntimeError("no home.")
 
 
 def _stuck(rank: int, world_size: int, folder: str) -> list[tuple[str, int]]:

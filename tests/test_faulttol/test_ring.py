@@ -177,13 +177,47 @@ def test_an_end_that_is_torn_leaves_its_begin(ring: Ring) -> None:
     assert (event.state, event.end_ns) == ("begun", None)
 
 
-def test_threads_that_begin_at_once_get_records_of_their_own(tmp_path: Path) -> None:
-    ring = Ring(tmp_path / "a.ring", rank=0, world_size=1, capacity=4096)
-    threads = [threading.Thread(target=lambda: [begin(ring) for _ in range(500)]) for _ in range(4)]
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads take turns as often as the interpreter lets them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def at_once(work: Callable[[], object], num_threads: int = 8) -> None:
+    """Do the same in several threads."""
+    start = threading.Barrier(num_threads)
+
+    def run() -> None:
+        start.wait()
+        work()
+
+    threads = [threading.Thread(target=run) for _ in range(num_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_that_name_the_same_at_once_name_it_once(tmp_path: Path) -> None:
+    """Else each name after it has the number of another."""
+    for attempt in range(40):
+        ring = Ring(tmp_path / f"{attempt}.ring", rank=0, world_size=1, capacity=16)
+        at_once(lambda ring=ring: ring.number("dtype", "float32"))  # type: ignore[misc]
+        begin(ring)
+        assert [(event.group, event.phase) for event in read_ring(ring.path).events] == [("0", "train")]
+        ring.close()
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_that_begin_at_once_get_records_of_their_own(tmp_path: Path) -> None:
+    ring = Ring(tmp_path / "a.ring", rank=0, world_size=1, capacity=4096)
+    for attempt in range(1, 101):  # the last record of each is the one that could be hidden
+        at_once(lambda: [begin(ring) for _ in range(5)], 4)
+        assert ring.begun == attempt * 20
     assert [event.index for event in read_ring(ring.path).events] == list(range(1, 2001))
     ring.close()
 
