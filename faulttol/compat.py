@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -81,6 +82,8 @@ class Interception:
         self.wait: Callable[[Any], Any] = vars(dist.Work)["wait"]
         """Torch's own `Work.wait`, which nobody is told of."""
         self._stack = contextlib.ExitStack()
+        self._changing = threading.Lock()
+        self._is_closed = False
         try:
             self._register(sink)
             self._replace(sink)
@@ -90,6 +93,11 @@ class Interception:
 
     def follow_functional_waits(self, sink: Sink) -> None:
         """Tell of `wait_tensor` too: the only sign of the end of a reduce-scatter that gloo carries for C++."""
+        with self._changing:
+            if not self._is_closed:  # else another thread has closed it since
+                self._follow_functional_waits(sink)
+
+    def _follow_functional_waits(self, sink: Sink) -> None:
         library = self._stack.enter_context(torch.library._scoped_library("_c10d_functional", "IMPL"))
         operator = torch.ops._c10d_functional.wait_tensor.default
         below = _below()
@@ -103,7 +111,9 @@ class Interception:
 
     def close(self) -> None:
         """Take everything back. Idempotent."""
-        self._stack.close()
+        with self._changing:
+            self._is_closed = True
+            self._stack.close()
 
     def _register(self, sink: Sink) -> None:
         library = self._stack.enter_context(torch.library._scoped_library("c10d", "IMPL"))

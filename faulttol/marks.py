@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from faulttol.ring import MARK_NUMBERS, Ring, numbers_there
 
 if TYPE_CHECKING:
     from faulttol.compiled import Compiled
+
+_STEPS = range(-(1 << 31), 1 << 31)
 
 
 class Marks:
@@ -45,23 +48,26 @@ class Marks:
     def write(
         self, kind: MarkKind, *, tokens: int | None = None, loss: float | None = None, grad_norm: float | None = None
     ) -> None:
-        """Write a mark; what begins from now on is where it says.
+        """Write a mark; what begins from now on is where it says, unless it raises.
 
-        Raises: TypeError for a tensor that is not on the host, and whatever writing may raise.
+        Raises: TypeError for a tensor that is not on the host, and for a step or tokens that are no whole numbers;
+            ValueError for those that a record has no room for.
         """
-        phase = self._phases.get(self._phase) or self._number(self._phase)
-        self.where = (self._step, phase)
         for value in (tokens, loss, grad_norm):
             if isinstance(value, torch.Tensor) and not value.is_cpu:
                 raise TypeError("a mark's number is a tensor of a device: reading it would wait for the device")
+        step = operator.index(self._step)
+        counted = 0 if tokens is None else operator.index(tokens) + 1
+        if step not in _STEPS or counted < (tokens is not None) or counted >= 1 << 64:
+            raise ValueError(f"step {step}, tokens {tokens}: a record has no room for that")
+        numbers, there = (float(loss or 0.0), float(grad_norm or 0.0)), numbers_there(loss, grad_norm)
+        phase = self._phases.get(self._phase) or self._number(self._phase)
+        self.where = (step, phase)
         if self._compiled is None:
-            self._ring.mark(kind, time.monotonic_ns(), self.where, tokens, loss, grad_norm)
+            whole = counted - 1 if counted else None
+            self._ring.mark(kind, time.monotonic_ns(), self.where, whole, loss, grad_norm)
         else:
-            counted = 0 if tokens is None else int(tokens) + 1
-            there = numbers_there(loss, grad_norm)
-            self._compiled.mark(
-                MARK_NUMBERS[kind], self._step, phase, counted, float(loss or 0.0), float(grad_norm or 0.0), there
-            )
+            self._compiled.mark(MARK_NUMBERS[kind], step, phase, counted, *numbers, there)
 
     def _number(self, phase: str) -> int:
         number = self._ring.number("phase", phase)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -59,7 +60,8 @@ class Group:
         told = compiled.know(names, self.ranks, num_collectives) if self.backends.get("cpu") == "gloo" else None
         if told is not None:
             self.count, forget = told
-            self.ref = weakref.ref(group, lambda _: forget())
+            # Of the process group, not of this: another one of its name may take this one's place before it is gone.
+            weakref.finalize(group, forget).atexit = False
 
 
 class Groups:
@@ -68,6 +70,7 @@ class Groups:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._by_name: dict[str, Group] = {}
+        self._meeting = threading.Lock()
 
     def of(self, group: Any) -> Group:
         """Return what is known of a process group."""
@@ -103,13 +106,17 @@ class Groups:
 
     def _meet(self, group: Any) -> Group:
         """Get to know a group; one that has the name of a group that is gone gets a name of its own."""
-        name, earlier = group.group_name, self._by_name.get(group.group_name)
-        shown = name
-        if earlier is not None:
-            base, _, count = earlier.name.rpartition("~")
-            shown = f"{base}~{int(count) + 1}" if base else f"{name}~2"
-        known = self._by_name[name] = Group(group, shown, tuple(dist.get_process_group_ranks(group)))
-        return known
+        name, ranks = group.group_name, tuple(dist.get_process_group_ranks(group))
+        with self._meeting:
+            earlier = self._by_name.get(name)
+            shown = name
+            if earlier is not None:
+                if earlier.ref() is group:  # another thread was first
+                    return earlier
+                base, _, count = earlier.name.rpartition("~")
+                shown = f"{base}~{int(count) + 1}" if base else f"{name}~2"
+            known = self._by_name[name] = Group(group, shown, ranks)
+            return known
 
 
 class Token:

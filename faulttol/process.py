@@ -42,7 +42,8 @@ def install(
 ) -> Recorder:
     """Record every collective and message of this process into `directory`, one ring a rank; return the recorder.
 
-    Before or after the process group is made; nothing in the user's code changes. Put the directory in memory or on a
+    Before or after the process group is made, while no other thread is in a collective: torch puts kernels in under
+    callers, whose call may raise. Nothing in the user's code changes. Put the directory in memory or on a
     local disk, and let all ranks of a machine share it. `rank` and `world_size` are the process group's, or those of
     torchrun, unless given. A job that formed its groups anew installs anew, with the next `generation`. A forked
     child records nothing unless it installs by itself. `capacity` records are kept (72 bytes each); ends that nobody
@@ -85,7 +86,10 @@ def install(
 
 
 def uninstall() -> None:
-    """Take the recorder out of torch; its ring stays on disk. Does nothing where none is installed."""
+    """Take the recorder out of torch; its ring stays on disk. Does nothing where none is installed.
+
+    No other thread may be in a collective meanwhile: torch takes its kernels out under callers, whose call may raise.
+    """
     with _Process.lock:
         recorder, _Process.recorder = _Process.recorder, None
         if recorder is not None:
