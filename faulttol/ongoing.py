@@ -32,6 +32,7 @@ class Group:
         "names",
         "ranks",
         "ref",
+        "telling",
         "timed",
         "timed_kinds",
         "unfinished",
@@ -42,6 +43,7 @@ class Group:
         self.name, self.ranks = name, ranks
         self.count: Callable[[], int] = itertools.count(1).__next__
         """Counts one more collective in it."""
+        self.telling = threading.Lock()
         self.messages: dict[tuple[int, bool], int] = {}
         """How many messages were begun, by (peer, whether this rank sends)."""
         self.names: dict[tuple[str, object], tuple[int, int]] = {}
@@ -54,14 +56,20 @@ class Group:
         self.unfinished: list[Token] = []
         """Begun while it coalesces: one work will stand for all of them."""
 
-    def tell(self, compiled: Compiled, names: tuple[int, int], num_collectives: int) -> None:
-        """Let the part in C++ record the next collective that is like the one that begins, where that came from it."""
-        group = self.ref()
-        told = compiled.know(names, self.ranks, num_collectives) if self.backends.get("cpu") == "gloo" else None
-        if told is not None:
-            self.count, forget = told
-            # Of the process group, not of this: another one of its name may take this one's place before it is gone.
-            weakref.finalize(group, forget).atexit = False
+    def count_and_tell(self, compiled: Compiled, names: tuple[int, int] | None) -> int:
+        """Count one more collective; with names, let the part in C++ record the next like it, if this came from it.
+
+        One thread at a time: what is counted here is told of before the other part counts on.
+        """
+        with self.telling:
+            seq = self.count()
+            group = self.ref()
+            told = compiled.know(names, self.ranks, seq) if names and self.backends.get("cpu") == "gloo" else None
+            if told is not None:
+                self.count, forget = told
+                # Of the process group, not of this: another of its name may take this one's place before it is gone.
+                weakref.finalize(group, forget).atexit = False
+            return seq
 
 
 class Groups:

@@ -132,17 +132,19 @@ class Recorder:
             place, groups = operation.group, self._groups
             known = groups.of_backend(group, self._channels) if place is None else groups.of(group_of(arguments[place]))
             kind, peer = operation.kind, -1
+            device_type = first.device.type if on_device else "cpu"
+            what = (device_type, None if operation.tensors is None or first is None else first.dtype)
+            names = known.names.get(what) or self._name(known, group, *what)
             if operation.peer is not None:
                 local = arguments[operation.peer]
                 peer = known.ranks[local] if local < len(known.ranks) else local
             if kind in MESSAGES:
                 key = (peer, kind == "send")
                 seq = known.messages[key] = known.messages.get(key, 0) + 1
-            else:
+            elif self._compiled is None:
                 seq = known.count()
-            device_type = first.device.type if on_device else "cpu"
-            what = (device_type, None if operation.tensors is None or first is None else first.dtype)
-            names = known.names.get(what) or self._name(known, group, *what)
+            else:
+                seq = known.count_and_tell(self._compiled, None if on_device or kind not in KINDS else names)
             now = time.monotonic_ns()
             index = self.ring.begin(KIND_NUMBERS[kind], now, size, seq, self._marks.where, peer, names)
             self._begun += 1
@@ -155,8 +157,6 @@ class Recorder:
                     token.ready = self._clock(known, group, token.device).stamp()[0]
             elif kind in _REDUCE_SCATTERS:
                 self._follow_output(arguments[0], token)
-            elif self._compiled is not None and not on_device and kind in KINDS:
-                known.tell(self._compiled, names, seq)
             self._look_in_passing(now)
             return token
         except Exception:  # noqa: BLE001 - recording may lose an event, and must not end training

@@ -417,9 +417,6 @@ void* faulttol_know(
   const std::lock_guard<std::mutex> held(recorder->lock);
   Counter*& counter = recorder->counters[missed.first];
   if (!counter) counter = new Counter(num_collectives);
-  uint64_t counted = counter->load();  // other threads may have counted in Python meanwhile
-  while (counted < num_collectives && !counter->compare_exchange_weak(counted, num_collectives)) {
-  }
   auto copied = std::make_shared<const std::vector<int64_t>>(ranks, ranks + num_ranks);
   recorder->known[missed] = {static_cast<uint16_t>(group), static_cast<uint16_t>(dtype), counter, std::move(copied)};
   return counter;
