@@ -93,21 +93,17 @@ class Interception:
 
     def follow_functional_waits(self, sink: Sink) -> None:
         """Tell of `wait_tensor` too: the only sign of the end of a reduce-scatter that gloo carries for C++."""
-        with self._changing:
-            if not self._is_closed:  # else another thread has closed it since
-                self._follow_functional_waits(sink)
-
-    def _follow_functional_waits(self, sink: Sink) -> None:
-        library = self._stack.enter_context(torch.library._scoped_library("_c10d_functional", "IMPL"))
-        operator = torch.ops._c10d_functional.wait_tensor.default
-        below = _below()
+        operator, below = torch.ops._c10d_functional.wait_tensor.default, _below()
 
         def kernel(keys: Any, *arguments: Any) -> Any:
             result = operator.redispatch(keys & below, *arguments)
             sink.tensor_awaited(result)
             return result
 
-        library.impl("wait_tensor", kernel, "BackendSelect", with_keyset=True)
+        with self._changing:
+            if not self._is_closed:  # else another thread has closed it since
+                library = self._stack.enter_context(torch.library._scoped_library("_c10d_functional", "IMPL"))
+                library.impl("wait_tensor", kernel, "BackendSelect", with_keyset=True)
 
     def close(self) -> None:
         """Take everything back. Idempotent."""

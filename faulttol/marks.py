@@ -14,7 +14,8 @@ from faulttol.ring import MARK_NUMBERS, Ring, numbers_there
 if TYPE_CHECKING:
     from faulttol.compiled import Compiled
 
-_STEPS = range(-(1 << 31), 1 << 31)
+_STEPS, _TOKENS = range(-(1 << 31), 1 << 31), range((1 << 64) - 1)
+"""That a record has room for."""
 
 
 class Marks:
@@ -56,17 +57,16 @@ class Marks:
         for value in (tokens, loss, grad_norm):
             if isinstance(value, torch.Tensor) and not value.is_cpu:
                 raise TypeError("a mark's number is a tensor of a device: reading it would wait for the device")
-        step = operator.index(self._step)
-        counted = 0 if tokens is None else operator.index(tokens) + 1
-        if step not in _STEPS or counted < (tokens is not None) or counted >= 1 << 64:
+        step, whole = operator.index(self._step), None if tokens is None else operator.index(tokens)
+        if step not in _STEPS or (whole is not None and whole not in _TOKENS):
             raise ValueError(f"step {step}, tokens {tokens}: a record has no room for that")
         numbers, there = (float(loss or 0.0), float(grad_norm or 0.0)), numbers_there(loss, grad_norm)
         phase = self._phases.get(self._phase) or self._number(self._phase)
         self.where = (step, phase)
         if self._compiled is None:
-            whole = counted - 1 if counted else None
             self._ring.mark(kind, time.monotonic_ns(), self.where, whole, loss, grad_norm)
         else:
+            counted = 0 if whole is None else whole + 1
             self._compiled.mark(MARK_NUMBERS[kind], step, phase, counted, *numbers, there)
 
     def _number(self, phase: str) -> int:
