@@ -56,6 +56,8 @@ class Standing:
     traceback: str = ""
     corrupted: tuple[int, ...] | None = None
     """FAILED, and QUIESCED after it, because wrong numbers were found: the ranks that have them; see `Corrupted`."""
+    was_aborted: bool = False
+    """FAILED, and QUIESCED after it, with an error that came after the order to end: breaking off may have caused it."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +71,7 @@ class Standing:
             tuple(fields["messages"]),
             fields["traceback"],
             None if corrupted is None else tuple(corrupted),
+            fields["was_aborted"],
         )
 
 
@@ -92,6 +95,8 @@ class Member:
         self._is_working = False
         self._has_finished = False
         self._is_dismissed = False
+        self._num_freeing = 0
+        """Threads that break off what the work may wait for."""
         self._releases: list[Callable[[], None]] = []
 
     def assign(self, assignment: Assignment) -> None:
@@ -104,6 +109,7 @@ class Member:
         """Order: let the work of this generation, or an older one, end now. Returns at once."""
         with self._changed:
             self._aborted = max(self._aborted, generation)
+            self._num_freeing += 1
             self._changed.notify_all()
         threading.Thread(target=self._free, args=(generation,), name="faulttol-abort", daemon=True).start()
 
@@ -145,8 +151,9 @@ class Member:
             except Exception as error:  # noqa: BLE001  told to the supervisor, which owns it
                 log.info("generation %d: the work ended with %s: %s", self._generation, type(error).__name__, error)
                 result = None
+                was_aborted = self._is_aborted()
                 messages, text = self._describe(error)
-                told = Standing(self._generation, "failed", messages, text, _corrupted(error))
+                told = Standing(self._generation, "failed", messages, text, _corrupted(error), was_aborted)
                 self._publish(told)
                 quiesce(error)
                 told = replace(told, state="quiesced")
@@ -174,28 +181,44 @@ class Member:
             quiesce(None)
             self._publish(Standing(generation, "quiesced"))
 
+    def _is_aborted(self) -> bool:
+        with self._changed:
+            return self._aborted >= self._generation
+
     def _overtaken(self) -> bool:
         """Whether a generation was aborted that this process had finished its work in."""
         return self._has_finished and self._aborted >= self._generation
 
     def _rest(self, *, has_finished: bool) -> None:
+        """Note that the work has ended, and return when nobody breaks off any more: the next groups are not theirs."""
         with self._changed:
             self._is_working, self._has_finished = False, has_finished
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._num_freeing == 0)
         self.connections.forget()
 
     def _free(self, generation: int) -> None:
         """Break everything that the work may wait for, until it has ended."""
-        while True:
+        try:
+            while (releases := self._to_release(generation)) is not None:
+                self.connections.shut()
+                for release in (*releases, abort_devices):
+                    try:
+                        release()
+                    except Exception:  # the others, and the next attempt, must come all the same
+                        log.exception("generation %d: a wait could not be broken off", generation)
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._is_working, _AGAIN_S)
+        finally:
             with self._changed:
-                if not self._is_working or self._generation > generation:
-                    return
-                releases = list(self._releases)
-            self.connections.shut()
-            abort_devices()
-            for release in releases:
-                release()
-            with self._changed:
-                self._changed.wait(_AGAIN_S)
+                self._num_freeing -= 1
+                self._changed.notify_all()
+
+    def _to_release(self, generation: int) -> list[Callable[[], None]] | None:
+        """What to call so that the work of this generation ends; None where it has ended."""
+        with self._changed:
+            is_over = not self._is_working or self._generation > generation
+            return None if is_over else list(self._releases)
 
 
 def _corrupted(error: BaseException) -> tuple[int, ...] | None:

@@ -225,3 +225,61 @@ def test_wrong_numbers_are_told_with_their_ranks_through_json() -> None:
     member.run(work)
     assert [(standing.state, standing.corrupted) for standing in told[2:]] == [("failed", (2,)), ("quiesced", (2,))]
     assert told[0].corrupted is None
+
+
+def test_the_next_generation_begins_when_nobody_breaks_off_the_one_before_any_more() -> None:
+    standings: list[Standing] = []
+    member = Member(standings.append, _described)
+    order: list[str] = []
+    entered, freed = threading.Event(), threading.Event()
+
+    def late() -> None:
+        freed.set()  # the work ends now, and the thread that broke it off is still at it
+        time.sleep(0.3)
+        order.append("broken off")
+
+    def broken() -> None:
+        raise RuntimeError("a release with a mistake")
+
+    def work(assignment: Assignment) -> int:
+        order.append(f"work {assignment.generation}")
+        if assignment.generation == 0:
+            with member.releasing(broken), member.releasing(late):
+                entered.set()
+                assert freed.wait(_TIMEOUT_S), "another release failed, and so this one was never called"
+                raise RuntimeError("broken off")
+        return assignment.generation
+
+    def give_orders() -> None:
+        member.assign(Assignment(0, {}))
+        entered.wait(_TIMEOUT_S)
+        member.abort(0)
+        freed.wait(_TIMEOUT_S)
+        member.assign(Assignment(1, {}))
+        while standings[-1].state != "finished":
+            time.sleep(0.01)
+        member.dismiss()
+
+    orders = threading.Thread(target=give_orders)
+    orders.start()
+    assert member.run(work) == 1
+    orders.join()
+    assert order == ["work 0", "broken off", "work 1"]
+
+
+@pytest.mark.parametrize("was_aborted", [False, True])
+def test_a_standing_tells_whether_the_error_came_after_the_order_to_end(was_aborted: bool) -> None:
+    standings: list[Standing] = []
+    member = Member(standings.append, _described)
+
+    def work(assignment: Assignment) -> None:
+        if was_aborted:
+            member.abort(0)
+        member.dismiss()
+        raise KeyError("lost")
+
+    member.assign(Assignment(0, {}))
+    member.run(work)
+    told = {standing.state: standing for standing in standings}
+    assert told["failed"].was_aborted is told["quiesced"].was_aborted is was_aborted
+    assert Standing.from_json(told["quiesced"].to_json()) == told["quiesced"]
