@@ -115,8 +115,12 @@ class PolicyConfig:
     """Whether to go on with fewer ranks while no spare is there, where a smaller layout is allowed."""
     spare_wait_s: float = 20.0
     """Seconds to wait for a spare that is starting before the run shrinks."""
+    failed_starts_limit: int = 6
+    """Processes in a row that were started and never got ready, while the run waits for one, after which it ends.
+    Between two starts the pause doubles, from ten seconds on. At least 1."""
     abort_timeout_s: float = 5.0
-    """Seconds that survivors get to leave their collectives; who has not is ended and replaced too."""
+    """Seconds that survivors get to leave their collectives; who has not is ended and replaced too. In the run's
+    `health.patient_phases`, and in the first step, `health.patience` times as long: they may load or compile."""
     recovery_cost_s: float = 10.0
     """What a recovery is expected to cost beside the steps done again, to weigh against a slow rank."""
 

@@ -2,7 +2,7 @@
 
 Of a lost rank: replace it with a warm spare; else wait for a spare that is about to be ready; else go on with fewer
 ranks, by whole data-parallel replicas; else wait. Give up where going on cannot help: an error of the program, a
-used-up budget, recoveries that get the run no further.
+used-up budget, recoveries that get the run no further, processes that never get ready while one is waited for.
 
 A slow rank costs a part of every step; replacing it costs a recovery. As with renting skis, the first is borne until it
 has cost as much as the second would: then the rank is isolated at the next checkpoint, where no step is lost, and once
@@ -57,6 +57,8 @@ class Situation:
     """Processes of the generation that ended which can go on."""
     spares_ready: int
     spares_starting: int
+    failed_starts: int = 0
+    """How many of the newest processes, in a row, came to nothing before they were ready."""
     smaller_sizes: tuple[int, ...] = ()
     """World sizes below `full_size` in which the run keeps its batch: whole data-parallel replicas."""
 
@@ -100,7 +102,7 @@ class Wait:
 class Stop:
     """End the run."""
 
-    cause: Literal["user error", "budget", "no progress"]
+    cause: Literal["user error", "budget", "no progress", "no spare"]
     summary: str
 
 
@@ -126,6 +128,8 @@ def decide(incident: Incident, before: Sequence[Incident], situation: Situation,
         if fitting:
             return Shrink(max(fitting), pause_s)
     there = f"{available} of {wanted} ranks are there"
+    if situation.failed_starts >= config.failed_starts_limit:
+        return Stop("no spare", f"{there}, and the last {situation.failed_starts} processes started were never ready")
     if not config.shrink:
         return Wait(f"{there}, and it may not go on with fewer (faulttol.policy.shrink); goes on when others are ready")
     return Wait(f"{there}, and the run has no smaller layout that fits them; goes on when others are ready")

@@ -57,7 +57,7 @@ class Standing:
     corrupted: tuple[int, ...] | None = None
     """FAILED, and QUIESCED after it, because wrong numbers were found: the ranks that have them; see `Corrupted`."""
     was_aborted: bool = False
-    """FAILED, and QUIESCED after it, with an error that came after the order to end: breaking off may have caused it."""
+    """FAILED, and QUIESCED after it, with an error that came after the order to end: that may be its cause."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

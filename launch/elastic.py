@@ -21,6 +21,7 @@ from typing import Literal, NoReturn
 
 from faulttol import fence, policy
 from faulttol.finding import Finding, FindingKind
+from faulttol.health import Condition
 from faulttol.policy import Incident, Loss, Resume, Shrink, Situation, Stop
 from faulttol.rules.numeric import lone_outlier
 from launch import orders, signals
@@ -57,7 +58,9 @@ def supervise(
 
     Raises: RankFailed.
     """
-    watch = _Watch(Roster(fleet, care.recovery.health), job, care, on_output)
+    narrator = Narrator(job, care.recovery.record, on_output)
+    roster = Roster(fleet, care.recovery.health, care.limits.start_timeout_s, narrator.tell)
+    watch = _Watch(roster, job, care, narrator)
     stop = StopWish()
     stop_at_s: float | None = None
     with signals.caught(stop.note):
@@ -85,16 +88,16 @@ def supervise(
 class _Watch:
     """One generation of the job after another."""
 
-    def __init__(self, roster: Roster, job: Job, care: Care, on_output: Callable[[bytes], None]) -> None:
+    def __init__(self, roster: Roster, job: Job, care: Care, narrator: Narrator) -> None:
         self.generation = care.recovery.first_generation
         self._roster = roster
         self._job, self._limits, self._recovery = job, care.limits, care.recovery
         self._diagnosis = care.diagnosis
-        self._narrator = Narrator(job, care.recovery.record, on_output)
+        self._narrator = narrator
         self._size = job.world_size
         self._is_recovering = False
         self._placed_s = 0.0
-        self._resumed_step = -1
+        self._resumed_step = self._loaded_step = -1
         self._saved_when_whole: int | None = None
         self._straggler = Straggler(care.recovery.policy, care.recovery.total_steps, care.recovery.saved_step)
         self._incidents: list[Incident] = []
@@ -132,9 +135,9 @@ class _Watch:
                 break
             if is_stopping():
                 return False
-            for member in members:
-                if member.is_gone:
-                    self._fail({member.index: member.own_loss()}, None)
+            gone = [member for member in members if member.is_gone]
+            if len(members) - len(gone) < self._job.world_size:
+                self._fail({member.index: member.own_loss() for member in gone}, None)
             if self.now_s > self._limits.start_timeout_s:
                 late = next(member for member in members if member not in ready)
                 self._fail({late.index: Loss(late.index, "hung", "never joined")}, None)
@@ -196,7 +199,7 @@ class _Watch:
         outlier = self._outlier()
         isolation = Isolation(self._roster, ending, self._trouble_of, self._finding, self.look)
         isolation.accuse(planned or {}, outlier)
-        isolation.run(self._recovery.policy.abort_timeout_s)
+        isolation.run(self._recovery.policy.abort_timeout_s, self._patience, self._narrator.say)
         self._distrust(outlier)  # ranks, which may write the same of what they compared, have left by now
         incident = Incident(ending.began_s, step, tuple(ending.losses.values()))
         is_whole = self._size == self._job.world_size
@@ -283,6 +286,14 @@ class _Watch:
     def _trouble_of(self, member: Member) -> Trouble | None:
         return member.trouble(self.generation, self.now_s - self._placed_s, self._recovery.health)
 
+    def _patience(self, member: Member) -> float:
+        """How many times as long as others it may take to leave: it may load, or compile, which nothing breaks off."""
+        pulse, health = member.status.pulse, self._recovery.health
+        if pulse is None or (member.health is not None and member.health.condition is not Condition.RUNNING):
+            return 1.0
+        is_first_step = pulse.step <= max(0, self._loaded_step) + 1
+        return health.patience if is_first_step or pulse.phase in health.patient_phases else 1.0
+
     def _is_overtaken(self) -> bool:
         """Whether another launch published its generation; a rank that says so may have failed to read the fence."""
         try:
@@ -342,6 +353,7 @@ class _Watch:
                 ranks_left=len(in_place),
                 spares_ready=len(ready),
                 spares_starting=len(alive) - len(ready) - len(in_place),
+                failed_starts=self._roster.num_failed_starts,
                 smaller_sizes=self._recovery.smaller_sizes,
             )
             decision = policy.decide(incident, incidents, situation, self._recovery.policy)
@@ -363,7 +375,8 @@ class _Watch:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
         recovery, self._is_recovering, self._placed_s = self._recovery, False, self.now_s
-        self._resumed_step = -1 if self.generation == recovery.first_generation else recovery.saved_step()
+        self._loaded_step = recovery.saved_step()
+        self._resumed_step = -1 if self.generation == recovery.first_generation else self._loaded_step
         self._saved_when_whole = None
         self._straggler = Straggler(recovery.policy, recovery.total_steps, recovery.saved_step)
         if self._diagnosis is not None:

@@ -58,7 +58,7 @@ class Fleet(Protocol):
         """What is known of each member now; returns soon, whatever state they are in."""
 
     def add(self) -> None:
-        """Start one more member."""
+        """Start one more member. Raises: OSError where the machine has no room for one; there is none then."""
 
     def places(self, members: Sequence[int]) -> list[dict[str, Any]]:
         """The place (fields of a RankEnv) of each rank, given the members that become ranks 0, 1, …"""
@@ -67,7 +67,8 @@ class Fleet(Protocol):
         """Tell a member what to do; returns at once."""
 
     def end(self, member: int) -> None:
-        """End a member, whatever state it is in; it is gone when this returns."""
+        """End a member, whatever state it is in; when this returns it is gone, or will do nothing more: a process that
+        is in the kernel ends as soon as it leaves it."""
 
     def request_stop(self) -> None:
         """Ask every member to save and leave."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -49,11 +50,14 @@ class Isolation:
             ending.losses[index] = loss
             roster.end(roster.members[index])
 
-    def run(self, timeout_s: float) -> None:
-        """End the ranks at fault, and see all others leave their groups; who does not in `timeout_s` is at fault."""
+    def run(self, timeout_s: float, patience_of: Callable[[Member], float], say: Callable[[str], None]) -> None:
+        """End the ranks at fault, and see all others leave their groups; who does not in time is at fault as well.
+
+        `patience_of` is the factor on `timeout_s` for what a member does now; that one is waited for is said.
+        """
         roster, ending = self._roster, self._ending
-        ordered = False
-        deadline_s = roster.now_s + timeout_s
+        ordered = has_told = False
+        began_s, laggard_s = roster.now_s, math.inf
         while True:
             self._end_lost()
             if not ordered:
@@ -69,15 +73,25 @@ class Isolation:
                 # They have all stood still for long: nobody is in the middle of something, but who has not left yet.
                 named = hang.culprits if (hang := self._finding(FindingKind.HANG)) is not None else ()
                 is_named = all(member.rank in named for member in remaining)
-                deadline_s = min(deadline_s, roster.now_s + (_NAMED_LAGGARD_S if is_named else _LAGGARD_S))
-            if roster.now_s > deadline_s:
-                roster.collect_stacks(remaining)
+                laggard_s = min(laggard_s, roster.now_s + (_NAMED_LAGGARD_S if is_named else _LAGGARD_S))
+            late = [
+                member
+                for member in remaining
+                if roster.now_s > min(began_s + timeout_s * patience_of(member), laggard_s)
+            ]
+            if late:
+                roster.collect_stacks(late)
                 hang = self._finding(FindingKind.HANG)
                 text = "it did not leave when its collectives were broken off" + (f"; {hang.summary}" if hang else "")
-                for member in remaining:
+                for member in late:
                     ending.losses[member.index] = Loss(member.number, "hung", text)
                     roster.end(member)
-                break
+                continue
+            if roster.now_s > began_s + timeout_s and not has_told:
+                has_told = True
+                doing = ", ".join(f"rank {member.rank} ({_phase_of(member)})" for member in remaining)
+                longest_s = timeout_s * max(patience_of(member) for member in remaining)
+                say(f"waits for {doing} to leave, {longest_s:g} s at most: what it does cannot be broken off")
             time.sleep(POLL_S)
             self._look()
         roster.mark(ending, "quiesced")
@@ -103,3 +117,7 @@ class Isolation:
                     assert witness.standing is not None
                     ending.losses[member.index] = Loss(rank, "numeric", witness.standing.messages[0])
                     roster.end(member)
+
+
+def _phase_of(member: Member) -> str:
+    return member.status.pulse.phase if member.status.pulse is not None else "starts"

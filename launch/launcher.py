@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -15,6 +16,8 @@ from launch.fleet import Fleet, Recovery
 from launch.job import Job, JobResult
 from launch.supervisor import Ranks, log_path, supervise
 from launch.verdict import Limits
+
+log = logging.getLogger(__name__)
 
 Start = Callable[[Job, LaunchConfig, float], AbstractContextManager[Ranks]]
 
@@ -38,7 +41,8 @@ def run(
     With `observation` what its ranks record is looked at, and findings are told and kept. With `recovery` the job
     goes on without ranks that are lost; its entry does its work in `RankContext.run`.
 
-    `on_output` gets what rank 0 prints, as it appears. SIGTERM or SIGINT asks every rank to stop, kills what
+    `on_output` gets what rank 0 prints, as it appears; where it raises OSError, as on a full disk or a pipe that nobody
+    reads any more, the job goes on: all is in `log_dir` as well. SIGTERM or SIGINT asks every rank to stop, kills what
     is left after `config.stop_grace_s`, and ends in the outcome "stopped"; a second SIGINT kills at once.
     That needs the main thread: called from another one, signals are the caller's.
 
@@ -56,6 +60,7 @@ def run(
         heartbeat_interval_s=heartbeat_interval_s,
     )
     grace_s = config.stop_grace_s
+    on_output = _enduring(on_output)
     with contextlib.ExitStack() as stack:
         diagnosis = None
         if observation is not None:
@@ -89,6 +94,22 @@ def _shipping(observation: Observation, say: Callable[[str], None]) -> Iterator[
             convoy.close()
         except OSError as error:
             say(f"not all that ranks recorded could be kept in {observation.ship_to}: {error}")
+
+
+def _enduring(on_output: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """`on_output`, whose failures end no job; the first one is logged."""
+    failed = False
+
+    def pass_on(text: bytes) -> None:
+        nonlocal failed
+        try:
+            on_output(text)
+        except OSError as error:
+            if not failed:
+                log.warning("what the job prints cannot be passed on: %s; its logs have it", error)
+            failed = True
+
+    return pass_on
 
 
 def _empty_logs(job: Job) -> None:

@@ -34,6 +34,7 @@ from launch.verdict import Exit, Pulse, RankReport
 log = logging.getLogger(__name__)
 
 _GONE_TIMEOUT_S = 30.0
+_END_TIMEOUT_S = 2.0
 _LOOPBACK = "127.0.0.1"
 
 
@@ -107,12 +108,19 @@ class LocalRanks:
             process.tell(b"stacks\n")
 
     def kill(self) -> None:
+        """Raises: LaunchError for processes that stay, once all others are gone; but not for what is known to stay."""
         for process in self._processes:
             process.kill()
+        known_to_stay = [process for process in self._processes if process.stays]
         deadline_s = time.monotonic() + _GONE_TIMEOUT_S
-        for process in self._processes:
-            process.wait_until_gone(deadline_s)
+        left = [process for process in self._processes if not process.is_gone_by(0.0 if process.stays else deadline_s)]
         self._forget_ended()
+        pids = [str(process.pid) for process in left if process not in known_to_stay]
+        if pids:
+            raise LaunchError(
+                f"process {', '.join(pids)} still there {_GONE_TIMEOUT_S:g} s after SIGKILL: in the kernel, as on a "
+                "disk that does not answer; it ends when that returns"
+            )
 
     def _forget_ended(self) -> None:
         for process in self._processes:
@@ -144,9 +152,15 @@ class LocalFleet:
         env = RankEnv(store_host=_LOOPBACK, store_port=self._port, store_is_served=True)
         start = functools.partial(_Process, self._job, env, self._config, self._heartbeat_interval_s, self._folder)
         process = start(log_file, member=index)
+        try:
+            began = start_ticks(process.pid)
+        except OSError:
+            process.kill()
+            process.is_gone_by(time.monotonic() + _END_TIMEOUT_S)
+            raise
         self._processes.append(process)
         self._ranks.add(process)
-        self._agent.watch(Watched(index, process.pid, start_ticks(process.pid), *process.signs))
+        self._agent.watch(Watched(index, process.pid, began, *process.signs))
 
     def look(self) -> list[MemberReport]:
         vitals = {seen.rank: seen for seen in self._agent.look()}
@@ -181,7 +195,8 @@ class LocalFleet:
     def end(self, member: int) -> None:
         process = self._processes[member]
         process.kill()
-        process.wait_until_gone(time.monotonic() + _GONE_TIMEOUT_S)
+        if not process.is_gone_by(time.monotonic() + _END_TIMEOUT_S):
+            log.warning("process %d is in the kernel and ends when that returns; it does no more there", process.pid)
 
     def request_stop(self) -> None:
         self._ranks.request_stop()
@@ -210,15 +225,20 @@ class _Process:
     ) -> None:
         """`member` is its number in a job with recovery."""
         self.exit: Exit | None = None
+        self.stays = False
+        """Whether it was there long after it was killed."""
         name = f"rank{env.rank}" if member is None else f"member{member}"
         self._heartbeat_path = folder / f"{name}.heartbeat"
         self._outcome_path = folder / f"{name}.outcome.json"
         self._standing_path = folder / f"{name}.standing.json"
         self._answers_path = folder / f"{name}.answers"
+        self._last: RankReport | None = None
+        """What is known of it once it has ended."""
         self._standing: Standing | None = None
         self._standing_stamp = (0, 0)
         self._outcome: entry.Outcome | None = None
         description_path = folder / f"{name}.job.json"
+        self._notes = (description_path, self._heartbeat_path, self._outcome_path, self._standing_path, *self.signs[1:])
         recovery = {"standing_path": str(self._standing_path), "answers_path": str(self._answers_path)}
         description_path.write_text(
             json.dumps(
@@ -260,6 +280,8 @@ class _Process:
         return self._popen.pid
 
     def report(self) -> RankReport:
+        if self._last is not None:
+            return self._last
         ended = self._look_for_exit()  # before the outcome, which the rank writes before it exits
         if self._outcome is None and self._outcome_path.exists():
             self._outcome = entry.from_json(json.loads(self._outcome_path.read_text()))
@@ -267,7 +289,12 @@ class _Process:
         with contextlib.suppress(FileNotFoundError):  # not joined yet
             view = faulttol.read_heartbeat(self._heartbeat_path)
             pulse = Pulse(view.alive_count, view.progress_count, view.step, view.phase)
-        return RankReport(pulse, self._outcome, ended)
+        report = RankReport(pulse, self._outcome, ended)
+        if ended is not None:
+            self.standing()
+            self._last = report
+            self._remove_notes()
+        return report
 
     @property
     def signs(self) -> tuple[Path, Path]:
@@ -276,6 +303,8 @@ class _Process:
 
     def standing(self) -> Standing | None:
         """What the process said last of how it stands; None before its first word."""
+        if self._last is not None:
+            return self._standing
         with contextlib.suppress(FileNotFoundError):
             stat = self._standing_path.stat()
             stamp = stat.st_ino, stat.st_mtime_ns  # every word is a file of its own
@@ -293,11 +322,19 @@ class _Process:
         if self.exit is None:
             os.killpg(self.pid, signal.SIGKILL)
 
-    def wait_until_gone(self, deadline_s: float) -> None:
+    def is_gone_by(self, deadline_s: float) -> bool:
+        """Whether the killed process ends by then; waits for it. What does not is in the kernel, and `stays`."""
         while self._look_for_exit() is None:
             if time.monotonic() > deadline_s:
-                raise LaunchError(f"process {self.pid} is still there {_GONE_TIMEOUT_S:g} s after SIGKILL")
+                self.stays = True
+                return False
             time.sleep(0.005)
+        return True
+
+    def _remove_notes(self) -> None:
+        for path in self._notes:
+            with contextlib.suppress(OSError):  # the folder goes with the launcher
+                path.unlink(missing_ok=True)
 
     def _look_for_exit(self) -> Exit | None:
         """How the process ended; it is reaped here, after what it left running in its group was ended."""

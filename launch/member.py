@@ -34,6 +34,12 @@ class Member:
     """In the current generation, until that has ended for it."""
     is_ended: bool = False
     """By the supervisor."""
+    has_been_ready: bool = False
+    """Whether it ever waited for a place."""
+    seen_at_s: float | None = None
+    """When its process was first seen; None before, as while its cluster has no room for it."""
+    ill_at_s: float | None = None
+    """Since when it is seen to be ill; None where it is well."""
 
     @property
     def number(self) -> int:
@@ -60,8 +66,12 @@ class Member:
         self.vitals = report.vitals
         self.status = verdict.observe(self.status, report.report, now_s)
         if report.standing is not None:
-            self.standing = report.standing
+            self.standing, self.has_been_ready = report.standing, True
         self.health = None if report.vitals is None else assess(report.vitals, config)
+        if report.vitals is not None and self.seen_at_s is None:
+            self.seen_at_s = now_s
+        is_ill = self.health is not None and self.health.condition in KINDS
+        self.ill_at_s = (now_s if self.ill_at_s is None else self.ill_at_s) if is_ill else None
 
     def has_left(self, generation: int) -> bool:
         """Whether it is gone, or out of this generation's groups."""
@@ -98,13 +108,24 @@ class Member:
             if standing.corrupted is not None:
                 is_it = self.rank in standing.corrupted
                 return Loss(self.number, "numeric", standing.messages[0]) if is_it else "complaint"
-            if verdict.tells_of_lost_peer(standing.messages):
+            if standing.was_aborted or verdict.tells_of_lost_peer(standing.messages):
                 return "complaint"
             return raised(self.number, standing.messages)
         # What it did not do while it waited for this generation to be formed says nothing.
         has_had_time = placed_for_s > config.stalled_after_s
         if health is not None and health.condition is Condition.STALLED and has_had_time:
             return "stalled"
+        return None
+
+    def unfit(self, now_s: float, start_timeout_s: float) -> Loss | None:
+        """Why it will take no place though it is there; None for one that has a place, or may well take one."""
+        if self.rank is not None or self.is_gone:
+            return None
+        health = self.health
+        if health is not None and self.ill_at_s is not None and now_s - self.ill_at_s >= _STOPPED_S:
+            return Loss(self.index, KINDS[health.condition], health.reason)
+        if not self.has_been_ready and self.seen_at_s is not None and now_s - self.seen_at_s > start_timeout_s:
+            return Loss(self.index, "hung", f"it is not ready {start_timeout_s:g} s after its start")
         return None
 
     def own_loss(self) -> Loss:

@@ -16,7 +16,7 @@ from launch.losses import REASONS
 from launch.member import Ending, Member
 from launch.records import append_line
 from launch.roster import Roster
-from launch.supervisor import tail
+from launch.supervisor import read_from, tail
 
 
 class Narrator:
@@ -30,14 +30,19 @@ class Narrator:
         """Pass on a line of the supervisor's own."""
         self._on_output(f"[{self._job.name}] {text}\n".encode())
 
+    def tell(self, text: str, member: Member | None = None) -> None:
+        """Pass on a line of the supervisor's own, on a process that has no place where one is given."""
+        if member is not None:
+            path = member_log(self._job, member.index)
+            text = f"{path.stem}: {text} (log: {path})"
+        self.say(text)
+
     def pass_on(self, roster: Roster) -> None:
         """Pass on what the member that is rank 0 printed since."""
         first = next((member for member in roster.members if member.rank == 0), None)
         if first is None:
             return
-        with open(member_log(self._job, first.index), "rb") as file:
-            file.seek(self._read_bytes.get(first.index, 0))
-            new = file.read()
+        new = read_from(member_log(self._job, first.index), self._read_bytes.get(first.index, 0))
         if new:
             self._read_bytes[first.index] = self._read_bytes.get(first.index, 0) + len(new)
             self._on_output(new)

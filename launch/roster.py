@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from faulttol.config import HealthConfig
@@ -14,19 +14,27 @@ from launch.supervisor import LONGEST_TICK_S, STACKS_S
 from launch.verdict import RankStatus
 
 POLL_S = 0.02
-_REFILL_S = 10.0  # until another spare is started for one that ended soon after its start
+_REFILL_S = 10.0  # until another process is started for one that ended soon after its start, doubled each time
+_LONGEST_REFILL_S = 600.0
 
 
 class Roster:
     """The members of one job, on a clock that stands still while the supervisor itself is suspended."""
 
-    def __init__(self, fleet: Fleet, health: HealthConfig) -> None:
+    def __init__(
+        self, fleet: Fleet, health: HealthConfig, start_timeout_s: float, tell: Callable[[str, Member | None], None]
+    ) -> None:
+        """Who is not ready `start_timeout_s` after its start is replaced. `tell` tells a person, of a member or not."""
         self.fleet = fleet
         self.now_s = 0.0
         self.members: list[Member] = []
         self.num_kept = 0
         """Processes that there are to be."""
-        self._health = health
+        self._health, self._start_timeout_s, self._tell = health, start_timeout_s, tell
+        self._told: set[int] = set()
+        """Members whose start is known to have come to nothing."""
+        self._num_refused = 0
+        """Starts in a row that this machine did not even begin."""
         self._num_before_refill = 0
         self._refilled_s = -_REFILL_S
         self._looked_s = time.monotonic()
@@ -85,22 +93,64 @@ class Roster:
         rest = iter(spares)
         return [staying[rank] if rank in staying else next(rest) for rank in range(size)]
 
-    def refill(self) -> bool:
-        """Start new spares for the members that are gone; not at once again when one of the last ones is.
+    @property
+    def num_failed_starts(self) -> int:
+        """Of the newest starts, how many in a row came to nothing: the process was never ready, or never there."""
+        count = self._num_refused
+        for member in reversed(self.members):
+            if member.has_been_ready:
+                break
+            count += member.is_gone
+        return count
 
-        Returns whether there were any to start.
+    def refill(self) -> bool:
+        """Start new processes for the members that are gone or unfit to take a place.
+
+        Not at once again where one of the last is among them, and the later, the more starts in a row came to nothing.
+        Returns whether there are new ones.
         """
+        self._end_unfit()
         missing = self.num_kept - sum(not member.is_gone for member in self.members)
-        has_failed = any(member.is_gone for member in self.members[self._num_before_refill :])
-        if missing <= 0 or (has_failed and self.now_s < self._refilled_s + _REFILL_S):
+        if missing <= 0:
+            return False
+        pause_s = self._pause_s()
+        self._tell_failed(pause_s)
+        if self.now_s < self._refilled_s + pause_s:
             return False
         for member in self.members:
             if member.is_gone and not member.is_ended and member.status.exit is None:
                 self.end(member)  # its process lingers in the place that its successor takes
         self._refilled_s, self._num_before_refill = self.now_s, len(self.members)
-        for _ in range(missing):
-            self.fleet.add()
+        try:
+            for added in range(missing):  # noqa: B007  told below
+                self.fleet.add()
+        except OSError as error:  # a full disk, no process left: no reason to end those that work
+            self._num_refused += 1
+            self._tell(f"cannot start a process: {error}; tries again after {self._pause_s():g} s", None)
+            return added > 0
+        self._num_refused = 0
         return True
+
+    def _end_unfit(self) -> None:
+        for member in self.members:
+            loss = member.unfit(self.now_s, self._start_timeout_s)
+            if loss is not None:
+                self._told.add(member.index)
+                self._tell(f"{loss.kind}: {loss.detail}; it is ended, and another takes its place", member)
+                self.end(member)
+
+    def _pause_s(self) -> float:
+        """From one refill to the next."""
+        if not self._num_refused and not any(member.is_gone for member in self.members[self._num_before_refill :]):
+            return 0.0
+        return min(_LONGEST_REFILL_S, _REFILL_S * 2.0 ** min(32, max(0, self.num_failed_starts - 1)))
+
+    def _tell_failed(self, pause_s: float) -> None:
+        for member in self.members:
+            if member.is_gone and not member.has_been_ready and member.index not in self._told:
+                self._told.add(member.index)
+                detail = member.own_loss().detail
+                self._tell(f"was never ready: {detail}; starts are at least {pause_s:g} s apart now", member)
 
     def end(self, member: Member) -> None:
         """End a member, whatever state it is in."""

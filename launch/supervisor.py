@@ -191,19 +191,30 @@ class _Watch:
         )
 
     def _read_new(self) -> bytes:
-        with open(log_path(self._job.log_dir, 0), "rb") as log:
-            log.seek(self._read_bytes)
-            new = log.read()
+        new = read_from(log_path(self._job.log_dir, 0), self._read_bytes)
         self._read_bytes += len(new)
         return new
 
 
+def read_from(path: Path, start: int) -> bytes:
+    """What a log has from that byte on; nothing of one that somebody removed, or that cannot be read now."""
+    try:
+        with open(path, "rb") as log:
+            log.seek(start)
+            return log.read()
+    except OSError:
+        return b""
+
+
 def tail(path: Path) -> str:
-    """The last whole lines of a log."""
-    with open(path, "rb") as log:
-        size = log.seek(0, os.SEEK_END)
-        log.seek(max(0, size - _TAIL_BYTES))
-        tail = log.read()
+    """The last whole lines of a log, or why they cannot be read."""
+    try:
+        with open(path, "rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - _TAIL_BYTES))
+            tail = log.read()
+    except OSError as error:
+        return f"({error})"
     if size > _TAIL_BYTES:
         tail = tail.partition(b"\n")[2] or tail
     return tail.decode(errors="replace")

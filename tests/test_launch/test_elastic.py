@@ -16,108 +16,22 @@ from typing import Any, cast
 import pytest
 
 from faulttol import fence
-from faulttol.config import HealthConfig, PolicyConfig
 from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.health import Vitals
 from faulttol.recovery import Standing
 from faulttol.run import recoveries
 from launch import LaunchError, RankFailed, elastic, isolation, roster, slowness
-from launch.entry import Outcome, Raised
-from launch.fleet import MemberReport, Recovery, member_log
+from launch.entry import Raised
+from launch.fleet import MemberReport
 from launch.job import Job
 from launch.orders import Order
-from launch.verdict import Exit, Limits, Pulse, RankReport
-
-_LIMITS = Limits(
-    start_timeout_s=30.0, frozen_timeout_s=30.0, hang_timeout_s=600.0, exit_timeout_s=5.0, heartbeat_interval_s=0.5
-)
-
-
-class _Fleet:
-    """Members that do what they are told at once; `script` is called before each look."""
-
-    def __init__(self, job: Job, size: int, script: Callable[[_Fleet], None]) -> None:
-        self.standings: list[Standing | None] = []
-        self.ended: dict[int, Exit] = {}
-        self.orders: list[tuple[int, Order]] = []
-        self.num_looks = 0
-        self.outcomes: dict[int, Outcome] = {}
-        self.most_alive = 0
-        """Processes that there were at once."""
-        self.pulse: Pulse | None = None
-        self._job, self._script = job, script
-        for _ in range(size):
-            self.add()
-
-    def add(self) -> None:
-        member_log(self._job, len(self.standings)).touch()
-        self.standings.append(None)
-        self.most_alive = max(self.most_alive, len(self.standings) - len(self.ended))
-
-    @property
-    def generation(self) -> int:
-        """The last that anybody was told to work in."""
-        return max((order["generation"] for _, order in self.orders if order["order"] == "assign"), default=-1)
-
-    def be_ready(self, *members: int) -> None:
-        for member in members:
-            self.standings[member] = self.standings[member] or Standing(-1, "standby")
-
-    def finish(self) -> None:
-        """Let all that work end their work."""
-        for member, standing in enumerate(self.standings):
-            if member not in self.ended and standing is not None and standing.state == "working":
-                self.standings[member] = Standing(standing.generation, "finished")
-
-    def look(self) -> list[MemberReport]:
-        self.num_looks += 1
-        self._script(self)
-        return [
-            MemberReport(RankReport(self.pulse, self.outcomes.get(index), self.ended.get(index)), standing, None)
-            for index, standing in enumerate(self.standings)
-        ]
-
-    def places(self, members: Sequence[int]) -> list[dict[str, Any]]:
-        return [{} for _ in members]
-
-    def order(self, member: int, order: Order) -> None:
-        self.orders.append((member, order))
-        generation = order.get("generation", 0)
-        match order["order"]:
-            case "assign":
-                self.standings[member] = Standing(generation, "working")
-            case "abort":
-                self.standings[member] = Standing(generation, "quiesced")
-            case "dismiss":
-                self.ended.setdefault(member, Exit(code=0))
-
-    def end(self, member: int) -> None:
-        self.ended.setdefault(member, Exit(detail="ended"))
-
-    def request_stop(self) -> None:
-        pass
-
-    def dump_stacks(self, members: Sequence[int]) -> None:
-        pass
-
-    def kill(self) -> None:
-        pass
+from launch.verdict import Exit, Pulse
+from tests.test_launch.scripted import Fleet, care_of, losses_of, supervise
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     return Job(entry="nothing:runs", world_size=2, log_dir=tmp_path, name="job")
-
-
-def _care(folder: Path, saved_step: Callable[[], int] = lambda: -1, **policy: Any) -> elastic.Care:
-    recovery = Recovery(
-        fence=folder / "fence",
-        record=folder / "recoveries.jsonl",
-        saved_step=saved_step,
-        health=HealthConfig(),
-        policy=PolicyConfig(**policy),
-    )
-    return elastic.Care(_LIMITS, recovery)
 
 
 class _Records:
@@ -151,29 +65,20 @@ def _distrusting(care: elastic.Care, records: _Records, distrust: Callable[[int,
     return replace(care, recovery=recovery, diagnosis=cast(Any, records))
 
 
-def _losses(care: elastic.Care) -> list[list[tuple[int, str]]]:
-    lines = care.recovery.record.read_text().splitlines()
-    return [[(loss["rank"], loss["kind"]) for loss in json.loads(line)["losses"]] for line in lines]
-
-
-def _supervise(fleet: _Fleet, job: Job, care: elastic.Care) -> str:
-    return elastic.supervise(fleet, job, care, stop_grace_s=1.0, on_output=lambda _: None).outcome
-
-
 def test_a_stop_before_all_are_ready_is_no_completion(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         if fleet.num_looks == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    fleet = _Fleet(job, 2, script)
-    assert _supervise(fleet, job, _care(tmp_path)) == "stopped"
+    fleet = Fleet(job, 2, script)
+    assert supervise(fleet, job, care_of(tmp_path)) == "stopped"
     assert not fleet.orders, "nobody got a place"
 
 
 def test_a_spare_that_dies_during_the_pause_takes_no_place(job: Job, tmp_path: Path) -> None:
     at: dict[str, int] = {}
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(1)  # the spare takes its place at once
@@ -185,8 +90,8 @@ def test_a_spare_that_dies_during_the_pause_takes_no_place(job: Job, tmp_path: P
         elif fleet.generation == 2:
             fleet.finish()
 
-    fleet = _Fleet(job, 3, script)
-    assert _supervise(fleet, job, _care(tmp_path, backoff_s=2.0, shrink=False)) == "completed"
+    fleet = Fleet(job, 3, script)
+    assert supervise(fleet, job, care_of(tmp_path, backoff_s=2.0, shrink=False)) == "completed"
     placed = [member for member, order in fleet.orders if order["order"] == "assign" and order["generation"] == 2]
     assert placed == [4, 2]
 
@@ -194,7 +99,7 @@ def test_a_spare_that_dies_during_the_pause_takes_no_place(job: Job, tmp_path: P
 def test_a_loss_while_a_generation_loads_makes_no_earlier_recovery_fruitless(job: Job, tmp_path: Path) -> None:
     saved = [-1]
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         working = [i for i, s in enumerate(fleet.standings) if s is not None and s.state == "working"]
         if fleet.generation == 6:
@@ -206,9 +111,9 @@ def test_a_loss_while_a_generation_loads_makes_no_earlier_recovery_fruitless(job
             saved[0] = max(saved[0], step)
             fleet.end(max(i for i in working if i not in fleet.ended))
 
-    fleet = _Fleet(job, 4, script)
-    care = _care(tmp_path, lambda: saved[0], backoff_s=0.01, no_progress_limit=2, restarts_per_hour=100)
-    assert _supervise(fleet, job, care) == "completed"
+    fleet = Fleet(job, 4, script)
+    care = care_of(tmp_path, lambda: saved[0], backoff_s=0.01, no_progress_limit=2, restarts_per_hour=100)
+    assert supervise(fleet, job, care) == "completed"
 
 
 def test_a_spare_that_fails_at_its_start_is_replaced_but_not_in_haste(
@@ -217,7 +122,7 @@ def test_a_spare_that_fails_at_its_start_is_replaced_but_not_in_haste(
     monkeypatch.setattr(roster, "_REFILL_S", 0.3)
     added_s: list[float] = []
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         added_s.extend([time.monotonic()] * (len(fleet.standings) - 2 - len(added_s)))
         fleet.be_ready(0, 1, *range(5, len(fleet.standings)))
         for spare in range(2, min(len(fleet.standings), 5)):
@@ -227,27 +132,27 @@ def test_a_spare_that_fails_at_its_start_is_replaced_but_not_in_haste(
         elif fleet.generation == 1:
             fleet.finish()
 
-    fleet = _Fleet(job, 2, script)
-    assert _supervise(fleet, job, _care(tmp_path, shrink=False)) == "completed"
+    fleet = Fleet(job, 2, script)
+    assert supervise(fleet, job, care_of(tmp_path, shrink=False)) == "completed"
     assert len(added_s) == 4
     assert all(later - earlier > 0.25 for earlier, later in itertools.pairwise(added_s))
 
 
 def test_a_spare_that_ends_while_the_ranks_work_is_replaced(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(2)
         if len(fleet.standings) > 3:
             fleet.finish()
 
-    fleet = _Fleet(job, 3, script)
-    assert _supervise(fleet, job, _care(tmp_path)) == "completed"
+    fleet = Fleet(job, 3, script)
+    assert supervise(fleet, job, care_of(tmp_path)) == "completed"
     assert len(fleet.standings) == 4
 
 
 def test_a_member_that_raised_but_lingers_is_ended_before_its_successor_starts(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.pulse = Pulse(1, 1, 5, "train")
@@ -255,22 +160,22 @@ def test_a_member_that_raised_but_lingers_is_ended_before_its_successor_starts(j
         elif fleet.generation == 1:
             fleet.finish()
 
-    fleet = _Fleet(job, 2, script)
-    assert _supervise(fleet, job, _care(tmp_path, shrink=False)) == "completed"
+    fleet = Fleet(job, 2, script)
+    assert supervise(fleet, job, care_of(tmp_path, shrink=False)) == "completed"
     assert fleet.most_alive == 2
 
 
 def test_the_record_ends_with_why_a_run_was_given_up(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         fleet.pulse = Pulse(1, 1, 5, "train")
         for member, standing in enumerate(fleet.standings):
             if member == 1 and standing is not None and standing.state == "working" and fleet.num_looks > 3:
                 fleet.standings[1] = replace(standing, state="failed", messages=("KeyError: 'bad sample'",))
 
-    care = _care(tmp_path)
+    care = care_of(tmp_path)
     with pytest.raises(RankFailed, match="KeyError in step 5, 2 times"):
-        _supervise(_Fleet(job, 3, script), job, care)
+        supervise(Fleet(job, 3, script), job, care)
     first, last = recoveries(tmp_path)
     loss = "step 5: rank 1 raised: KeyError: 'bad sample' -> "
     assert first.startswith(f"{loss}generation 1, after ")
@@ -278,7 +183,7 @@ def test_the_record_ends_with_why_a_run_was_given_up(job: Job, tmp_path: Path) -
 
 
 def test_two_ranks_lost_at_once_are_both_replaced_though_one_spare_is_still_to_start(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(0)
@@ -286,13 +191,13 @@ def test_two_ranks_lost_at_once_are_both_replaced_though_one_spare_is_still_to_s
         elif fleet.generation == 1:
             fleet.finish()
 
-    fleet, care = _Fleet(job, 3, script), _care(tmp_path, shrink=False)
-    assert _supervise(fleet, job, care) == "completed"
-    assert _losses(care) == [[(0, "dead"), (1, "dead")]]
+    fleet, care = Fleet(job, 3, script), care_of(tmp_path, shrink=False)
+    assert supervise(fleet, job, care) == "completed"
+    assert losses_of(care) == [[(0, "dead"), (1, "dead")]]
 
 
 def test_a_survivor_that_dies_while_its_generation_ends_is_replaced_as_well(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(1)
@@ -301,8 +206,8 @@ def test_a_survivor_that_dies_while_its_generation_ends_is_replaced_as_well(job:
         elif fleet.generation == 1:
             fleet.finish()
 
-    fleet, care = _Fleet(job, 4, script), _care(tmp_path, shrink=False)
-    assert _supervise(fleet, job, care) == "completed"
+    fleet, care = Fleet(job, 4, script), care_of(tmp_path, shrink=False)
+    assert supervise(fleet, job, care) == "completed"
     assert [member for member, order in fleet.orders if order["order"] == "assign"][2:] == [2, 3]
 
 
@@ -312,27 +217,27 @@ def test_a_rank_that_the_records_name_for_a_hang_is_ended_as_soon_as_all_others_
     monkeypatch.setattr(isolation, "_LAGGARD_S", 1e9)  # what one gets whom nothing names
     records = _Records()
 
-    class Deaf(_Fleet):
+    class Deaf(Fleet):
         def order(self, member: int, order: Order) -> None:
             if (member, order["order"]) != (1, "abort"):
                 super().order(member, order)
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             records.current = (Finding(kind=FindingKind.HANG, suspects=(Suspect(1, 1.0),), summary="it sleeps"),)
         elif fleet.generation == 1:
             fleet.finish()
 
-    care = replace(_care(tmp_path, abort_timeout_s=1e9), diagnosis=cast(Any, records))
-    assert _supervise(Deaf(job, 3, script), job, care) == "completed"
-    assert _losses(care) == [[(1, "hung")]]
+    care = replace(care_of(tmp_path, abort_timeout_s=1e9), diagnosis=cast(Any, records))
+    assert supervise(Deaf(job, 3, script), job, care) == "completed"
+    assert losses_of(care) == [[(1, "hung")]]
 
 
 def test_how_a_process_went_is_told_though_it_was_seen_to_be_gone_before_it_was_reaped(
     job: Job, tmp_path: Path
 ) -> None:
-    class Watched(_Fleet):
+    class Watched(Fleet):
         def look(self) -> list[MemberReport]:
             reports = super().look()
             if self.generation == 0 and self.num_looks > 3:
@@ -342,19 +247,19 @@ def test_how_a_process_went_is_told_though_it_was_seen_to_be_gone_before_it_was_
         def end(self, member: int) -> None:
             self.ended.setdefault(member, Exit(signal=signal.SIGSEGV))
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 1:
             fleet.finish()
 
-    care = _care(tmp_path)
-    assert _supervise(Watched(job, 3, script), job, care) == "completed"
+    care = care_of(tmp_path)
+    assert supervise(Watched(job, 3, script), job, care) == "completed"
     (loss,) = json.loads(care.recovery.record.read_text())["losses"]
     assert (loss["kind"], loss["detail"]) == ("dead", "killed by SIGSEGV (signal 11)")
 
 
 def test_a_stop_that_a_lost_rank_keeps_from_saving_says_so(job: Job, tmp_path: Path) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -362,8 +267,8 @@ def test_a_stop_that_a_lost_rank_keeps_from_saving_says_so(job: Job, tmp_path: P
             fleet.ended[1] = Exit(signal=signal.SIGKILL)
 
     told: list[bytes] = []
-    fleet = _Fleet(job, 3, script)
-    result = elastic.supervise(fleet, job, _care(tmp_path), stop_grace_s=1e9, on_output=told.append)
+    fleet = Fleet(job, 3, script)
+    result = elastic.supervise(fleet, job, care_of(tmp_path), stop_grace_s=1e9, on_output=told.append)
     assert (result.outcome, result.killed) == ("stopped", [0])
     assert b"asked to stop, but rank 1 dead: killed by SIGKILL (signal 9); the others cannot save" in b"".join(told)
 
@@ -372,7 +277,7 @@ def test_a_stop_that_a_lost_rank_keeps_from_saving_says_so(job: Job, tmp_path: P
 def test_a_rank_with_wrong_numbers_is_ended_whoever_tells_of_it_and_nobody_where_none_can_be_named(
     job: Job, tmp_path: Path, accused: tuple[int, ...], expected: list[tuple[int, str]]
 ) -> None:
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.standings[0] == Standing(0, "working"):
             told = Standing(0, "failed", ("Corrupted: a bit",), "", accused)
@@ -380,9 +285,9 @@ def test_a_rank_with_wrong_numbers_is_ended_whoever_tells_of_it_and_nobody_where
         elif fleet.generation == 1:
             fleet.finish()
 
-    fleet, care = _Fleet(job, 3, script), _care(tmp_path)
-    assert _supervise(fleet, job, care) == "completed"
-    assert _losses(care) == [expected]
+    fleet, care = Fleet(job, 3, script), care_of(tmp_path)
+    assert supervise(fleet, job, care) == "completed"
+    assert losses_of(care) == [expected]
     assert (1 in fleet.ended and fleet.ended[1].detail == "ended") == bool(accused)
 
 
@@ -390,22 +295,22 @@ def test_a_gradient_unlike_the_others_replaces_its_rank_from_before_that_step(jo
     records, distrusted = _Records(), []
     loss = Finding(kind=FindingKind.NUMERIC, suspects=(Suspect(0, 1.0),), summary="its loss is nan", step=5)
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             records.current = (loss, _OUTLIER)
         elif fleet.generation == 1:
             fleet.finish()
 
-    fleet = _Fleet(job, 3, script)
+    fleet = Fleet(job, 3, script)
 
     def distrust(step: int, why: str) -> None:
         assert fleet.orders[-1][1]["order"] == "abort", "not yet while a rank may write the same"
         distrusted.append((step, why))
 
-    care = _distrusting(_care(tmp_path), records, distrust)
-    assert _supervise(fleet, job, care) == "completed"
-    assert _losses(care) == [[(1, "numeric")]]
+    care = _distrusting(care_of(tmp_path), records, distrust)
+    assert supervise(fleet, job, care) == "completed"
+    assert losses_of(care) == [[(1, "numeric")]]
     assert distrusted == [(6, "its norm is 1e9")]
 
 
@@ -415,7 +320,7 @@ def test_an_outlier_that_only_the_last_records_tell_of_is_neither_exported_nor_g
 ) -> None:
     records, distrusted = _Records(), list[int]()
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks == 4:
             records.last = (_OUTLIER,)
@@ -424,9 +329,9 @@ def test_an_outlier_that_only_the_last_records_tell_of_is_neither_exported_nor_g
         if fleet.num_looks > 4:
             fleet.finish()
 
-    fleet = _Fleet(job, 3, script)
-    care = _distrusting(_care(tmp_path), records, lambda step, why: distrusted.append(step))
-    assert _supervise(fleet, job, care) == outcome
+    fleet = Fleet(job, 3, script)
+    care = _distrusting(care_of(tmp_path), records, lambda step, why: distrusted.append(step))
+    assert supervise(fleet, job, care) == outcome
     assert distrusted == [6]
     assert fleet.generation == (1 if outcome == "completed" else 0), "a run that is not to stop does those steps again"
 
@@ -434,7 +339,7 @@ def test_an_outlier_that_only_the_last_records_tell_of_is_neither_exported_nor_g
 def test_an_outlier_that_cannot_be_written_down_ends_the_job_with_what_to_do(job: Job, tmp_path: Path) -> None:
     records = _Records()
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         records.current = (_OUTLIER,) if fleet.num_looks > 3 else ()
 
@@ -442,7 +347,7 @@ def test_an_outlier_that_cannot_be_written_down_ends_the_job_with_what_to_do(job
         raise OSError(errno.ENOSPC, "no room")
 
     with pytest.raises(LaunchError, match="no checkpoint after step 6 is to be gone on from"):
-        _supervise(_Fleet(job, 3, script), job, _distrusting(_care(tmp_path), records, distrust))
+        supervise(Fleet(job, 3, script), job, _distrusting(care_of(tmp_path), records, distrust))
 
 
 def test_a_slow_rank_is_borne_then_isolated_at_the_next_checkpoint(
@@ -452,7 +357,7 @@ def test_a_slow_rank_is_borne_then_isolated_at_the_next_checkpoint(
     records, saved, seen = _Records(), [100], dict[str, int]()
     slow = Finding(kind=FindingKind.STRAGGLER, suspects=(Suspect(1, 1.0),), summary="late", slowdown=3.0, step=20)
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         looks = fleet.num_looks
         if fleet.generation == 0:
@@ -465,10 +370,10 @@ def test_a_slow_rank_is_borne_then_isolated_at_the_next_checkpoint(
             seen.setdefault("replaced", looks)
             fleet.finish()
 
-    care: Any = _care(tmp_path, lambda: saved[0], recovery_cost_s=0.3)
+    care: Any = care_of(tmp_path, lambda: saved[0], recovery_cost_s=0.3)
     care = replace(care, recovery=replace(care.recovery, total_steps=100_000), diagnosis=records)
-    assert _supervise(_Fleet(job, 3, script), job, care) == "completed"
-    assert _losses(care) == [[(1, "slow")]]
+    assert supervise(Fleet(job, 3, script), job, care) == "completed"
+    assert losses_of(care) == [[(1, "slow")]]
     assert 60 <= seen["replaced"] < 70, "not before the checkpoint, and at once after it"
 
 
@@ -476,14 +381,14 @@ def test_a_later_launch_begins_above_the_generations_of_earlier_ones(job: Job, t
     fence.publish(tmp_path / "fence", 4)
     zombie = fence.Fence(tmp_path / "fence", 4)
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 5:
             fleet.finish()
 
-    fleet, care = _Fleet(job, 2, script), _care(tmp_path)
+    fleet, care = Fleet(job, 2, script), care_of(tmp_path)
     care = replace(care, recovery=replace(care.recovery, first_generation=5))
-    assert _supervise(fleet, job, care) == "completed"
+    assert supervise(fleet, job, care) == "completed"
     with pytest.raises(fence.Fenced, match="generation 4 is over, the job is in generation 5"):
         zombie.check()
 
@@ -493,20 +398,20 @@ def test_a_record_that_cannot_be_written_ends_no_job_but_a_fence_does(
 ) -> None:
     (tmp_path / "full").touch()  # no folder: nothing can be written in it, as on a full disk
 
-    def script(fleet: _Fleet) -> None:
+    def script(fleet: Fleet) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(1)
         elif fleet.generation == 1:
             fleet.finish()
 
-    care = _care(tmp_path)
+    care = care_of(tmp_path)
     unrecorded = replace(care, recovery=replace(care.recovery, record=tmp_path / "full" / "recoveries.jsonl"))
-    assert _supervise(_Fleet(job, 3, script), job, unrecorded) == "completed"
+    assert supervise(Fleet(job, 3, script), job, unrecorded) == "completed"
     assert "recoveries.jsonl: could not be written" in caplog.text
     unfenced = replace(care, recovery=replace(care.recovery, fence=tmp_path / "full" / "fence"))
     with pytest.raises(LaunchError, match="cannot fence generation 0"):
-        _supervise(_Fleet(job, 3, script), job, unfenced)
+        supervise(Fleet(job, 3, script), job, unfenced)
 
 
 def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_ends_the_run(
@@ -514,7 +419,7 @@ def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_en
 ) -> None:
     fenced = ("Fenced: generation 0 is over",)
 
-    def script(fleet: _Fleet, at_once: bool, published: int) -> None:
+    def script(fleet: Fleet, at_once: bool, published: int) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             if not at_once:
@@ -526,13 +431,13 @@ def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_en
         elif fleet.generation == 1:
             fleet.finish()
 
-    care = _care(tmp_path)
-    assert _supervise(_Fleet(job, 3, lambda fleet: script(fleet, False, 0)), job, care) == "completed"
-    assert _losses(care) == [[(1, "dead")]]
+    care = care_of(tmp_path)
+    assert supervise(Fleet(job, 3, lambda fleet: script(fleet, False, 0)), job, care) == "completed"
+    assert losses_of(care) == [[(1, "dead")]]
     # A disk that hiccups, or shows what it once held: the number there is still this launch's.
-    assert _supervise(_Fleet(job, 3, lambda fleet: script(fleet, True, 0)), job, care) == "completed"
-    assert _losses(care)[1:] == [[]]
+    assert supervise(Fleet(job, 3, lambda fleet: script(fleet, True, 0)), job, care) == "completed"
+    assert losses_of(care)[1:] == [[]]
     with pytest.raises(RankFailed, match="raised: Fenced: generation 0 is over"):
-        _supervise(_Fleet(job, 3, lambda fleet: script(fleet, True, 7)), job, care)
-    assert len(_losses(care)) == 2, "it did not fight for the run"
+        supervise(Fleet(job, 3, lambda fleet: script(fleet, True, 7)), job, care)
+    assert len(losses_of(care)) == 2, "it did not fight for the run"
     assert fence.current_generation(tmp_path / "fence") == 7

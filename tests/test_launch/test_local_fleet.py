@@ -1,0 +1,106 @@
+"""The processes of this machine as a fleet, where they or the machine do not do as they should."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import LaunchConfig, LaunchError, local
+from launch.job import Job
+from tests.test_launch.client import runs, wait_for
+from tests.test_launch.contract import GONE_S
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[local.LocalFleet]:
+    job = Job(
+        entry="tests.test_launch.entries:until_stopped",
+        payload={"folder": str(tmp_path), "deaf": True},
+        world_size=2,
+        log_dir=tmp_path,
+        name="job",
+    )
+    with local.start_fleet(job, LaunchConfig(), heartbeat_interval_s=0.5) as fleet:
+        wait_for(lambda: all(report.report.pulse for report in fleet.look()), "both to have joined")
+        yield fleet
+
+
+def _process(fleet: local.LocalFleet, member: int) -> Any:
+    return fleet._processes[member]
+
+
+@pytest.fixture
+def stuck(fleet: local.LocalFleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The process of member 0, of which the kernel tells no end: as long as it waits there for a disk it has none."""
+    pid = int(_process(fleet, 0).pid)
+    waitid = os.waitid
+
+    def telling(kind: int, number: int, options: int) -> Any:
+        return None if number == pid else waitid(kind, number, options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(local, "_END_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(local, "_GONE_TIMEOUT_S", 0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "waitid", telling)
+        yield pid
+
+
+def test_a_process_that_stays_in_the_kernel_ends_no_job(
+    fleet: local.LocalFleet, stuck: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    began_s = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        fleet.end(0)
+    assert time.monotonic() - began_s < 5.0
+    assert f"process {stuck} is in the kernel" in caplog.text
+    assert fleet.look()[0].report.exit is None
+    fleet.kill()  # what is known to stay is not waited for again
+    assert [report.report.exit is None for report in fleet.look()] == [True, False]
+
+
+def test_all_others_are_gone_before_it_is_told_which_process_stays(fleet: local.LocalFleet, stuck: int) -> None:
+    other = _process(fleet, 1).pid
+    with pytest.raises(LaunchError, match=f"process {stuck} still there 0.3 s after SIGKILL"):
+        fleet.kill()
+    assert not runs(other)
+
+
+def test_a_member_that_has_ended_costs_no_more_looks_and_leaves_no_notes(fleet: local.LocalFleet) -> None:
+    (folder,) = {path.parent for path in _process(fleet, 1).signs}
+    assert list(folder.glob("member1.*"))
+    os.kill(_process(fleet, 1).pid, signal.SIGKILL)
+    wait_for(lambda: fleet.look()[1].report.exit is not None, "the end to be seen", GONE_S)
+    first, second = fleet.look()[1], fleet.look()[1]
+    assert first.report is second.report
+    assert first.report.pulse is not None, "what it said last stays known"
+    assert not list(folder.glob("member1.*"))
+    assert list(folder.glob("member0.*"))
+
+
+def test_a_member_that_cannot_be_started_leaves_nothing_behind(
+    fleet: local.LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(BlockingIOError):
+            fleet.add()
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "start_ticks", refuse)
+        with pytest.raises(BlockingIOError):
+            fleet.add()
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+    assert len(fleet.look()) == 2
+    fleet.add()
+    wait_for(lambda: fleet.look()[2].report.pulse is not None, "the one that there is room for again")

@@ -1,0 +1,247 @@
+"""Processes without a place: they are looked after too, and what befalls them ends no job that goes well."""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from faulttol.health import Vitals
+from faulttol.recovery import Standing
+from launch import RankFailed, elastic, roster
+from launch.job import Job
+from launch.orders import Order
+from launch.verdict import Exit, Pulse
+from tests.test_launch.scripted import Fleet, care_of, losses_of, supervise
+
+_FROZEN = Vitals(rank=0, native_age_s=60.0)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(entry="nothing:runs", world_size=2, log_dir=tmp_path, name="job")
+
+
+def _told(fleet: Fleet, job: Job, care: elastic.Care) -> str:
+    """What the supervisor says of a job that completes."""
+    said: list[bytes] = []
+    assert elastic.supervise(fleet, job, care, stop_grace_s=1.0, on_output=said.append).outcome == "completed"
+    return b"".join(said).decode()
+
+
+def test_a_spare_that_freezes_is_replaced_while_the_ranks_work(job: Job, tmp_path: Path) -> None:
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0:
+            fleet.vitals[2] = _FROZEN
+        if len(fleet.standings) > 3:
+            fleet.finish()
+
+    fleet = Fleet(job, 3, script)
+    told = _told(fleet, job, care_of(tmp_path))
+    assert fleet.ended[2].detail == "ended"
+    assert "[job] spare0: frozen: no answer from its process for 60.0 s" in told
+    assert fleet.most_alive == 3
+
+
+def test_a_spare_that_is_stopped_for_a_moment_is_none(job: Job, tmp_path: Path) -> None:
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        fleet.vitals[2] = Vitals(rank=2, process_state="T" if fleet.num_looks % 10 == 0 else "S")
+        if fleet.num_looks > 60:
+            fleet.finish()
+
+    fleet = Fleet(job, 3, script)
+    assert supervise(fleet, job, care_of(tmp_path)) == "completed"
+    assert len(fleet.standings) == 3
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_replacement_that_never_gets_ready_is_replaced_itself(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_frozen: bool
+) -> None:
+    monkeypatch.setattr(roster, "_REFILL_S", 0.2)
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(0, 1, *range(3, len(fleet.standings)))
+        fleet.vitals[2] = _FROZEN if is_frozen else Vitals(rank=2)
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet = Fleet(job, 2, script)
+    care = care_of(tmp_path, shrink=False)
+    told = _told(fleet, job, replace(care, limits=replace(care.limits, start_timeout_s=1.0)))
+    assert "spare0: frozen: " in told if is_frozen else "spare0: hung: it is not ready 1 s after its start" in told
+    assert [member for member, order in fleet.orders if order["order"] == "assign"][2:] == [0, 3]
+
+
+def test_what_has_no_process_yet_is_waited_for(job: Job, tmp_path: Path) -> None:
+    began_s: list[float] = []
+
+    def script(fleet: Fleet) -> None:  # as on a cluster that has no room: nothing is seen of member 2
+        fleet.be_ready(0, 1)
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+            began_s[:] = began_s or [time.monotonic()]
+            if time.monotonic() > began_s[0] + 1.0:
+                fleet.be_ready(2)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    fleet = Fleet(job, 2, script)
+    care = care_of(tmp_path, shrink=False)
+    assert supervise(fleet, job, replace(care, limits=replace(care.limits, start_timeout_s=0.5))) == "completed"
+    assert len(fleet.standings) == 3
+
+
+def test_a_start_that_the_machine_refuses_ends_no_job_and_is_tried_again(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "_REFILL_S", 0.1)
+    refused: list[float] = []
+
+    class Full(Fleet):
+        def add(self) -> None:
+            if len(self.standings) >= 3 and len(refused) < 3:
+                refused.append(time.monotonic())
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().add()
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(2)
+        if len(fleet.standings) > 3:
+            fleet.finish()
+
+    told = _told(Full(job, 3, script), job, care_of(tmp_path))
+    assert told.count("cannot start a process: [Errno 28] No space left on device; tries again after") == 3
+    assert refused[1] - refused[0] > 0.09
+    assert refused[2] - refused[1] > 0.19
+
+
+def test_starts_that_come_to_nothing_are_told_of_and_tried_ever_more_rarely(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "_REFILL_S", 0.1)
+    monkeypatch.setattr(roster, "_LONGEST_REFILL_S", 0.4)
+    added_s: list[float] = []
+
+    def script(fleet: Fleet) -> None:
+        added_s.extend([time.monotonic()] * (len(fleet.standings) - 2 - len(added_s)))
+        fleet.be_ready(0, 1)
+        for spare in range(2, len(fleet.standings)):
+            fleet.ended.setdefault(spare, Exit(code=1))
+        if len(fleet.standings) > 7:
+            fleet.finish()
+
+    told = _told(Fleet(job, 3, script), job, care_of(tmp_path))
+    for index, pause_s in enumerate((0.1, 0.2, 0.4, 0.4)):
+        assert f"spare{index}: was never ready: exit code 1; starts are at least {pause_s:g} s apart now (log: " in told
+        assert index == 0 or added_s[index + 1] - added_s[index] > 0.9 * pause_s
+
+
+def test_a_run_that_waits_for_a_process_ends_when_none_gets_ready(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "_REFILL_S", 0.02)
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(0, 1)
+        for spare in range(2, len(fleet.standings)):
+            fleet.ended.setdefault(spare, Exit(code=1))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+
+    fleet = Fleet(job, 2, script)
+    with pytest.raises(
+        RankFailed, match=r"given up \(no spare\): 1 of 2 .*the last 3 processes started were never ready"
+    ):
+        supervise(fleet, job, care_of(tmp_path, shrink=False, failed_starts_limit=3))
+    assert len(fleet.standings) == 5
+
+
+def test_a_spare_that_dies_while_the_job_starts_does_not_fail_it(job: Job, tmp_path: Path) -> None:
+    def script(fleet: Fleet) -> None:
+        if fleet.num_looks == 3:
+            fleet.ended[0] = Exit(code=1)
+        if fleet.num_looks > 5:
+            fleet.be_ready(*range(1, len(fleet.standings)))
+        if fleet.generation == 0 and len(fleet.standings) > 3:
+            fleet.finish()
+
+    fleet = Fleet(job, 3, script)
+    assert "rank0: was never ready: exit code 1" in _told(fleet, job, care_of(tmp_path))
+    assert [member for member, order in fleet.orders if order["order"] == "assign"] == [1, 2]
+
+
+def test_a_job_fails_at_its_start_when_fewer_are_left_than_it_takes(job: Job, tmp_path: Path) -> None:
+    def script(fleet: Fleet) -> None:
+        if fleet.num_looks > 3:
+            fleet.ended[0] = fleet.ended[2] = Exit(code=3)
+
+    with pytest.raises(RankFailed, match="exit code 3"):
+        supervise(Fleet(job, 3, script), job, care_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("pulse", "is_waited_for"),
+    [(Pulse(1, 1, 7, "load"), True), (Pulse(1, 1, 1, "train"), True), (Pulse(1, 1, 7, "train"), False)],
+)
+def test_a_survivor_that_loads_or_compiles_gets_the_time_for_it(
+    job: Job, tmp_path: Path, pulse: Pulse, is_waited_for: bool
+) -> None:
+    aborted_s: list[float] = []
+
+    class Busy(Fleet):
+        def order(self, member: int, order: Order) -> None:
+            if (member, order["order"]) == (0, "abort"):
+                aborted_s.append(time.monotonic())
+            else:
+                super().order(member, order)
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        fleet.pulses[0], fleet.vitals[0] = pulse, Vitals(rank=0, phase=pulse.phase)
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fleet.end(1)
+            if aborted_s and time.monotonic() > aborted_s[0] + 1.0 and 0 not in fleet.ended:
+                fleet.standings[0] = Standing(0, "quiesced")
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    care = care_of(tmp_path, shrink=False, abort_timeout_s=0.2)
+    told = _told(Busy(job, 4, script), job, care)
+    assert losses_of(care) == [[(1, "dead")] if is_waited_for else [(1, "dead"), (0, "hung")]]
+    said = f"waits for rank 0 ({pulse.phase}) to leave, 2.4 s at most"
+    assert (said in told) == is_waited_for
+
+
+def test_an_error_that_came_of_being_broken_off_is_not_the_ranks_own(job: Job, tmp_path: Path) -> None:
+    given_up = ("SaveFailed: given up",)
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        fleet.pulse = Pulse(1, 1, 5, "train")
+        if fleet.generation < 2 and fleet.num_looks > 3:
+            victim = (
+                max(i for i, s in enumerate(fleet.standings) if s == Standing(fleet.generation, "working"))
+                if fleet.orders[-1][1]["order"] == "assign"
+                else -1
+            )
+            if victim >= 0:
+                fleet.end(victim)
+            for member, standing in enumerate(fleet.standings):
+                if standing is not None and standing.state == "quiesced":
+                    fleet.standings[member] = replace(standing, messages=given_up, was_aborted=True)
+        elif fleet.generation == 2:
+            fleet.finish()
+
+    care = care_of(tmp_path, backoff_s=0.01)
+    assert supervise(Fleet(job, 4, script), job, care) == "completed"
+    assert [[kind for _, kind in losses] for losses in losses_of(care)] == [["dead"], ["dead"]]
