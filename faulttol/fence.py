@@ -7,9 +7,9 @@ than its own there and must not commit a checkpoint or write a record any more. 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from faulttol.durable import write_whole
 from faulttol.errors import FaultTolError
 
 
@@ -42,12 +42,7 @@ class Fence:
 
 def publish(path: Path, generation: int) -> None:
     """Make `generation` the current one, durably; what older ones do after this returns is refused."""
-    unfinished = path.with_name(f"{path.name}.new")
-    with open(unfinished, "w", encoding="ascii") as file:
-        file.write(f"{generation}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_whole(path, f"{generation}\n".encode("ascii"))
 
 
 def current_generation(path: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _LOG = logging.getLogger(__name__)
+_OF_GENERATION = re.compile(r"probe\.generation(\d+)(?!\d)")
 _PATIENCE_S = 30.0
 """For an answer; then what the steps alone tell has to do, and the ranks are asked again."""
 _AGAIN_S = 5.0
@@ -212,10 +214,15 @@ def _foremost(matrix: DelayMatrix, usual: DelayMatrix | None) -> DelayMatrix:
     return DelayMatrix(before | risen, matrix.classes)
 
 
-def remove(folder: Path) -> None:
-    """Remove the questions and answers of an earlier launch from a run's folder of rings; it need not exist."""
+def remove(folder: Path, before: int | None = None) -> None:
+    """Remove questions and answers from a folder of rings, which need not exist; or those of generations `before`.
+
+    Raises: OSError.
+    """
     for path in folder.glob("probe.generation*"):
-        path.unlink(missing_ok=True)
+        named = _OF_GENERATION.match(path.name)
+        if before is None or (named is not None and int(named[1]) < before):
+            path.unlink(missing_ok=True)
 
 
 def _question(folder: Path, generation: int) -> Path:

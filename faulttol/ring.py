@@ -16,6 +16,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import socket
 import struct
 import threading
@@ -59,6 +60,7 @@ KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 MARK_NUMBERS = {kind: _FIRST_MARK + number for number, kind in enumerate(MARK_KINDS)}
 """The same of a mark."""
 _NAMELESS: Mapping[str, Any] = {"name": "", "backend": "", "ranks": ()}
+_RING = re.compile(r"rank\d+\.generation(\d+)\.ring")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -394,10 +396,18 @@ def ring_path(directory: str | Path, rank: int, generation: int = 0) -> Path:
     return Path(directory) / f"rank{rank:05d}.generation{generation}.ring"
 
 
-def remove_rings(directory: Path) -> None:
-    """Remove the rings of an earlier launch from a run's directory of rings; it need not exist."""
+def generation_of(path: Path) -> int | None:
+    """Return the generation of a ring by its name; None for a file that `ring_path` did not name."""
+    named = _RING.fullmatch(path.name)
+    return int(named[1]) if named is not None else None
+
+
+def remove_rings(directory: Path, before: int | None = None) -> None:
+    """Remove the rings from a run's directory of rings, which need not exist; or only those of generations `before`."""
     for path in directory.glob("rank*.generation*.ring"):
-        path.unlink(missing_ok=True)
+        generation = generation_of(path)
+        if generation is not None and (before is None or generation < before):
+            path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> RankRecord:
@@ -415,12 +425,16 @@ def _create(path: Path, info: RingInfo) -> mmap.mmap:
     size = _HEADER_BYTES + _NAMES_BYTES + info.capacity * _RECORD_BYTES
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".new")
-    with unfinished.open("w+b") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-        file.write(_MAGIC + _NAME.pack(len(header), zlib.crc32(header)) + header)
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), size)
-    unfinished.rename(path)
+    try:
+        with unfinished.open("w+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            file.write(_MAGIC + _NAME.pack(len(header), zlib.crc32(header)) + header)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), size)
+        unfinished.rename(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # what little room there is was taken by it
+        raise
     return mapped
 
 

@@ -26,7 +26,7 @@ from pyarrow import fs
 from faulttol import table
 from faulttol.errors import RingError, ShipError
 from faulttol.events import CollectiveEvent, RankRecord, StepMark
-from faulttol.ring import RingReader
+from faulttol.ring import RingReader, generation_of
 
 _ABOUT = b"faulttol"
 _PART = re.compile(r"(events|marks)-(\d+)\.arrows")
@@ -137,20 +137,27 @@ class Shipper:
 class Convoy:
     """Ships every ring of a folder, those that come later too, from a thread of its own until `close()`."""
 
-    def __init__(self, folder: Path, target: str, *, every_s: float = 10.0, max_rows: int = 65536) -> None:
-        """Raises: ShipError for a target that cannot be; ValueError for an interval that is not above 0."""
+    def __init__(
+        self, folder: Path, target: str, *, every_s: float = 10.0, max_rows: int = 65536, removes: bool = False
+    ) -> None:
+        """`removes`: whether a ring goes once it is shipped and the job has begun two more generations.
+
+        Raises: ShipError for a target that cannot be; ValueError for an interval that is not above 0.
+        """
         if not every_s > 0:
             raise ValueError(f"every_s: {every_s} is not above 0")
         file_system(target)
-        self._folder, self._target, self._max_rows = folder, target, max_rows
+        self._folder, self._target, self._max_rows, self._removes = folder, target, max_rows, removes
         self._shippers: dict[Path, Shipper] = {}
-        self._error: OSError | None = None
+        self._done: set[Path] = set()
+        """Rings that nobody writes any more, and that are shipped."""
+        self._error: Exception | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._go, args=(every_s,), name="faulttol-convoy", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ship what is left. Idempotent. Raises: OSError when the target cannot be written at the last try either."""
+        """Ship what is left. Idempotent. Raises: OSError, ShipError when that fails at the last try either."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -158,8 +165,10 @@ class Convoy:
         self._ship()
         for shipper in self._shippers.values():
             shipper.release()
-        if self._error is not None:
+        if isinstance(self._error, OSError):
             raise self._error
+        if self._error is not None:
+            raise ShipError(f"{self._target}: {self._error}") from self._error
 
     def __enter__(self) -> Convoy:
         return self
@@ -173,15 +182,32 @@ class Convoy:
 
     def _ship(self) -> None:
         self._error = None
-        for path in sorted(self._folder.rglob("*.ring")):
-            try:
-                if path not in self._shippers:
-                    self._shippers[path] = Shipper(path, self._target, max_rows=self._max_rows)
-                self._shippers[path].ship()
-            except RingError:  # none of ours
-                continue
-            except OSError as error:  # what was to be written is kept, and tried again
-                self._error = error
+        try:
+            paths = sorted(self._folder.rglob("*.ring"))
+            newest: dict[Path, int] = {}
+            for path in paths:
+                newest[path.parent] = max(newest.get(path.parent, 0), generation_of(path) or 0)
+            for path in paths:
+                if path not in self._done:
+                    generation = generation_of(path)
+                    self._ship_one(path, is_old=generation is not None and generation < newest[path.parent] - 1)
+        except OSError as error:  # the folder cannot be read now
+            self._error = error
+
+    def _ship_one(self, path: Path, *, is_old: bool) -> None:
+        try:
+            if path not in self._shippers:
+                self._shippers[path] = Shipper(path, self._target, max_rows=self._max_rows)
+            if self._shippers[path].ship() or not is_old:
+                return
+            self._shippers.pop(path).release()
+            self._done.add(path)
+            if self._removes:
+                path.unlink(missing_ok=True)
+        except RingError:  # none of ours
+            return
+        except Exception as error:  # noqa: BLE001  file systems of fsspec raise what they like; what was to be written
+            self._error = error  # is kept, and tried again
 
 
 def shipped(target: str) -> list[RankRecord]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from faulttol import probing
 from faulttol.config import DetectorConfig, HealthConfig
 from faulttol.detector import Memory, observe
 from faulttol.finding import Finding
 from faulttol.health import Vitals
 from faulttol.history import Follower
 from faulttol.probing import Asking, Locator
+from faulttol.ring import remove_rings
 from launch.records import append_line
 
 _LOOK_S = 0.5
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +53,7 @@ class Diagnosis:
         self._current: tuple[Finding, ...] = ()
 
     def begin(self, generation: int, world_size: int) -> None:
-        """Turn to another generation."""
+        """Turn to another generation; of the one before, what was recorded stays, of older ones where it is kept."""
         self.close()
         self._generation = generation
         observation = self._observation
@@ -56,6 +61,12 @@ class Diagnosis:
         asking = Asking(observation.rings, world_size, generation)
         self._locator = Locator(asking, observation.detector) if observation.probes and world_size > 1 else None
         self._memory, self._told, self._current = Memory(), set(), ()
+        try:
+            probing.remove(observation.rings, before=generation - 1)
+            if not observation.ship_to:  # who ships them removes them
+                remove_rings(observation.rings, before=generation - 1)
+        except OSError as error:
+            log.warning("%s: what older generations recorded stays there: %s", observation.rings, error)
 
     def look(self, vitals: Iterable[Vitals] = (), *, at_once: bool = False) -> Sequence[Finding]:
         """Return the findings that were not there before, now and then or `at_once`; nothing in between."""

@@ -14,6 +14,7 @@ the generation has left its groups or is gone.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class _Watch:
         self._placed_s = 0.0
         self._resumed_step = self._loaded_step = -1
         self._saved_when_whole: int | None = None
-        self._straggler = Straggler(care.recovery.policy, care.recovery.total_steps, care.recovery.saved_step)
+        self._last_saved = -1
+        self._straggler = self._new_straggler()
         self._incidents: list[Incident] = []
 
     @property
@@ -169,7 +171,7 @@ class _Watch:
             if self._size + len(ready) < self._job.world_size:
                 self._saved_when_whole = None
                 return None
-            saved = self._recovery.saved_step()
+            saved = self._saved_step()
             if self._saved_when_whole is None:
                 self._saved_when_whole = saved
             return {} if saved > self._saved_when_whole else None
@@ -280,6 +282,15 @@ class _Watch:
         later = (finding for finding in self._diagnosis.current if finding.step > self._resumed_step)
         return next((finding for finding in later if lone_outlier(finding) is not None), None)
 
+    def _new_straggler(self) -> Straggler:
+        return Straggler(self._recovery.policy, self._recovery.total_steps, self._saved_step)
+
+    def _saved_step(self) -> int:
+        """The newest step that the job could go on from; as it was, while the disk does not answer."""
+        with contextlib.suppress(OSError):
+            self._last_saved = self._recovery.saved_step()
+        return self._last_saved
+
     def _is_done(self, member: Member) -> bool:
         return member.is_done(self.generation)
 
@@ -375,10 +386,10 @@ class _Watch:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
         recovery, self._is_recovering, self._placed_s = self._recovery, False, self.now_s
-        self._loaded_step = recovery.saved_step()
+        self._loaded_step = self._saved_step()
         self._resumed_step = -1 if self.generation == recovery.first_generation else self._loaded_step
         self._saved_when_whole = None
-        self._straggler = Straggler(recovery.policy, recovery.total_steps, recovery.saved_step)
+        self._straggler = self._new_straggler()
         if self._diagnosis is not None:
             self._diagnosis.begin(self.generation, self._size)
         fleet = self._roster.fleet

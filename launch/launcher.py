@@ -84,15 +84,16 @@ def _shipping(observation: Observation, say: Callable[[str], None]) -> Iterator[
     if not observation.ship_to:
         yield
         return
+    from faulttol.errors import ShipError
     from faulttol.ship import Convoy
 
-    convoy = Convoy(observation.rings, observation.ship_to)
+    convoy = Convoy(observation.rings, observation.ship_to, removes=True)
     try:
         yield
     finally:
         try:
             convoy.close()
-        except OSError as error:
+        except (OSError, ShipError) as error:
             say(f"not all that ranks recorded could be kept in {observation.ship_to}: {error}")
 
 

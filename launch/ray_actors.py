@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from faulttol.recovery import Standing
@@ -147,8 +148,16 @@ class RayRanks:
             )
 
     def _append_log(self, rank: int, printed: bytes) -> None:
-        with open(log_path(self._job.log_dir, rank), "ab") as file:
+        append_printed(log_path(self._job.log_dir, rank), printed)
+
+
+def append_printed(path: Path, printed: bytes) -> None:
+    """Add to a rank's log; what a full disk has no room for is lost, and ends no job."""
+    try:
+        with open(path, "ab") as file:
             file.write(printed)
+    except OSError as error:
+        log.warning("%s: %d bytes that its rank printed are lost: %s", path, len(printed), error)
 
 
 def bury_all(ray: Any, actors: Sequence[Actor]) -> list[bytes]:

@@ -23,7 +23,7 @@ from launch.job import Job
 from launch.orders import Order
 from launch.placement import Home
 from launch.rankenv import RankEnv
-from launch.ray_actors import Actor, bury_all, cluster_errors
+from launch.ray_actors import Actor, append_printed, bury_all, cluster_errors
 from launch.verdict import Exit
 
 _LOOK_S = 0.02
@@ -78,6 +78,7 @@ class RayFleet:
         ray = self._ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        member_log(self._job, len(self._actors)).touch()
         actor_class = ray.remote(
             num_cpus=self._config.cpus_per_rank,
             num_gpus=self._config.gpus_per_rank,
@@ -89,7 +90,6 @@ class RayFleet:
         placed = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         self._bundles.append(bundle)
         self._actors.append(Actor(ray, actor_class.options(scheduling_strategy=placed).remote()))
-        member_log(self._job, len(self._actors) - 1).touch()
 
     def look(self) -> list[MemberReport]:
         pending = [
@@ -201,8 +201,7 @@ class RayFleet:
 
     def _append_log(self, member: int, printed: bytes) -> None:
         if printed:
-            with open(member_log(self._job, member), "ab") as file:
-                file.write(printed)
+            append_printed(member_log(self._job, member), printed)
 
 
 class _Agent:

@@ -32,14 +32,24 @@ class Inspector:
     """Inspects one rank's numbers; every rank makes one and calls the same methods in the same steps."""
 
     def __init__(
-        self, engine: Engine, shared: setup.Setup, *, right_step: int, drill: Drill | None, say: Callable[[str], None]
+        self,
+        engine: Engine,
+        shared: setup.Setup,
+        *,
+        right_step: int,
+        drill: Drill | None,
+        say: Callable[[str], None],
+        admit: Callable[[], object],
     ) -> None:
-        """`right_step` is the last whose state is known to be right: it was just loaded. `say` tells a person."""
+        """`right_step` is the last whose state is known to be right: it was just loaded. `say` tells a person.
+
+        `admit` raises where this process may write nothing any more.
+        """
         config = shared.config
         self._config, self._shared, self._engine = config.faulttol, shared, engine
         self._keeps_whole = config.engine.zero_stage == 0 and config.offload.optimizer != "tiered"
         self._right_step = right_step
-        self._drill, self._say = drill, say
+        self._drill, self._say, self._admit = drill, say, admit
         self._told: set[object] = set()
         looked_for = config.faulttol.corruption
         self._products = None
@@ -105,10 +115,13 @@ class Inspector:
                 self._told.add(text)
                 self._say(f"found numeric: {text}")
             return
-        folder, step = self._shared.folder, self._right_step
-        setup.all_or_none(
-            (lambda: distrust(folder, step, text)) if self._shared.rank == 0 else lambda: None, self._shared.control
-        )
+        step = self._right_step
+
+        def write_down() -> None:
+            self._admit()
+            distrust(self._shared.folder, step, text)
+
+        setup.all_or_none(write_down if self._shared.rank == 0 else lambda: None, self._shared.control)
         raise Corrupted(f"{text}; the state after step {step} was right", tuple(ranks))
 
     def _replicated(self) -> Mapping[str, Tensor]:

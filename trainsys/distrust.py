@@ -11,23 +11,25 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from faulttol.durable import write_whole
+from trainsys.errors import RunError
+
 if TYPE_CHECKING:
     import checkpoint as ck
     from trainsys.folder import RunFolder
 
 
 def distrust(folder: RunFolder, after_step: int, why: str) -> None:
-    """Write down, durably enough for the next generation, that no checkpoint of a later step is to be gone on from."""
+    """Write down, durably, that no checkpoint of a later step is to be gone on from.
+
+    Raises: RunError where an earlier note cannot be read; OSError.
+    """
     path = _mark(folder)
     known = _read(path)
     if known is not None:
         after_step = min(after_step, known[0])
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # rank 0 and the launcher may both write it
-    try:
-        unfinished.write_text(json.dumps({"after_step": after_step, "why": why}), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    note = json.dumps({"after_step": after_step, "why": why}).encode()
+    write_whole(path, note, mark=uuid.uuid4().hex)  # rank 0 and the launcher may both write it
 
 
 def heed(folder: RunFolder, checkpointer: ck.Checkpointer) -> int:
@@ -56,6 +58,11 @@ def _mark(folder: RunFolder) -> Path:
 def _read(path: Path) -> tuple[int, str] | None:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
+        return int(known["after_step"]), str(known["why"])
     except FileNotFoundError:
         return None
-    return known["after_step"], known["why"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path}: cannot tell from which step on checkpoints are distrusted: {error!r}; remove those that are not "
+            "to be gone on from, and this file"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from trainsys.distrust import distrust, right_until
 from trainsys.errors import ConfigError, RunError
 from trainsys.folder import RunFolder
 from trainsys.precision import outcomes
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from trainsys.setup import Setup
@@ -93,14 +96,23 @@ def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation |
 
 @contextlib.contextmanager
 def recorded(config: RunConfig, folder: RunFolder, context: launch.RankContext) -> Iterator[None]:
-    """Record the collectives of this process inside the block, if the recipe asks for it."""
+    """Record the collectives of this process inside the block, if the recipe asks for it.
+
+    A rank whose ring has no room trains without one, and says so: it is better looked after by its heartbeat alone than
+    not trained at all.
+    """
     if config.faulttol.mode == "off":
         yield
         return
     env = context.env
     rings = rings_path(config, folder)
-    rings.mkdir(parents=True, exist_ok=True)
-    faulttol.install(rings, rank=env.rank, world_size=env.world_size, generation=context.generation)
+    try:
+        rings.mkdir(parents=True, exist_ok=True)
+        faulttol.install(rings, rank=env.rank, world_size=env.world_size, generation=context.generation)
+    except OSError as error:
+        log.warning("rank %d trains unrecorded, and of its collectives nothing is found out: %s", env.rank, error)
+        yield
+        return
     try:
         yield
     finally:

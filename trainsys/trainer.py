@@ -151,7 +151,7 @@ class Trainer:
         lost = ck.SaveFailed("given up: the job lost a rank, and goes on from the checkpoint before")
         stack.enter_context(shared.context.releasing(lambda: self._checkpointer.cancel(lost)))
         if self._fence is not None:
-            self._checkpointer.admit_with(self._fence.check)
+            self._checkpointer.admit_with(self._admit)
         stack.enter_context(self._checkpointer)
         self._place = Place(step=0, data=data.DataPosition.of(self._dataset, self._order, 0), tokens_seen=0)
         if resume:
@@ -161,7 +161,12 @@ class Trainer:
         self._inspector: Inspector | None = None
         if config.faulttol.corruption != CorruptionConfig():
             self._inspector = Inspector(
-                self._engine, shared, right_step=self._place.step, drill=self._drill, say=self._metrics.say
+                self._engine,
+                shared,
+                right_step=self._place.step,
+                drill=self._drill,
+                say=self._metrics.say,
+                admit=self._admit,
             )
             stack.callback(self._inspector.close)
         self._saver = Saver(
@@ -292,9 +297,12 @@ class Trainer:
     def _resume(self) -> None:
         shared = self._shared
         shared.context.heartbeat.beat(step=0, phase="load")
-        setup.all_or_none(
-            lambda: heed(shared.folder, self._checkpointer) if shared.rank == 0 else 0, control=shared.control
-        )
+
+        def heed_distrust() -> None:
+            self._admit()
+            heed(shared.folder, self._checkpointer)
+
+        setup.all_or_none(heed_distrust if shared.rank == 0 else lambda: None, control=shared.control)
         found = snapshot.load_newest(self._checkpointer, self._engine, self._dataset, self._order, self._shared.control)
         if found is not None:
             self._place, self._resumed_from = found[0], found[1].info.tier
@@ -317,6 +325,7 @@ class Trainer:
         )
         info = self._checkpointer.latest()
         assert info is not None, "the last step was saved and waited for"
+        self._admit()
         export_model(config, info, shared.prepared, shared.folder.model)
         self._metrics.say(f"model: {shared.folder.model}")
         if config.evaluation.sample_tokens:
@@ -375,6 +384,7 @@ class Trainer:
     def _open_metrics(self) -> Metrics:
         if self._shared.rank != 0:
             return Metrics([])
+        self._admit()  # what it drops from the file may be a later generation's
         return metrics.open_metrics(
             self._config,
             self._shared.folder.path,
@@ -382,8 +392,13 @@ class Trainer:
             recipe.to_tree(self._config),
             after_step=self._place.step,
             stream=sys.stdout,
-            admit=self._fence.check if self._fence is not None else None,
+            admit=self._admit,
         )
+
+    def _admit(self) -> None:
+        """Return if this process may write. Raises: Fenced where its generation is over."""
+        if self._fence is not None:
+            self._fence.check()
 
     def _greet(self) -> None:
         config, prepared, peak = self._config, self._shared.prepared, self._utilisation.peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from faulttol import RankRecord, RingError, read_ring
-from faulttol.ring import _HEADER_BYTES, _NAMES_BYTES, _RECORD_BYTES, KIND_NUMBERS, Ring, RingReader
+from faulttol import RankRecord, RingError, probing, read_ring, ring_path
+from faulttol.ring import _HEADER_BYTES, _NAMES_BYTES, _RECORD_BYTES, KIND_NUMBERS, Ring, RingReader, remove_rings
 
 # What a record says in several places agrees, so that a reader can see whether they belong together.
 SPINNING_RANK = """
@@ -253,3 +254,28 @@ def test_who_closed_in_peace_is_told_from_who_did_not(ring: Ring) -> None:
         assert not reader.is_closed
         ring.close()
         assert reader.is_closed
+
+
+def test_a_ring_that_there_is_no_room_for_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        Ring(ring_path(tmp_path, 0), rank=0, world_size=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rings_of_older_generations_are_removed_and_no_others(tmp_path: Path) -> None:
+    for generation in (0, 1, 9, 10, 11):
+        ring_path(tmp_path, 0, generation).touch()
+        (tmp_path / f"probe.generation{generation}").touch()
+        (tmp_path / f"probe.generation{generation}.rank00000.json").touch()
+    (tmp_path / "rankless.generation.ring").touch()
+    remove_rings(tmp_path, before=10)
+    probing.remove(tmp_path, before=10)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *(f"rank00000.generation{generation}.ring" for generation in (10, 11)),
+        *(f"probe.generation{generation}{what}" for generation in (10, 11) for what in ("", ".rank00000.json")),
+        "rankless.generation.ring",
+    }

@@ -188,3 +188,49 @@ def test_a_convoy_that_cannot_write_says_so_in_the_end(ring: Ring, tmp_path: Pat
     with pytest.raises(OSError):
         convoy.close()
     convoy.close()
+
+
+def test_a_convoy_lets_go_of_rings_of_older_generations_and_removes_them_if_asked(tmp_path: Path) -> None:
+    rings, target = tmp_path / "rings", str(tmp_path / "kept")
+    open_rings: list[Ring] = []
+    convoy = Convoy(rings, target, every_s=0.01, removes=True)
+    for generation in range(4):
+        made = Ring(ring_path(rings, 0, generation), rank=0, world_size=1, generation=generation, capacity=64)
+        collective(made, 1)
+        open_rings.append(made)  # as of a process that died: it is never closed
+    there = [ring_path(rings, 0, 2), ring_path(rings, 0, 3)]
+    deadline_s = time.monotonic() + 20
+    while sorted(rings.glob("*.ring")) != there:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    convoy.close()
+    assert [(record.generation, len(record.events)) for record in shipped(target)] == [(n, 1) for n in range(4)]
+    assert sorted(rings.glob("*.ring")) == there
+    for made in open_rings:
+        made.close()
+
+
+def test_a_convoy_goes_on_after_whatever_a_file_system_raises(
+    ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[int] = []
+    write = Shipper._write
+
+    def failing(self: Shipper, what: str, rows: object, about: dict[str, object]) -> None:
+        if len(raised) < 2:
+            raised.append(1)
+            raise RuntimeError("503 Slow Down")
+        write(self, what, rows, about)
+
+    monkeypatch.setattr(Shipper, "_write", failing)
+    collective(ring, 1)
+    with Convoy(tmp_path / "rings", str(tmp_path / "kept"), every_s=0.01):
+        deadline_s = time.monotonic() + 20
+        while not list((tmp_path / "kept").rglob("events-*.arrows")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+    raised.clear()
+    collective(ring, 2)
+    convoy = Convoy(tmp_path / "rings", str(tmp_path / "kept"), every_s=60.0)
+    with pytest.raises(ShipError, match="kept: 503 Slow Down"):
+        convoy.close()

@@ -22,7 +22,7 @@ from faulttol.recovery import Standing
 from faulttol.run import recoveries
 from launch import LaunchError, RankFailed, elastic, isolation, roster, slowness
 from launch.entry import Raised
-from launch.fleet import MemberReport
+from launch.fleet import MemberReport, member_log
 from launch.job import Job
 from launch.orders import Order
 from launch.verdict import Exit, Pulse
@@ -441,3 +441,25 @@ def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_en
         supervise(Fleet(job, 3, lambda fleet: script(fleet, True, 7)), job, care)
     assert len(losses_of(care)) == 2, "it did not fight for the run"
     assert fence.current_generation(tmp_path / "fence") == 7
+
+
+def test_what_a_disk_that_hiccups_does_not_tell_ends_no_job(job: Job, tmp_path: Path) -> None:
+    saved = [3]
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks == 4:
+            member_log(job, 0).unlink()
+            saved.clear()
+            fleet.end(1)
+        elif fleet.generation == 1:
+            fleet.finish()
+
+    def saved_step() -> int:
+        if not saved:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return saved[0]
+
+    care = care_of(tmp_path, saved_step)
+    assert supervise(Fleet(job, 3, script), job, care) == "completed"
+    assert losses_of(care) == [[(1, "dead")]]

@@ -118,3 +118,20 @@ def test_python_m_launch_is_trainsys_launch() -> None:
 def test_import_does_not_load_torch_or_ray() -> None:
     code = "import launch, faulttol, sys; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_output_that_nobody_takes_ends_no_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    passed_on: list[bytes] = []
+
+    def broken(output: bytes) -> None:
+        passed_on.append(output)
+        raise BrokenPipeError(32, "Broken pipe")
+
+    job = launch.Job(
+        entry="tests.test_launch.entries:echo", payload={"word": "hello"}, world_size=1, log_dir=tmp_path, name="job"
+    )
+    result = launch.run(job, launch.LaunchConfig(), heartbeat_interval_s=0.5, on_output=broken)
+    assert (result.outcome, len(result.results)) == ("completed", 1)
+    assert passed_on
+    assert caplog.text.count("what the job prints cannot be passed on: [Errno 32] Broken pipe; its logs have it") == 1
+    assert "says hello" in (tmp_path / "rank0.log").read_text()

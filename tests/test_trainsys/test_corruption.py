@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import faulttol
 from checkpoint.names import COMMIT, AttemptName
-from faulttol import preflight
+from faulttol import fence, preflight
 from faulttol.errors import Corrupted
 from tests.ranks import run_ranks
 from trainsys import ConfigError, RunError, elastic, recipe
@@ -32,7 +35,7 @@ def _config(*settings: str) -> Any:
 
 
 def _inspected(rank: int, world_size: int, folder: str, mode: str, damage: str) -> tuple[Any, list[str]]:
-    """Three steps; what is wrong is wrong in the third."""
+    """Three steps of generation 0; what is wrong is wrong in the third."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = _config(
@@ -50,7 +53,8 @@ def _inspected(rank: int, world_size: int, folder: str, mode: str, damage: str) 
     )
     engine: Any = SimpleNamespace(module=module, slices=lambda: dict(module.named_parameters()))
     said: list[str] = []
-    inspector = Inspector(engine, shared, right_step=0, drill=None, say=said.append)
+    admit = fence.Fence(Path(folder) / "generation", 0).check
+    inspector = Inspector(engine, shared, right_step=0, drill=None, say=said.append, admit=admit)
     try:
         for step in (1, 2, 3):
             inspector.begin(step)
@@ -63,6 +67,8 @@ def _inspected(rank: int, world_size: int, folder: str, mode: str, damage: str) 
             inspector.before_update()
     except Corrupted as error:
         return (error.ranks, str(error)), said
+    except fence.Fenced as error:
+        return str(error), said
     finally:
         inspector.close()
     return None, said
@@ -70,6 +76,7 @@ def _inspected(rank: int, world_size: int, folder: str, mode: str, damage: str) 
 
 @pytest.mark.parametrize(("damage", "what"), [("bit", "element 11 of 2.weight"), ("product", "product of 0 is wrong")])
 def test_every_rank_learns_whose_numbers_are_wrong(tmp_path: Path, damage: str, what: str) -> None:
+    fence.publish(tmp_path / "generation", 0)
     for (ranks, text), said in run_ranks(_inspected, 3, str(tmp_path), "act", damage):
         assert ranks == (2,)
         assert what in text
@@ -79,6 +86,7 @@ def test_every_rank_learns_whose_numbers_are_wrong(tmp_path: Path, damage: str, 
 
 
 def test_of_two_replicas_none_is_named_and_a_run_that_observes_is_only_told(tmp_path: Path) -> None:
+    fence.publish(tmp_path / "generation", 0)
     for (ranks, text), _ in run_ranks(_inspected, 2, str(tmp_path), "act", "bit"):
         assert ranks == ()
         assert "one of the replicas, which nobody can tell" in text
@@ -166,3 +174,33 @@ def test_a_checkpoint_that_is_distrusted_counts_as_none_before_a_generation_has_
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "distrusted.json"}
     heed(folder, cast(Any, SimpleNamespace(distrust=lambda after_step, why: 1)))
     assert elastic.saved_step(folder) == 12, "what was heeded is marked at the checkpoint itself"
+
+
+def test_a_note_of_distrust_that_is_damaged_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "distrusted.json").touch()
+    with pytest.raises(
+        RunError, match=r"distrusted\.json: cannot tell from which step on .* remove those that are not"
+    ):
+        elastic.saved_step(RunFolder(tmp_path))
+
+
+def test_a_rank_of_an_older_generation_distrusts_nothing(tmp_path: Path) -> None:
+    fence.publish(tmp_path / "generation", 1)
+    ((error, said),) = run_ranks(_inspected, 1, str(tmp_path), "act", "product")
+    assert "generation 0 is over, the job is in generation 1" in error
+    assert not said
+    assert not (tmp_path / "distrusted.json").exists()
+
+
+def test_a_rank_whose_ring_has_no_room_trains_unrecorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(fd: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    context: Any = SimpleNamespace(env=SimpleNamespace(rank=0, world_size=1), generation=0)
+    with elastic.recorded(_config("--faulttol.mode=observe"), RunFolder(tmp_path), context):
+        faulttol.mark_step(1)
+    assert "rank 0 trains unrecorded" in caplog.text
+    assert not list((tmp_path / "events").iterdir())

@@ -1,4 +1,4 @@
-"""What must survive a power cut, and what a full disk says."""
+"""What a full disk says."""
 
 from __future__ import annotations
 
@@ -12,26 +12,6 @@ from trainsys.data.errors import DiskFullError, PreparedError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes the file beside, waits until it is on disk, and renames it over `path`."""
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the entries of the folder are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

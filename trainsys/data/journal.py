@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainsys.data.disk import write_whole
+from faulttol.durable import write_whole
 from trainsys.data.document import START, Cursor
 from trainsys.data.prepared import SPLITS, Split, SplitInfo
 from trainsys.data.shard import ShardInfo

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainsys.data.disk import sync_folder, write_whole
+from faulttol.durable import sync_folder, write_whole
 from trainsys.data.document import START, Piece, read_pieces
 from trainsys.data.errors import SourceChangedError, TokenRangeError, TooFewTokensError
 from trainsys.data.journal import Journal, Ledger, array_bytes

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from faulttol.durable import sync_folder
 from trainsys.config import DataConfig
-from trainsys.data.disk import room, sync_folder
+from trainsys.data.disk import room
 from trainsys.data.errors import PreparedError
 from trainsys.data.lock import exclusive
 from trainsys.data.pipeline import OnProgress, Pipeline

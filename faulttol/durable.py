@@ -1,0 +1,33 @@
+"""Files that are whole or not there, also after a power cut."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes, mark: str = "new") -> None:
+    """Write the file beside, wait until it is on disk, and rename it over `path`.
+
+    `mark` names the file beside: writers that may meet each have their own. Raises: OSError; `path` is as it was then.
+    """
+    beside = path.with_name(f"{path.name}.{mark}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the entries of the folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
