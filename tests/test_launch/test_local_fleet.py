@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+import launch
+from faulttol.config import HealthConfig, PolicyConfig
 from launch import LaunchConfig, LaunchError, local
 from launch.job import Job
 from tests.test_launch.client import runs, wait_for
@@ -104,3 +109,53 @@ def test_a_member_that_cannot_be_started_leaves_nothing_behind(
     assert len(fleet.look()) == 2
     fleet.add()
     wait_for(lambda: fleet.look()[2].report.pulse is not None, "the one that there is room for again")
+
+
+def test_a_spare_that_is_stopped_in_its_start_is_replaced_and_its_successor_steps_in(tmp_path: Path) -> None:
+    job = Job(
+        entry="tests.test_launch.entries:generations",
+        payload={"folder": str(tmp_path)},
+        world_size=2,
+        log_dir=tmp_path,
+        name="job",
+    )
+    recovery = launch.Recovery(
+        fence=tmp_path / "generation",
+        record=tmp_path / "recoveries.jsonl",
+        health=HealthConfig(frozen_after_s=20.0, stuck_after_s=20.0),  # patience for a busy machine
+        policy=PolicyConfig(abort_timeout_s=20.0, spare_wait_s=60.0),
+    )
+    said: list[bytes] = []
+    ended: list[launch.JobResult] = []
+
+    def run() -> None:
+        config = LaunchConfig(spares=1)
+        ended.append(launch.run(job, config, heartbeat_interval_s=0.5, on_output=said.append, recovery=recovery))
+
+    running = threading.Thread(target=run)
+    running.start()
+    try:
+        wait_for(lambda: _worker(2) is not None, "the spare to be there")
+        spare = _worker(2)
+        assert spare is not None
+        os.kill(spare, signal.SIGSTOP)
+        wait_for(lambda: b"generation 0 did step 20" in b"".join(said), "the ranks to work", 60.0)
+        wait_for(lambda: b"spare0: frozen: its process is stopped (state T); it is ended" in b"".join(said), "its end")
+        assert not runs(spare)
+        os.kill(int((tmp_path / "rank1.pid").read_text()), signal.SIGKILL)
+        wait_for(lambda: b"generation 1 did step 20" in b"".join(said), "its successor to step in", 60.0)
+        # Both were started meanwhile: the stopped one's successor, and rank 1's.
+        assert int((tmp_path / "rank1.pid").read_text()) in (_worker(3), _worker(4))
+    finally:
+        (tmp_path / "finish").touch()
+        running.join(60.0)
+    assert [result.outcome for result in ended] == ["completed"]
+
+
+def _worker(member: int) -> int | None:
+    """The process of a member among the children of this one."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(part.endswith(f"/member{member}.job.json") for part in child.cmdline()):
+                return child.pid
+    return None
