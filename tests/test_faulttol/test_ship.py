@@ -234,3 +234,19 @@ def test_a_convoy_goes_on_after_whatever_a_file_system_raises(
     convoy = Convoy(tmp_path / "rings", str(tmp_path / "kept"), every_s=60.0)
     with pytest.raises(ShipError, match="kept: 503 Slow Down"):
         convoy.close()
+
+
+def test_a_convoy_ships_the_rest_of_a_ring_that_was_removed(ring: Ring, tmp_path: Path) -> None:
+    target = str(tmp_path / "kept")
+    collective(ring, 1)
+    with Convoy(tmp_path / "rings", target, every_s=0.05) as convoy:
+        deadline_s = time.monotonic() + 20
+        while not list((tmp_path / "kept").rglob("events-*.arrows")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.005)
+        collective(ring, 2)
+        ring.path.unlink()
+        while convoy._shippers:
+            assert time.monotonic() < deadline_s, "it holds a ring that nobody needs"
+            time.sleep(0.005)
+    assert [len(record.events) for record in shipped(target)] == [2]
