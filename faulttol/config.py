@@ -116,8 +116,8 @@ class PolicyConfig:
     spare_wait_s: float = 20.0
     """Seconds to wait for a spare that is starting before the run shrinks."""
     failed_starts_limit: int = 6
-    """Processes in a row that were started and never got ready, while the run waits for one, after which it ends.
-    Between two starts the pause doubles, from ten seconds on. At least 1."""
+    """Attempts in a row to start processes of which none got ready, while the run waits for one, after which it ends.
+    Between two the pause doubles, from ten seconds on. At least 1."""
     abort_timeout_s: float = 5.0
     """Seconds that survivors get to leave their collectives; who has not is ended and replaced too. In the run's
     `health.patient_phases`, and in the first step, `health.patience` times as long: they may load or compile."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 def write_whole(path: Path, content: bytes, mark: str = "new") -> None:
     """Write the file beside, wait until it is on disk, and rename it over `path`.
 
-    `mark` names the file beside: writers that may meet each have their own. Raises: OSError; `path` is as it was then.
+    `mark` names the file beside: writers that may meet each have their own. Raises: OSError; `path` is as it was
+    then, unless only its folder could not be synced.
     """
     beside = path.with_name(f"{path.name}.{mark}")
     try:
@@ -25,9 +29,12 @@ def write_whole(path: Path, content: bytes, mark: str = "new") -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the entries of the folder are on disk."""
+    """Wait until the entries of the folder are on disk, on a file system that lets one; others see to it themselves."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
     finally:
         os.close(descriptor)

@@ -58,7 +58,7 @@ class Situation:
     spares_ready: int
     spares_starting: int
     failed_starts: int = 0
-    """How many of the newest processes, in a row, came to nothing before they were ready."""
+    """How many attempts in a row to start processes that are missing came to nothing, since the incident."""
     smaller_sizes: tuple[int, ...] = ()
     """World sizes below `full_size` in which the run keeps its batch: whole data-parallel replicas."""
 
@@ -128,8 +128,10 @@ def decide(incident: Incident, before: Sequence[Incident], situation: Situation,
         if fitting:
             return Shrink(max(fitting), pause_s)
     there = f"{available} of {wanted} ranks are there"
-    if situation.failed_starts >= config.failed_starts_limit:
-        return Stop("no spare", f"{there}, and the last {situation.failed_starts} processes started were never ready")
+    may_suffice = situation.spares_starting and available + situation.spares_starting >= wanted
+    if situation.failed_starts >= config.failed_starts_limit and not may_suffice:
+        tried = f"{situation.failed_starts} times in a row nobody that was started got ready"
+        return Stop("no spare", f"{there}, and {tried}")
     if not config.shrink:
         return Wait(f"{there}, and it may not go on with fewer (faulttol.policy.shrink); goes on when others are ready")
     return Wait(f"{there}, and the run has no smaller layout that fits them; goes on when others are ready")

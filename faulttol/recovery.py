@@ -106,12 +106,17 @@ class Member:
             self._changed.notify_all()
 
     def abort(self, generation: int) -> None:
-        """Order: let the work of this generation, or an older one, end now. Returns at once."""
+        """Order: let the work of this generation, or an older one, end now. Returns at once, mostly."""
         with self._changed:
             self._aborted = max(self._aborted, generation)
             self._num_freeing += 1
             self._changed.notify_all()
-        threading.Thread(target=self._free, args=(generation,), name="faulttol-abort", daemon=True).start()
+        freeing = threading.Thread(target=self._free, args=(generation,), name="faulttol-abort", daemon=True)
+        try:
+            freeing.start()
+        except RuntimeError as error:  # the machine has no room for one more thread
+            log.warning("generation %d is broken off by the thread that takes orders: %s", generation, error)
+            self._free(generation)
 
     def dismiss(self) -> None:
         """Order: let `run` return."""
@@ -199,6 +204,7 @@ class Member:
 
     def _free(self, generation: int) -> None:
         """Break everything that the work may wait for, until it has ended."""
+        failed: set[Callable[[], None]] = set()
         try:
             while (releases := self._to_release(generation)) is not None:
                 self.connections.shut()
@@ -206,7 +212,9 @@ class Member:
                     try:
                         release()
                     except Exception:  # the others, and the next attempt, must come all the same
-                        log.exception("generation %d: a wait could not be broken off", generation)
+                        if release not in failed:
+                            log.exception("generation %d: a wait could not be broken off", generation)
+                        failed.add(release)
                 with self._changed:
                     self._changed.wait_for(lambda: not self._is_working, _AGAIN_S)
         finally:

@@ -404,8 +404,8 @@ def generation_of(path: Path) -> int | None:
 
 def remove_rings(directory: Path, before: int | None = None) -> None:
     """Remove the rings from a run's directory of rings, which need not exist; or only those of generations `before`."""
-    for path in directory.glob("rank*.generation*.ring"):
-        generation = generation_of(path)
+    for path in (*directory.glob("rank*.generation*.ring"), *directory.glob("rank*.generation*.ring.new")):
+        generation = generation_of(path.with_suffix("") if path.suffix == ".new" else path)
         if generation is not None and (before is None or generation < before):
             path.unlink(missing_ok=True)
 

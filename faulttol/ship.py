@@ -191,8 +191,9 @@ class Convoy:
                 if path not in self._done:
                     generation = generation_of(path)
                     self._ship_one(path, is_old=generation is not None and generation < newest[path.parent] - 1)
-            for path in self._shippers.keys() - set(paths):  # removed by whoever made it, and still open here
-                self._ship_one(path, is_old=True)
+            for path in self._shippers.keys() - set(paths):
+                if not path.exists():  # removed by whoever made it, and still open here
+                    self._ship_one(path, is_old=True)
         except OSError as error:  # the folder cannot be read now
             self._error = error
 

@@ -98,7 +98,9 @@ class _Watch:
         self._size = job.world_size
         self._is_recovering = False
         self._placed_s = 0.0
-        self._resumed_step = self._loaded_step = -1
+        self._resumed_step = -1
+        self._first_step: int | None = None
+        """That was seen in this generation."""
         self._saved_when_whole: int | None = None
         self._last_saved = -1
         self._straggler = self._new_straggler()
@@ -120,6 +122,7 @@ class _Watch:
     def look(self) -> None:
         """Bring what is known up to date and pass on what rank 0 printed since."""
         self._roster.look()
+        self._note_first_step()
         self._narrator.pass_on(self._roster)
         self._diagnose()
 
@@ -141,7 +144,7 @@ class _Watch:
             if len(members) - len(gone) < self._job.world_size:
                 self._fail({member.index: member.own_loss() for member in gone}, None)
             if self.now_s > self._limits.start_timeout_s:
-                late = next(member for member in members if member not in ready)
+                late = next(member for member in members if member not in ready and not member.is_gone)
                 self._fail({late.index: Loss(late.index, "hung", "never joined")}, None)
             time.sleep(POLL_S)
         self._place(ready[: self._job.world_size])
@@ -187,11 +190,13 @@ class _Watch:
         """
         self._is_recovering = True
         found = [self._trouble_of(member) for member in self.ranks]
-        for loss in found:
-            if isinstance(loss, Loss) and loss.error == FENCED:  # not by this launch: it has not fenced them yet
-                if self._is_overtaken():
-                    self._fail({self.ranks[loss.rank].index: loss}, None)
-                self._narrator.say(f"rank {loss.rank}: {loss.detail}; but no other launch has taken the run over")
+        met = [loss for loss in found if isinstance(loss, Loss) and loss.error == FENCED]
+        if self._is_overtaken():  # whatever befell the ranks: to fence now would end the other launch's
+            over = f"{FENCED}: generation {self.generation} is over: another launch has the run"
+            loss = met[0] if met else Loss(0, "raised", over, FENCED)
+            self._fail({self.ranks[loss.rank].index: loss}, None)
+        for loss in met:  # not by this launch: it has not fenced them yet
+            self._narrator.say(f"rank {loss.rank}: {loss.detail}; but no other launch has taken the run over")
         is_stall = all(one in (None, "stalled") for one in found)
         ending = Ending(self.generation, self.now_s, is_stall)
         # Who was lost while it loaded lost no step: the run has got as far as where it resumed.
@@ -201,12 +206,17 @@ class _Watch:
         outlier = self._outlier()
         isolation = Isolation(self._roster, ending, self._trouble_of, self._finding, self.look)
         isolation.accuse(planned or {}, outlier)
-        isolation.run(self._recovery.policy.abort_timeout_s, self._patience, self._narrator.say)
+        isolation.run(
+            self._recovery.policy.abort_timeout_s,
+            lambda member: 1.0 if is_stopping() else self._patience(member),
+            self._narrator.say,
+        )
         self._distrust(outlier)  # ranks, which may write the same of what they compared, have left by now
         incident = Incident(ending.began_s, step, tuple(ending.losses.values()))
         is_whole = self._size == self._job.world_size
-        self._narrator.end_of(self.generation, incident, is_whole=is_whole)
+        self._narrator.end_of(self.generation, incident, self.ranks, is_whole=is_whole)
         before = dict(enumerate(self.ranks))
+        self._roster.hurry()
         decision = self._decide(incident, before, is_stopping, self._incidents if planned is None else [])
         if planned is None:
             self._incidents.append(incident)
@@ -251,7 +261,7 @@ class _Watch:
             if lingering and outcome == "completed":
                 text = "its work is done, but its process has not ended"
                 self._fail({member.index: Loss(member.number, "hung", text) for member in lingering}, None)
-        fleet.kill()
+        self._kill()
         self._narrator.pass_on(self._roster)
         if ends_wrong:
             self._distrust(self._outlier())
@@ -302,7 +312,7 @@ class _Watch:
         pulse, health = member.status.pulse, self._recovery.health
         if pulse is None or (member.health is not None and member.health.condition is not Condition.RUNNING):
             return 1.0
-        is_first_step = pulse.step <= max(0, self._loaded_step) + 1
+        is_first_step = self._first_step is None or pulse.step <= self._first_step
         return health.patience if is_first_step or pulse.phase in health.patient_phases else 1.0
 
     def _is_overtaken(self) -> bool:
@@ -321,6 +331,19 @@ class _Watch:
         for finding in self._diagnosis.look(vitals, at_once=at_once):
             if finding.kind.is_fault:
                 self._narrator.say(told(finding))
+
+    def _note_first_step(self) -> None:
+        """What a rank may still say of the generation before is a later step."""
+        steps = [
+            member.status.pulse.step
+            for member in self.ranks
+            if member.status.pulse is not None
+            and member.status.pulse.step > 0
+            and member.standing is not None
+            and member.standing.generation == self.generation
+        ]
+        if steps:
+            self._first_step = min(steps if self._first_step is None else (*steps, self._first_step))
 
     def _distrust(self, outlier: Finding | None) -> None:
         """Let nothing go on from after an outlier. Raises: LaunchError where that cannot be written down."""
@@ -364,7 +387,7 @@ class _Watch:
                 ranks_left=len(in_place),
                 spares_ready=len(ready),
                 spares_starting=len(alive) - len(ready) - len(in_place),
-                failed_starts=self._roster.num_failed_starts,
+                failed_starts=self._roster.num_failed,
                 smaller_sizes=self._recovery.smaller_sizes,
             )
             decision = policy.decide(incident, incidents, situation, self._recovery.policy)
@@ -386,8 +409,8 @@ class _Watch:
         """Give every rank of the current generation its place."""
         self._size = len(seats)
         recovery, self._is_recovering, self._placed_s = self._recovery, False, self.now_s
-        self._loaded_step = self._saved_step()
-        self._resumed_step = -1 if self.generation == recovery.first_generation else self._loaded_step
+        self._first_step = None
+        self._resumed_step = -1 if self.generation == recovery.first_generation else self._saved_step()
         self._saved_when_whole = None
         self._straggler = self._new_straggler()
         if self._diagnosis is not None:
@@ -422,9 +445,16 @@ class _Watch:
                 "generation could overwrite: make room, and resume"
             ) from error
 
+    def _kill(self) -> None:
+        """End every member; one that stays is told of, and changes nothing of how the job went."""
+        try:
+            self._roster.fleet.kill()
+        except LaunchError as error:
+            self._narrator.say(str(error))
+
     def _fail(self, losses: Mapping[int, Loss], decision: Stop | None) -> NoReturn:
         """End every member and raise the RankFailed that tells of all, the one at fault first."""
         told = self.ranks or self._roster.members
         self._roster.collect_stacks([member for member in told if member.index in losses])
-        self._roster.fleet.kill()
+        self._kill()
         raise self._narrator.failure(self._roster, losses, decision)

@@ -53,7 +53,7 @@ class Isolation:
     def run(self, timeout_s: float, patience_of: Callable[[Member], float], say: Callable[[str], None]) -> None:
         """End the ranks at fault, and see all others leave their groups; who does not in time is at fault as well.
 
-        `patience_of` is the factor on `timeout_s` for what a member does now; that one is waited for is said.
+        `patience_of` is the factor on `timeout_s` for what a member does now; who is waited for for longer is said.
         """
         roster, ending = self._roster, self._ending
         ordered = has_told = False

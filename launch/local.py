@@ -34,7 +34,7 @@ from launch.verdict import Exit, Pulse, RankReport
 log = logging.getLogger(__name__)
 
 _GONE_TIMEOUT_S = 30.0
-_END_TIMEOUT_S = 2.0
+_IN_KERNEL_S = 2.0  # that a killed process waits in the kernel, without a break, until it is not waited for
 _LOOPBACK = "127.0.0.1"
 
 
@@ -108,18 +108,19 @@ class LocalRanks:
             process.tell(b"stacks\n")
 
     def kill(self) -> None:
-        """Raises: LaunchError for processes that stay, once all others are gone; but not for what is known to stay."""
+        """Raises: LaunchError for processes that stay, once all others are gone; once for each."""
         for process in self._processes:
             process.kill()
-        known_to_stay = [process for process in self._processes if process.stays]
         deadline_s = time.monotonic() + _GONE_TIMEOUT_S
-        left = [process for process in self._processes if not process.is_gone_by(0.0 if process.stays else deadline_s)]
+        left = [process for process in self._processes if not process.is_gone_by(deadline_s)]
         self._forget_ended()
-        pids = [str(process.pid) for process in left if process not in known_to_stay]
+        pids = [str(process.pid) for process in left if not process.stays]
+        for process in left:
+            process.stays = True
         if pids:
             raise LaunchError(
-                f"process {', '.join(pids)} still there {_GONE_TIMEOUT_S:g} s after SIGKILL: in the kernel, as on a "
-                "disk that does not answer; it ends when that returns"
+                f"process {', '.join(pids)} still there after SIGKILL: in the kernel, as on a disk that does not "
+                "answer; it ends when that returns"
             )
 
     def _forget_ended(self) -> None:
@@ -156,7 +157,7 @@ class LocalFleet:
             began = start_ticks(process.pid)
         except OSError:
             process.kill()
-            process.is_gone_by(time.monotonic() + _END_TIMEOUT_S)
+            process.is_gone_by(time.monotonic() + _GONE_TIMEOUT_S)
             raise
         self._processes.append(process)
         self._ranks.add(process)
@@ -195,8 +196,9 @@ class LocalFleet:
     def end(self, member: int) -> None:
         process = self._processes[member]
         process.kill()
-        if not process.is_gone_by(time.monotonic() + _END_TIMEOUT_S):
-            log.warning("process %d is in the kernel and ends when that returns; it does no more there", process.pid)
+        if not process.is_gone_by(time.monotonic() + _GONE_TIMEOUT_S) and not process.stays:
+            process.stays = True
+            log.warning("process %d is still there after SIGKILL: it is in the kernel, and does no more", process.pid)
 
     def request_stop(self) -> None:
         self._ranks.request_stop()
@@ -226,7 +228,7 @@ class _Process:
         """`member` is its number in a job with recovery."""
         self.exit: Exit | None = None
         self.stays = False
-        """Whether it was there long after it was killed."""
+        """Whether it is known that it was there long after it was killed."""
         name = f"rank{env.rank}" if member is None else f"member{member}"
         self._heartbeat_path = folder / f"{name}.heartbeat"
         self._outcome_path = folder / f"{name}.outcome.json"
@@ -323,10 +325,13 @@ class _Process:
             os.killpg(self.pid, signal.SIGKILL)
 
     def is_gone_by(self, deadline_s: float) -> bool:
-        """Whether the killed process ends by then; waits for it. What does not is in the kernel, and `stays`."""
+        """Whether the killed process ends by then; waits for it, unless it waits in the kernel itself."""
+        began_s = time.monotonic()
         while self._look_for_exit() is None:
-            if time.monotonic() > deadline_s:
-                self.stays = True
+            now_s = time.monotonic()
+            if not _is_in_kernel(self.pid):
+                began_s = now_s
+            if now_s > deadline_s or now_s > began_s + _IN_KERNEL_S:
                 return False
             time.sleep(0.005)
         return True
@@ -348,6 +353,16 @@ class _Process:
         self._control.close()
         self.exit = Exit(code=code) if code >= 0 else Exit(signal=-code)
         return self.exit
+
+
+def _is_in_kernel(pid: int) -> bool:
+    """Whether a thread of the process waits in the kernel for what nothing interrupts (state D)."""
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D":
+                    return True
+    return False
 
 
 class _Guardian:

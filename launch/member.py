@@ -15,6 +15,10 @@ from launch.fleet import MemberReport
 from launch.losses import KINDS, raised
 from launch.verdict import RankStatus
 
+UNFIT_S = 10.0
+"""For how long a process without a place must be ill until another takes its place: nobody waits for it mostly, and a
+busy machine may be all there is to it."""
+
 _STOPPED_S = 0.5  # for how long a process must be stopped until that is not somebody looking at it
 
 Trouble = Loss | Literal["complaint", "stalled"]
@@ -122,11 +126,19 @@ class Member:
         if self.rank is not None or self.is_gone:
             return None
         health = self.health
-        if health is not None and self.ill_at_s is not None and now_s - self.ill_at_s >= _STOPPED_S:
+        if health is not None and self.ill_at_s is not None and now_s - self.ill_at_s >= UNFIT_S:
             return Loss(self.index, KINDS[health.condition], health.reason)
         if not self.has_been_ready and self.seen_at_s is not None and now_s - self.seen_at_s > start_timeout_s:
             return Loss(self.index, "hung", f"it is not ready {start_timeout_s:g} s after its start")
         return None
+
+    @property
+    def afterwards(self) -> str:
+        """An error of its own that it told after the order to end: perhaps what began it all; empty for none."""
+        standing = self.standing
+        if standing is None or not standing.was_aborted or verdict.tells_of_lost_peer(standing.messages):
+            return ""
+        return standing.messages[0]
 
     def own_loss(self) -> Loss:
         """Why it is gone."""

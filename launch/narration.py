@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,13 +47,15 @@ class Narrator:
             self._read_bytes[first.index] = self._read_bytes.get(first.index, 0) + len(new)
             self._on_output(new)
 
-    def end_of(self, generation: int, incident: Incident, *, is_whole: bool) -> None:
+    def end_of(self, generation: int, incident: Incident, ranks: Sequence[Member], *, is_whole: bool) -> None:
         """Say why a generation ended; `is_whole` where it had all its ranks."""
         if not incident.losses and not is_whole:
             self.say(f"generation {generation} ends at step {incident.step}: the run can be whole again")
             return
         told = "; ".join(f"rank {loss.rank} {loss.kind}: {loss.detail}" for loss in incident.losses)
-        told = told or "the ranks lost one another"
+        if not told:
+            said = "; ".join(f"rank {one.number} said {one.afterwards}" for one in ranks if one.afterwards)
+            told = "the ranks lost one another" + (f"; {said}" if said else "")
         self.say(f"generation {generation} ended at step {incident.step}: {told}")
 
     def keep(self, generation: int, ending: Ending, incident: Incident, decision: Resume | Shrink | Stop) -> None:
@@ -93,7 +95,8 @@ class Narrator:
     def _note(self, member: Member, why: str) -> RankNote:
         path = member_log(self._job, member.index)
         outcome, standing = member.status.outcome, member.standing
-        text = standing.traceback if standing is not None and why else ""
+        text = standing.traceback if standing is not None and (why or member.afterwards) else ""
+        why = why or (f"said {member.afterwards} when its generation had ended" if member.afterwards else "")
         if isinstance(outcome, Raised):
             text = outcome.traceback
         pulse = member.status.pulse

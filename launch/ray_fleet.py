@@ -143,11 +143,13 @@ class RayFleet:
         actor, ray = self._actors[member], self._ray
         if member in self._ended:
             return
+        is_gone = False
         try:
-            is_gone = self._agents[self._node(member)].end(member)
+            agent = self._agents[self._node(member)]
+            if not agent.is_silent:  # its node is gone with it, mostly: nobody waits for that
+                is_gone = agent.end(member)
         except (KeyError, ray.exceptions.RayError) as error:
             log.warning("member %d: its node's agent could not end it: %s", member, error)
-            is_gone = False
         if not is_gone:
             actor.kill()  # its node may be gone with it; if it is not, the fence keeps it from writing
         self._note_end(member, Exit(detail="ended by the launcher"))
@@ -228,6 +230,11 @@ class _Agent:
         """Let it look after one more member."""
         self._homes[member] = home
         self._handle.watch.remote(member, home)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing was heard of its node for so long that nothing will be: it was started again in vain."""
+        return self._now_s > self._seen_at_s + 2 * _SILENT_S
 
     def end(self, member: int) -> bool:
         """Let it end a member, stopped or not; whether that is gone. Raises: ray.exceptions.RayError."""

@@ -33,10 +33,14 @@ class Roster:
         self._health, self._start_timeout_s, self._tell = health, start_timeout_s, tell
         self._told: set[int] = set()
         """Members whose start is known to have come to nothing."""
-        self._num_refused = 0
-        """Starts in a row that this machine did not even begin."""
+        self.num_failed = 0
+        """Attempts in a row to start what is missing of which nobody got ready."""
+        self._is_judged = False
+        """Whether the last one is counted."""
+        self._was_refused = False
+        """Whether the machine had no room for all of the last one."""
         self._num_before_refill = 0
-        self._refilled_s = -_REFILL_S
+        self._refilled_s = -_LONGEST_REFILL_S
         self._looked_s = time.monotonic()
 
     @property
@@ -93,64 +97,78 @@ class Roster:
         rest = iter(spares)
         return [staying[rank] if rank in staying else next(rest) for rank in range(size)]
 
-    @property
-    def num_failed_starts(self) -> int:
-        """Of the newest starts, how many in a row came to nothing: the process was never ready, or never there."""
-        count = self._num_refused
-        for member in reversed(self.members):
-            if member.has_been_ready:
-                break
-            count += member.is_gone
-        return count
+    def hurry(self) -> None:
+        """Start anew what is missing at once: whatever came to nothing before, one is needed now."""
+        self.num_failed = 0
+        self._is_judged, self._refilled_s = True, -_LONGEST_REFILL_S
 
     def refill(self) -> bool:
         """Start new processes for the members that are gone or unfit to take a place.
 
-        Not at once again where one of the last is among them, and the later, the more starts in a row came to nothing.
-        Returns whether there are new ones.
+        Not at once again where one of the last is among them, and the later, the more attempts in a row came to
+        nothing. Returns whether there are new ones.
         """
-        self._end_unfit()
+        self._end_one_unfit()
         missing = self.num_kept - sum(not member.is_gone for member in self.members)
         if missing <= 0:
             return False
-        pause_s = self._pause_s()
-        self._tell_failed(pause_s)
-        if self.now_s < self._refilled_s + pause_s:
+        self._judge_last()
+        self._tell_failed()
+        if self.now_s < self._refilled_s + self._pause_s():
             return False
         for member in self.members:
             if member.is_gone and not member.is_ended and member.status.exit is None:
                 self.end(member)  # its process lingers in the place that its successor takes
-        self._refilled_s, self._num_before_refill = self.now_s, len(self.members)
+        self._refilled_s, self._num_before_refill, self._is_judged = self.now_s, len(self.members), False
+        added = 0
         try:
-            for added in range(missing):  # noqa: B007  told below
+            while added < missing:
                 self.fleet.add()
+                added += 1
         except OSError as error:  # a full disk, no process left: no reason to end those that work
-            self._num_refused += 1
+            self._was_refused = True
+            if not added:
+                self.num_failed, self._is_judged = self.num_failed + 1, True
             self._tell(f"cannot start a process: {error}; tries again after {self._pause_s():g} s", None)
-            return added > 0
-        self._num_refused = 0
-        return True
+        else:
+            self._was_refused = False
+        return added > 0
 
-    def _end_unfit(self) -> None:
+    @property
+    def _newest(self) -> list[Member]:
+        """Who was started by the last attempt."""
+        return self.members[self._num_before_refill :]
+
+    def _judge_last(self) -> None:
+        """Count the last attempt if it came to nothing; one of which anybody got ready ends the row."""
+        if any(member.has_been_ready for member in self._newest):
+            self.num_failed = 0
+        elif not self._is_judged and self._newest and all(member.is_gone for member in self._newest):
+            self.num_failed, self._is_judged = self.num_failed + 1, True
+
+    def _end_one_unfit(self) -> None:
+        """One at a time: to end a process may take a while, in which nobody looks at the ranks."""
         for member in self.members:
             loss = member.unfit(self.now_s, self._start_timeout_s)
             if loss is not None:
                 self._told.add(member.index)
                 self._tell(f"{loss.kind}: {loss.detail}; it is ended, and another takes its place", member)
                 self.end(member)
+                return
 
     def _pause_s(self) -> float:
-        """From one refill to the next."""
-        if not self._num_refused and not any(member.is_gone for member in self.members[self._num_before_refill :]):
+        """From one attempt to the next."""
+        if not self._was_refused and not any(member.is_gone for member in self._newest):
             return 0.0
-        return min(_LONGEST_REFILL_S, _REFILL_S * 2.0 ** min(32, max(0, self.num_failed_starts - 1)))
+        return min(_LONGEST_REFILL_S, _REFILL_S * 2.0 ** min(32, max(0, self.num_failed - 1)))
 
-    def _tell_failed(self, pause_s: float) -> None:
+    def _tell_failed(self) -> None:
+        pause_s = self._pause_s()
+        apart = f"; starts are at least {pause_s:g} s apart now" if pause_s else ""
         for member in self.members:
             if member.is_gone and not member.has_been_ready and member.index not in self._told:
                 self._told.add(member.index)
-                detail = member.own_loss().detail
-                self._tell(f"was never ready: {detail}; starts are at least {pause_s:g} s apart now", member)
+                self._tell(f"was never ready: {member.own_loss().detail}{apart}", member)
 
     def end(self, member: Member) -> None:
         """End a member, whatever state it is in."""

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from launch import signals, verdict
 from launch.diagnosis import Diagnosis, told
 from launch.entry import Raised, Returned
-from launch.errors import RankFailed, RankNote
+from launch.errors import LaunchError, RankFailed, RankNote
 from launch.job import Job, JobResult
 from launch.verdict import Fault, Limits, RankReport, RankStatus
 
@@ -152,7 +152,7 @@ class _Watch:
 
     def finish(self, outcome: Literal["completed", "stopped"]) -> JobResult:
         """End what still runs, and tell how the job ended."""
-        self.ranks.kill()
+        self._kill()
         printed = self._read_new()
         if printed:
             self._on_output(printed)
@@ -169,7 +169,7 @@ class _Watch:
             (status, verdict.describe(self.statuses, status.rank, fault, limits, self.now_s))
             for status in self.statuses
         ]
-        self.ranks.kill()
+        self._kill()
         ended = self.statuses[fault.rank].exit
         raise RankFailed(
             job_name=self._job.name,
@@ -179,6 +179,13 @@ class _Watch:
             signal=ended.signal if ended is not None else None,
             notes=[self._note(status, summary) for status, summary in notes],
         )
+
+    def _kill(self) -> None:
+        """End every rank; one that stays is told of, and changes nothing of how the job went."""
+        try:
+            self.ranks.kill()
+        except LaunchError as error:
+            self._on_output(f"[{self._job.name}] {error}\n".encode())
 
     def _note(self, status: RankStatus, summary: str) -> RankNote:
         path = log_path(self._job.log_dir, status.rank)

@@ -7,18 +7,23 @@ outlives its ranks as JSON; its end of file means that the launcher is gone, and
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from faulttol import agent
 from faulttol.recovery import Member
 from launch import entry, orders, signals
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_AGAIN_S = 1.0
 
 
 def main(description_path: str, control_fd: str) -> int:
@@ -74,10 +79,21 @@ def _obey(control_fd: int, stop: threading.Event, member: Member | None) -> None
 
 
 def _publish(path: Path, fields: dict[str, Any]) -> None:
-    """Write a file that appears complete or not at all."""
+    """Write a file that appears complete or not at all; on a full disk once there is room: no work is lost for that."""
     unfinished = path.with_name(path.name + ".new")
-    unfinished.write_text(json.dumps(fields))
-    unfinished.rename(path)
+    has_told = False
+    while True:
+        try:
+            unfinished.write_text(json.dumps(fields))
+            unfinished.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            if not has_told:
+                sys.stderr.write(f"{path}: {error}; this rank goes on when there is room\n")
+            has_told = True
+            time.sleep(_AGAIN_S)
 
 
 if __name__ == "__main__":

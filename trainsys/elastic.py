@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,19 @@ def promise(config: RunConfig) -> str:
 def saved_step(folder: RunFolder) -> int:
     """Return the newest step with a committed checkpoint on the local tier that nobody distrusts; -1 before the first.
 
-    Looking costs the supervisor two names a checkpoint, and one of the run.
+    Looking costs the supervisor a list of their names, and some names more. Raises: OSError, RunError.
     """
     right = right_until(folder)
-    found = (path.parent for path in folder.checkpoints.glob(f"*/{COMMIT}") if not (path.parent / MARK).exists())
-    names = (AttemptName.parse(path.name) for path in found)
-    return max((name.step for name in names if name is not None and name.step <= right), default=-1)
+    try:
+        there = os.listdir(folder.checkpoints)  # says so where the disk does not answer, as `glob` does not
+    except FileNotFoundError:
+        return -1
+    steps = {name: attempt.step for name in there if (attempt := AttemptName.parse(name)) and attempt.step <= right}
+    for name in sorted(steps, key=steps.__getitem__, reverse=True):
+        path = folder.checkpoints / name
+        if (path / COMMIT).exists() and not (path / MARK).exists():
+            return steps[name]
+    return -1
 
 
 def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation | None:

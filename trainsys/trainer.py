@@ -151,7 +151,7 @@ class Trainer:
         lost = ck.SaveFailed("given up: the job lost a rank, and goes on from the checkpoint before")
         stack.enter_context(shared.context.releasing(lambda: self._checkpointer.cancel(lost)))
         if self._fence is not None:
-            self._checkpointer.admit_with(self._admit)
+            self._checkpointer.admit_with(self._fence.check)  # which holds on to nothing else
         stack.enter_context(self._checkpointer)
         self._place = Place(step=0, data=data.DataPosition.of(self._dataset, self._order, 0), tokens_seen=0)
         if resume:

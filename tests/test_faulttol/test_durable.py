@@ -40,3 +40,18 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         write_whole(path, b"after")
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "before"
+
+
+def test_a_folder_that_cannot_be_synced_where_no_folder_can_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    write_whole(tmp_path / "note", b"after")
+    assert (tmp_path / "note").read_bytes() == b"after"

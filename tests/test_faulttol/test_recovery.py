@@ -256,8 +256,7 @@ def test_the_next_generation_begins_when_nobody_breaks_off_the_one_before_any_mo
         member.abort(0)
         freed.wait(_TIMEOUT_S)
         member.assign(Assignment(1, {}))
-        while standings[-1].state != "finished":
-            time.sleep(0.01)
+        _until(lambda: standings[-1].state == "finished")
         member.dismiss()
 
     orders = threading.Thread(target=give_orders)
@@ -283,3 +282,36 @@ def test_a_standing_tells_whether_the_error_came_after_the_order_to_end(was_abor
     told = {standing.state: standing for standing in standings}
     assert told["failed"].was_aborted is told["quiesced"].was_aborted is was_aborted
     assert Standing.from_json(told["quiesced"].to_json()) == told["quiesced"]
+
+
+def test_work_is_broken_off_and_the_next_begun_though_the_machine_has_no_room_for_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    standings: list[Standing] = []
+    member = Member(standings.append, _described)
+    freed = threading.Event()
+
+    def work(assignment: Assignment) -> int:
+        if assignment.generation == 0:
+            with member.releasing(freed.set):
+                assert freed.wait(_TIMEOUT_S)
+                raise RuntimeError("broken off")
+        member.dismiss()
+        return assignment.generation
+
+    def give_orders() -> None:
+        member.assign(Assignment(0, {}))
+        _until(lambda: bool(standings) and standings[-1].state == "working")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "Thread", Refused)
+            member.abort(0)
+        member.assign(Assignment(1, {}))
+
+    orders = threading.Thread(target=give_orders)
+    orders.start()
+    assert member.run(work) == 1
+    orders.join()

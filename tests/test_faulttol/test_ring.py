@@ -272,6 +272,7 @@ def test_rings_of_older_generations_are_removed_and_no_others(tmp_path: Path) ->
         (tmp_path / f"probe.generation{generation}").touch()
         (tmp_path / f"probe.generation{generation}.rank00000.json").touch()
     (tmp_path / "rankless.generation.ring").touch()
+    (tmp_path / "rank00001.generation9.ring.new").touch()  # of a rank that was killed while it made it
     remove_rings(tmp_path, before=10)
     probing.remove(tmp_path, before=10)
     assert {path.name for path in tmp_path.iterdir()} == {

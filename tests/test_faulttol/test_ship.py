@@ -250,3 +250,19 @@ def test_a_convoy_ships_the_rest_of_a_ring_that_was_removed(ring: Ring, tmp_path
             assert time.monotonic() < deadline_s, "it holds a ring that nobody needs"
             time.sleep(0.005)
     assert [len(record.events) for record in shipped(target)] == [2]
+
+
+def test_a_convoy_keeps_rings_that_a_folder_does_not_show_for_once(
+    ring: Ring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = str(tmp_path / "kept")
+    collective(ring, 1)
+    with Convoy(tmp_path / "rings", target, every_s=60.0, removes=True) as convoy:
+        convoy._ship()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rglob", lambda self, pattern: iter(()))
+            convoy._ship()
+            convoy._ship()
+        collective(ring, 2)
+    assert ring.path.exists()
+    assert [len(record.events) for record in shipped(target)] == [2]

@@ -64,6 +64,18 @@ def test_who_has_not_entered_is_the_one_that_hangs(records: dict[int, RankRecord
     assert finding.sequence == NEXT
 
 
+def test_a_rank_that_takes_part_and_records_nothing_is_not_accused(records: dict[int, RankRecord]) -> None:
+    rest = {rank: record for rank, record in records.items() if rank != 1}
+    waiting = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS) for rank in (0, 3)]
+    finding = only(after(rest, waiting, 11.0))
+    assert finding.culprits == (2,), "rank 1 may well have entered"
+    assert not found(after(rest, [*waiting, all_reduce(2, FOUR, seq=NEXT, step=STEPS)], 11.0))
+    # Before they have met once, a rank without a record may be one that never began.
+    fresh = {rank: replace(record, events=(), marks=()) for rank, record in rest.items()}
+    first = [all_reduce(rank, FOUR, seq=1) for rank in (0, 2, 3)]
+    assert only(after(fresh, first, 99.0)).culprits == (1,)
+
+
 def test_nothing_hangs_before_the_threshold(records: dict[int, RankRecord]) -> None:
     waiting = [all_reduce(rank, FOUR, seq=NEXT, step=STEPS) for rank in (0, 1, 3)]
     assert not found(after(records, waiting, 9.0))

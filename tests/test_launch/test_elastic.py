@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -463,3 +464,34 @@ def test_what_a_disk_that_hiccups_does_not_tell_ends_no_job(job: Job, tmp_path: 
     care = care_of(tmp_path, saved_step)
     assert supervise(Fleet(job, 3, script), job, care) == "completed"
     assert losses_of(care) == [[(1, "dead")]]
+
+
+def test_a_launch_that_another_has_overtaken_does_not_take_the_run_back(job: Job, tmp_path: Path) -> None:
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fleet.generation == 0 and fleet.num_looks > 3:
+            fence.publish(tmp_path / "fence", 7)
+            fleet.end(1)  # of whatever: none of its ranks has met the fence
+
+    with pytest.raises(RankFailed, match="Fenced: generation 0 is over: another launch has the run"):
+        supervise(Fleet(job, 3, script), job, care_of(tmp_path))
+    assert fence.current_generation(tmp_path / "fence") == 7
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_that_stays_changes_nothing_of_how_the_job_went(job: Job, tmp_path: Path, fails: bool) -> None:
+    class Staying(Fleet):
+        def kill(self) -> None:
+            raise LaunchError("process 7 still there")
+
+    def script(fleet: Fleet) -> None:
+        fleet.be_ready(*range(len(fleet.standings)))
+        if fails:
+            fleet.ended[0] = fleet.ended[1] = Exit(code=3)
+        elif fleet.generation == 0:
+            fleet.finish()
+
+    said: list[bytes] = []
+    with pytest.raises(RankFailed, match="exit code 3") if fails else contextlib.nullcontext():
+        elastic.supervise(Staying(job, 2, script), job, care_of(tmp_path), stop_grace_s=1.0, on_output=said.append)
+    assert b"[job] process 7 still there\n" in said

@@ -102,3 +102,22 @@ def test_an_agent_that_does_not_answer_a_driver_that_looks_is_started_again_and_
         assert clock[0] < 110.0
     assert 2.0 < started[2] - 100.0 < 2.3
     assert 5.0 < clock[0] - 100.0 < 5.3
+
+
+def test_an_agent_that_was_started_again_in_vain_is_not_asked_to_end_anybody() -> None:
+    ray, clock = _Ray(), [100.0]
+    agent = _Agent(ray, _NODE, lambda: clock[0])
+    ray.answer_all()
+    _seen(agent)
+    for _ in range(int(3.9 / _LOOK_S)):
+        clock[0] += _LOOK_S
+        agent.look()
+        assert not agent.is_silent
+    for _ in range(int(0.5 / _LOOK_S)):
+        clock[0] += _LOOK_S
+        agent.look()
+    assert ray.num_started > 1
+    assert agent.is_silent
+    ray.answer_all()
+    agent.look()
+    assert not agent.is_silent

@@ -58,11 +58,30 @@ def write_text(folder: Path, *, documents: int = 40) -> Path:
     return folder
 
 
+class Fresh(subprocess.Popen[bytes]):
+    """A command in a new interpreter."""
+
+    def kill_tree(self) -> None:
+        """SIGKILL it and all its descendants; return when they are gone."""
+        warm.kill_tree(self.pid)
+        self.wait()
+
+
+def _has_gpus() -> bool:
+    import torch
+
+    return torch.cuda.device_count() > 0
+
+
 def run(
     command: str, *args: str, cwd: Path, timeout_s: float = 180, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `trainsys COMMAND ARGS` to its end; `fresh` in a new interpreter, else as a fork, see `tests.warm`."""
-    if fresh:
+    """Run `trainsys COMMAND ARGS` to its end; `fresh` in a new interpreter, else as a fork, see `tests.warm`.
+
+    Beside GPUs always in a new one: the forks' server looks for them as it imports DeepSpeed, and then its forks find
+    none.
+    """
+    if fresh or _has_gpus():
         return subprocess.run(
             [sys.executable, "-m", "trainsys", command, *args],
             cwd=cwd,
@@ -84,10 +103,15 @@ def succeed(command: str, *args: str, cwd: Path, timeout_s: float = 180, fresh: 
 
 
 @contextlib.contextmanager
-def running(command: str, *args: str, cwd: Path) -> Iterator[warm.Command]:
-    """`trainsys COMMAND ARGS` in the background, as a fork; its whole process tree is gone afterwards."""
-    log = cwd / "background.log"
-    process = warm.Command("trainsys", [command, *args], cwd=cwd, stdout=log, stderr=log, environ=os.environ)
+def running(command: str, *args: str, cwd: Path) -> Iterator[warm.Command | Fresh]:
+    """`trainsys COMMAND ARGS` in the background, as `run` starts it; its whole process tree is gone afterwards."""
+    path = cwd / "background.log"
+    process: warm.Command | Fresh
+    if _has_gpus():
+        with path.open("wb") as log:
+            process = Fresh([sys.executable, "-m", "trainsys", command, *args], cwd=cwd, stdout=log, stderr=log)
+    else:
+        process = warm.Command("trainsys", [command, *args], cwd=cwd, stdout=path, stderr=path, environ=os.environ)
     try:
         yield process
     finally:

@@ -163,6 +163,7 @@ def test_generations_go_on_from_those_of_earlier_launches_and_damage_is_told(tmp
 def test_a_checkpoint_that_is_distrusted_counts_as_none_before_a_generation_has_heeded_that(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert elastic.saved_step(folder) == -1
+    (folder.checkpoints / AttemptName.of(16, 0, "run").folder).mkdir(parents=True)  # not committed
     for step in (4, 8, 12):
         attempt = folder.checkpoints / AttemptName.of(step, 0, "run").folder
         attempt.mkdir(parents=True)
