@@ -73,7 +73,6 @@ def test_small_copies_pass_the_states_that_are_enqueued_after_them(way: str) -> 
 def test_states_that_come_early_change_no_bit_and_do_not_raise_the_peak() -> None:
     found, peaks, nums = [], [], []
     for prefetch in (False, True):
-        gc.collect()  # the optimizer before is in a cycle with its hooks
         torch.manual_seed(0)
         layers = [nn.Linear(1024, 1024, device=CUDA, dtype=torch.bfloat16) for _ in range(8)]
         model = nn.Sequential(*layers, nn.Linear(1024, 16384, device=CUDA, dtype=torch.bfloat16))  # most is its output
@@ -95,7 +94,8 @@ def test_states_that_come_early_change_no_bit_and_do_not_raise_the_peak() -> Non
             nums.append(num)
             states = [value.cpu().clone() for _, kinds in optimizer.states() for value in kinds.values()]
             found.append([*states, *(parameter.detach().cpu() for parameter in model.parameters())])
-        del model, layers
+        del model, layers, optimizer
+        gc.collect()  # the optimizer is in a cycle with its hooks
     assert nums[0] == 0 < nums[1]
     assert peaks[1] <= peaks[0] * 1.01
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
