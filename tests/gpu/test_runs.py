@@ -15,11 +15,12 @@ import torch
 
 import checkpoint as ck
 import launch
+from faulttol.inject import Fault
 from launch import Job, RankContext
 from tests.gpu.devices import needs_gpus
 from tests.test_trainsys import runs, test_hf
 from tests.test_trainsys.test_resume import assert_equal_state
-from trainsys import folder, metrics, recipe, session, trainer
+from trainsys import drill, elastic, folder, metrics, recipe, session, trainer
 
 pytestmark = [*needs_gpus(1), pytest.mark.slow]
 WORLDS = [pytest.param(1, id="1 GPU"), pytest.param(2, id="2 GPUs", marks=needs_gpus(2))]
@@ -44,7 +45,14 @@ def train(settings: list[str], run_dir: Path, *, resume: bool) -> None:
             name=config.name,
         )
         interval_s = config.faulttol.heartbeat_interval_s
-        result = launch.run(job, config.launch, heartbeat_interval_s=interval_s, on_output=lambda output: None)
+        result = launch.run(
+            job,
+            config.launch,
+            heartbeat_interval_s=interval_s,
+            on_output=lambda output: None,
+            observation=elastic.observation_of(config, run),
+            recovery=elastic.recovery_of(config, run),
+        )
     assert result.outcome == "completed", runs.logs(run_dir)
 
 
@@ -192,3 +200,34 @@ def test_a_killed_rank_ends_the_run_of_those_that_wait_for_it_on_their_gpus(
         assert "rank 1" in (tmp_path / "background.log").read_text()
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert not alive
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, id="2 GPUs", marks=needs_gpus(2))])
+def test_losing_a_rank_and_then_rank_0_changes_no_bit_of_a_run_on_gpus(
+    world_size: int, tmp_path: Path, text: Path
+) -> None:
+    """SIGKILL of one, SIGSTOP of the other, under NCCL; spares take their GPUs."""
+    settings = runs.arguments(
+        *(
+            f"--data.path={text}",
+            "--engine.device=cuda",
+            f"--parallel.replicate={world_size}",
+            "--engine.backend=torch",
+        ),
+        *("--steps=14", "--checkpoint.every=1", "--evaluation.every=0", "--evaluation.sequences=0"),
+        *("--evaluation.sample_tokens=0", "--model.dropout=0.1"),
+    )
+    recovering = ("--faulttol.mode=act", "--faulttol.drill=true", "--launch.spares=1", "--faulttol.policy.shrink=false")
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    train(settings, undisturbed, resume=False)
+    run.mkdir()
+    for fault in (Fault(kind="kill", rank=1, step=4), Fault(kind="freeze", rank=0, step=9)):
+        drill.order(folder.RunFolder(run), fault)
+    train([*settings, *recovering], run, resume=False)
+    recoveries = [json.loads(line) for line in (run / "events" / "recoveries.jsonl").read_text().splitlines()]
+    print("seconds to each state:", [recovery["after_s"] for recovery in recoveries])
+    losses = [[(loss["rank"], loss["kind"]) for loss in recovery["losses"]] for recovery in recoveries]
+    assert losses == [[(1, "dead")], [(0, "frozen")]]
+    assert runs.losses(run) == runs.losses(undisturbed)
+    model = "model/model.safetensors"
+    assert (run / model).read_bytes() == (undisturbed / model).read_bytes()
