@@ -130,7 +130,7 @@ def decide(incident: Incident, before: Sequence[Incident], situation: Situation,
     there = f"{available} of {wanted} ranks are there"
     may_suffice = situation.spares_starting and available + situation.spares_starting >= wanted
     if situation.failed_starts >= config.failed_starts_limit and not may_suffice:
-        tried = f"{situation.failed_starts} times in a row nobody that was started got ready"
+        tried = f"in {situation.failed_starts} attempts in a row to start others none got ready"
         return Stop("no spare", f"{there}, and {tried}")
     if not config.shrink:
         return Wait(f"{there}, and it may not go on with fewer (faulttol.policy.shrink); goes on when others are ready")

@@ -106,7 +106,10 @@ class Member:
             self._changed.notify_all()
 
     def abort(self, generation: int) -> None:
-        """Order: let the work of this generation, or an older one, end now. Returns at once, mostly."""
+        """Order: let the work of this generation, or an older one, end now.
+
+        Returns at once; where there is no room for one more thread, when the work has ended.
+        """
         with self._changed:
             self._aborted = max(self._aborted, generation)
             self._num_freeing += 1

@@ -100,7 +100,9 @@ class _Watch:
         self._placed_s = 0.0
         self._resumed_step = -1
         self._first_step: int | None = None
-        """That was seen in this generation."""
+        """That any rank was seen in since it got its place in this generation."""
+        self._counts: dict[int, int] = {}
+        """Of the members' progress when they got their places."""
         self._saved_when_whole: int | None = None
         self._last_saved = -1
         self._straggler = self._new_straggler()
@@ -131,7 +133,7 @@ class _Watch:
 
         Raises: RankFailed.
         """
-        self._fence(self.generation)
+        self._begin_fence()
         while True:
             self.look()
             ready, members = self._roster.ready, self._roster.members
@@ -312,7 +314,8 @@ class _Watch:
         pulse, health = member.status.pulse, self._recovery.health
         if pulse is None or (member.health is not None and member.health.condition is not Condition.RUNNING):
             return 1.0
-        is_first_step = self._first_step is None or pulse.step <= self._first_step
+        # Where the first look came while it fetched its first data, it was still in the step that it resumed from.
+        is_first_step = self._first_step is None or pulse.step <= self._first_step + 1
         return health.patience if is_first_step or pulse.phase in health.patient_phases else 1.0
 
     def _is_overtaken(self) -> bool:
@@ -333,14 +336,13 @@ class _Watch:
                 self._narrator.say(told(finding))
 
     def _note_first_step(self) -> None:
-        """What a rank may still say of the generation before is a later step."""
+        pulses = ((member, member.status.pulse) for member in self.ranks)
         steps = [
-            member.status.pulse.step
-            for member in self.ranks
-            if member.status.pulse is not None
-            and member.status.pulse.step > 0
-            and member.standing is not None
-            and member.standing.generation == self.generation
+            pulse.step
+            for member, pulse in pulses
+            if pulse is not None
+            and pulse.phase not in self._recovery.health.patient_phases
+            and pulse.progress_count != self._counts.get(member.index)
         ]
         if steps:
             self._first_step = min(steps if self._first_step is None else (*steps, self._first_step))
@@ -410,6 +412,8 @@ class _Watch:
         self._size = len(seats)
         recovery, self._is_recovering, self._placed_s = self._recovery, False, self.now_s
         self._first_step = None
+        pulses = ((member, member.status.pulse) for member in seats)
+        self._counts = {member.index: pulse.progress_count for member, pulse in pulses if pulse is not None}
         self._resumed_step = -1 if self.generation == recovery.first_generation else self._saved_step()
         self._saved_when_whole = None
         self._straggler = self._new_straggler()
@@ -434,6 +438,17 @@ class _Watch:
     def _refill(self) -> None:
         if self._roster.refill():
             self.look()
+
+    def _begin_fence(self) -> None:
+        """Keep out who is of an earlier launch. Raises: LaunchError where a later one has begun meanwhile."""
+        with contextlib.suppress(OSError, ValueError):
+            current = fence.current_generation(self._recovery.fence)
+            if current >= self.generation:
+                raise LaunchError(
+                    f"{self._recovery.fence}: another launch has begun generation {current} of the run since this one "
+                    "was started; let it go on, or end it and resume"
+                )
+        self._fence(self.generation)
 
     def _fence(self, generation: int) -> None:
         """Keep older generations out. Raises: LaunchError where that cannot be, and so nobody may go on."""

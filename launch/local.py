@@ -62,7 +62,7 @@ def start(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> Iterat
             del store
         finally:
             listener.close()
-            ranks.kill()
+            _end_rest(ranks)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,15 @@ def start_fleet(job: Job, config: LaunchConfig, heartbeat_interval_s: float) -> 
             del store
         finally:
             listener.close()
-            fleet.kill()
+            _end_rest(fleet)
+
+
+def _end_rest(ranks: LocalRanks | LocalFleet) -> None:
+    """End what is left; what stays all the same must not hide why the job ended."""
+    try:
+        ranks.kill()
+    except LaunchError as error:
+        log.warning("%s", error)
 
 
 class LocalRanks:
@@ -112,7 +120,7 @@ class LocalRanks:
         for process in self._processes:
             process.kill()
         deadline_s = time.monotonic() + _GONE_TIMEOUT_S
-        left = [process for process in self._processes if not process.is_gone_by(deadline_s)]
+        left = [process for process in self._processes if not process.is_gone_by(0.0 if process.stays else deadline_s)]
         self._forget_ended()
         pids = [str(process.pid) for process in left if not process.stays]
         for process in left:
@@ -360,7 +368,7 @@ def _is_in_kernel(pid: int) -> bool:
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):  # it ended meanwhile
-                if (thread / "stat").read_text().rpartition(")")[2].split()[0] == "D":
+                if (thread / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"D":
                     return True
     return False
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from faulttol.config import HealthConfig
+from faulttol.fence import Fenced
 from faulttol.health import Condition, Health, Vitals, assess
 from faulttol.policy import Loss
 from faulttol.recovery import Standing
@@ -138,7 +139,7 @@ class Member:
         standing = self.standing
         if standing is None or not standing.was_aborted or verdict.tells_of_lost_peer(standing.messages):
             return ""
-        return standing.messages[0]
+        return "" if standing.messages[0].startswith(f"{Fenced.__name__}:") else standing.messages[0]
 
     def own_loss(self) -> Loss:
         """Why it is gone."""

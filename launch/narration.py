@@ -96,9 +96,9 @@ class Narrator:
         path = member_log(self._job, member.index)
         outcome, standing = member.status.outcome, member.standing
         text = standing.traceback if standing is not None and (why or member.afterwards) else ""
-        why = why or (f"said {member.afterwards} when its generation had ended" if member.afterwards else "")
         if isinstance(outcome, Raised):
             text = outcome.traceback
         pulse = member.status.pulse
         where = f"at step {pulse.step} ({pulse.phase})" if pulse is not None else "had not joined yet"
+        where += f"; when its generation had ended: {member.afterwards}" if member.afterwards else ""
         return RankNote(rank=member.number, summary=why or where, traceback=text, log=str(path), log_tail=tail(path))

@@ -146,7 +146,9 @@ class RayFleet:
         is_gone = False
         try:
             agent = self._agents[self._node(member)]
-            if not agent.is_silent:  # its node is gone with it, mostly: nobody waits for that
+            if agent.is_silent:  # its node is gone with it, mostly: nobody waits for that
+                agent.forget(member)
+            else:
                 is_gone = agent.end(member)
         except (KeyError, ray.exceptions.RayError) as error:
             log.warning("member %d: its node's agent could not end it: %s", member, error)
@@ -222,7 +224,10 @@ class _Agent:
         self._seen_at_s = 0.0
         self._handle: Any = None
         self._ref: Any = None
-        self._has_answered = False
+        self._has_answered = self._was_heard = False
+        """The one that is there; any."""
+        self._in_vain = False
+        """Whether the one before had been started again, and did not answer."""
         self._begun_s = self._asked_s = 0.0
         self._begin()
 
@@ -233,12 +238,17 @@ class _Agent:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing was heard of its node for so long that nothing will be: it was started again in vain."""
-        return self._now_s > self._seen_at_s + 2 * _SILENT_S
+        """Whether it fell silent, was started again, and has not answered for as long as that takes."""
+        had_time = self._in_vain or self._now_s > self._begun_s + 2 * _SILENT_S
+        return self._was_heard and not self._has_answered and had_time
+
+    def forget(self, member: int) -> None:
+        """Let it look after a member no more, should it be started again."""
+        self._homes.pop(member, None)
 
     def end(self, member: int) -> bool:
         """Let it end a member, stopped or not; whether that is gone. Raises: ray.exceptions.RayError."""
-        self._homes.pop(member, None)
+        self.forget(member)
         return bool(self._ray.get(self._handle.end.remote(member), timeout=_END_TIMEOUT_S))
 
     def kill(self) -> None:
@@ -267,7 +277,8 @@ class _Agent:
         ref, self._ref = self._ref, None
         try:
             self._seen, self._seen_at_s = self._ray.get(ref), self._now_s
-            self._has_answered, self._pause_s = True, _AGENT_PAUSE_S
+            self._has_answered, self._was_heard, self._in_vain = True, True, False
+            self._pause_s = _AGENT_PAUSE_S
             self._ask()
         except self._ray.exceptions.ActorUnavailableError:  # the network hiccuped
             self._ask()
@@ -283,6 +294,7 @@ class _Agent:
         self._begun_s = self._now_s
         for member, home in self._homes.items():
             self._handle.watch.remote(member, home)
+        self._in_vain = self._was_heard and not self._has_answered
         self._has_answered = False
         self._ask()
 

@@ -35,11 +35,12 @@ class Roster:
         """Members whose start is known to have come to nothing."""
         self.num_failed = 0
         """Attempts in a row to start what is missing of which nobody got ready."""
-        self._is_judged = False
-        """Whether the last one is counted."""
+        self._attempts: list[range] = []
+        """Members of the attempts of which it is not known yet what comes of them."""
+        self._newest = range(0)
+        """Members of the last one."""
         self._was_refused = False
-        """Whether the machine had no room for all of the last one."""
-        self._num_before_refill = 0
+        """Whether the machine had no room for all of it."""
         self._refilled_s = -_LONGEST_REFILL_S
         self._looked_s = time.monotonic()
 
@@ -70,6 +71,7 @@ class Roster:
             if index == len(self.members):
                 self.members.append(Member(index, RankStatus(rank=index)))
             self.members[index].learn(report, self.now_s, self._health)
+        self._judge()
 
     def since_s(self, began_s: float) -> float:
         """Seconds from a time of this clock until now, which is later than the last look."""
@@ -98,9 +100,9 @@ class Roster:
         return [staying[rank] if rank in staying else next(rest) for rank in range(size)]
 
     def hurry(self) -> None:
-        """Start anew what is missing at once: whatever came to nothing before, one is needed now."""
-        self.num_failed = 0
-        self._is_judged, self._refilled_s = True, -_LONGEST_REFILL_S
+        """Start what is missing at once: whatever came to nothing before, one is needed now."""
+        self.num_failed, self._was_refused, self._attempts = 0, False, []
+        self._newest, self._refilled_s = range(0), -_LONGEST_REFILL_S
 
     def refill(self) -> bool:
         """Start new processes for the members that are gone or unfit to take a place.
@@ -108,18 +110,18 @@ class Roster:
         Not at once again where one of the last is among them, and the later, the more attempts in a row came to
         nothing. Returns whether there are new ones.
         """
-        self._end_one_unfit()
+        if self._end_one_unfit():
+            return False
         missing = self.num_kept - sum(not member.is_gone for member in self.members)
         if missing <= 0:
             return False
-        self._judge_last()
         self._tell_failed()
         if self.now_s < self._refilled_s + self._pause_s():
             return False
         for member in self.members:
             if member.is_gone and not member.is_ended and member.status.exit is None:
                 self.end(member)  # its process lingers in the place that its successor takes
-        self._refilled_s, self._num_before_refill, self._is_judged = self.now_s, len(self.members), False
+        self._refilled_s = self.now_s
         added = 0
         try:
             while added < missing:
@@ -127,38 +129,42 @@ class Roster:
                 added += 1
         except OSError as error:  # a full disk, no process left: no reason to end those that work
             self._was_refused = True
-            if not added:
-                self.num_failed, self._is_judged = self.num_failed + 1, True
+            self.num_failed += not added
             self._tell(f"cannot start a process: {error}; tries again after {self._pause_s():g} s", None)
         else:
             self._was_refused = False
+        if added:
+            self._newest = range(len(self.members), len(self.members) + added)
+            self._attempts.append(self._newest)
         return added > 0
 
-    @property
-    def _newest(self) -> list[Member]:
-        """Who was started by the last attempt."""
-        return self.members[self._num_before_refill :]
+    def _judge(self) -> None:
+        """Count the attempts to start somebody that came to nothing; one of which anybody got ready ends the row."""
+        for attempt in list(self._attempts):
+            members = self.members[attempt.start : attempt.stop]
+            if any(member.has_been_ready for member in members):
+                self.num_failed = 0
+            elif len(members) == len(attempt) and all(member.is_gone for member in members):
+                self.num_failed += 1
+            else:
+                continue
+            self._attempts.remove(attempt)
 
-    def _judge_last(self) -> None:
-        """Count the last attempt if it came to nothing; one of which anybody got ready ends the row."""
-        if any(member.has_been_ready for member in self._newest):
-            self.num_failed = 0
-        elif not self._is_judged and self._newest and all(member.is_gone for member in self._newest):
-            self.num_failed, self._is_judged = self.num_failed + 1, True
-
-    def _end_one_unfit(self) -> None:
+    def _end_one_unfit(self) -> bool:
         """One at a time: to end a process may take a while, in which nobody looks at the ranks."""
         for member in self.members:
             loss = member.unfit(self.now_s, self._start_timeout_s)
             if loss is not None:
                 self._told.add(member.index)
-                self._tell(f"{loss.kind}: {loss.detail}; it is ended, and another takes its place", member)
                 self.end(member)
-                return
+                self._tell(f"{loss.kind}: {loss.detail}; it was ended, and another takes its place", member)
+                return True
+        return False
 
     def _pause_s(self) -> float:
         """From one attempt to the next."""
-        if not self._was_refused and not any(member.is_gone for member in self._newest):
+        newest = self.members[self._newest.start : self._newest.stop]
+        if not self.num_failed and not self._was_refused and not any(member.is_gone for member in newest):
             return 0.0
         return min(_LONGEST_REFILL_S, _REFILL_S * 2.0 ** min(32, max(0, self.num_failed - 1)))
 

@@ -79,7 +79,7 @@ def _obey(control_fd: int, stop: threading.Event, member: Member | None) -> None
 
 
 def _publish(path: Path, fields: dict[str, Any]) -> None:
-    """Write a file that appears complete or not at all; on a full disk once there is room: no work is lost for that."""
+    """Write a file that appears complete or not at all; on a full disk, once there is room."""
     unfinished = path.with_name(path.name + ".new")
     has_told = False
     while True:
@@ -91,7 +91,8 @@ def _publish(path: Path, fields: dict[str, Any]) -> None:
             if error.errno not in _NO_ROOM:
                 raise
             if not has_told:
-                sys.stderr.write(f"{path}: {error}; this rank goes on when there is room\n")
+                with contextlib.suppress(OSError):  # its log may be on that disk
+                    sys.stderr.write(f"{path}: {error}; this rank goes on when there is room\n")
             has_told = True
             time.sleep(_AGAIN_S)
 

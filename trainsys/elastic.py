@@ -83,9 +83,18 @@ def saved_step(folder: RunFolder) -> int:
     steps = {name: attempt.step for name in there if (attempt := AttemptName.parse(name)) and attempt.step <= right}
     for name in sorted(steps, key=steps.__getitem__, reverse=True):
         path = folder.checkpoints / name
-        if (path / COMMIT).exists() and not (path / MARK).exists():
+        if _is_there(path / COMMIT) and not _is_there(path / MARK):
             return steps[name]
     return -1
+
+
+def _is_there(path: Path) -> bool:
+    """Raises: OSError where the disk does not answer, as `Path.exists` does not in every Python."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation | None:

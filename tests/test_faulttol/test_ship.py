@@ -262,7 +262,9 @@ def test_a_convoy_keeps_rings_that_a_folder_does_not_show_for_once(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rglob", lambda self, pattern: iter(()))
             convoy._ship()
+            collective(ring, 2)
             convoy._ship()
-        collective(ring, 2)
+        collective(ring, 3)
+        monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(()))  # as it closes, too
     assert ring.path.exists()
-    assert [len(record.events) for record in shipped(target)] == [2]
+    assert [len(record.events) for record in shipped(target)] == [3]

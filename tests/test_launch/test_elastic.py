@@ -436,8 +436,10 @@ def test_meeting_the_fence_of_ones_own_launch_is_no_fault_and_that_of_another_en
     assert supervise(Fleet(job, 3, lambda fleet: script(fleet, False, 0)), job, care) == "completed"
     assert losses_of(care) == [[(1, "dead")]]
     # A disk that hiccups, or shows what it once held: the number there is still this launch's.
+    (tmp_path / "fence").unlink()
     assert supervise(Fleet(job, 3, lambda fleet: script(fleet, True, 0)), job, care) == "completed"
     assert losses_of(care)[1:] == [[]]
+    (tmp_path / "fence").unlink()
     with pytest.raises(RankFailed, match="raised: Fenced: generation 0 is over"):
         supervise(Fleet(job, 3, lambda fleet: script(fleet, True, 7)), job, care)
     assert len(losses_of(care)) == 2, "it did not fight for the run"
@@ -495,3 +497,9 @@ def test_a_process_that_stays_changes_nothing_of_how_the_job_went(job: Job, tmp_
     with pytest.raises(RankFailed, match="exit code 3") if fails else contextlib.nullcontext():
         elastic.supervise(Staying(job, 2, script), job, care_of(tmp_path), stop_grace_s=1.0, on_output=said.append)
     assert b"[job] process 7 still there\n" in said
+
+
+def test_a_launch_does_not_begin_where_a_later_one_has_begun_meanwhile(job: Job, tmp_path: Path) -> None:
+    fence.publish(tmp_path / "fence", 0)  # both had found none before
+    with pytest.raises(LaunchError, match="another launch has begun generation 0 of the run"):
+        supervise(Fleet(job, 2, lambda fleet: None), job, care_of(tmp_path))

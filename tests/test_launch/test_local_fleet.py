@@ -8,10 +8,12 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -67,7 +69,9 @@ def test_a_process_that_stays_in_the_kernel_ends_no_job(
     assert time.monotonic() - began_s < 5.0
     assert f"process {stuck} is still there after SIGKILL" in caplog.text
     assert fleet.look()[0].report.exit is None
-    fleet.kill()  # what is known to stay is not waited for again
+    began_s = time.monotonic()
+    fleet.kill()
+    assert time.monotonic() - began_s < 0.25, "what is known to stay is not waited for again"
     assert [report.report.exit is None for report in fleet.look()] == [True, False]
 
 
@@ -143,7 +147,7 @@ def test_a_spare_that_is_stopped_in_its_start_is_replaced_and_its_successor_step
         assert spare is not None
         os.kill(spare, signal.SIGSTOP)
         wait_for(lambda: b"generation 0 did step 20" in b"".join(said), "the ranks to work", 60.0)
-        wait_for(lambda: b"spare0: frozen: its process is stopped (state T); it is ended" in b"".join(said), "its end")
+        wait_for(lambda: b"spare0: frozen: its process is stopped (state T); it was ended" in b"".join(said), "its end")
         assert not runs(spare)
         os.kill(int((tmp_path / "rank1.pid").read_text()), signal.SIGKILL)
         wait_for(lambda: b"generation 1 did step 20" in b"".join(said), "its successor to step in", 60.0)
@@ -164,6 +168,35 @@ def _worker(number: int) -> int | None:
     return None
 
 
+_UNINTERRUPTIBLE = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.vfork()  # until its child is gone, the parent waits in the kernel, in state D
+libc.pause()
+"""
+
+
+def test_a_process_in_the_kernel_is_told_from_one_that_sleeps() -> None:
+    with subprocess.Popen([sys.executable, "-c", _UNINTERRUPTIBLE], start_new_session=True) as process:
+        try:
+            wait_for(lambda: local._is_in_kernel(process.pid), "it to be in the kernel")
+            assert not local._is_in_kernel(os.getpid())
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not local._is_in_kernel(process.pid), "it is gone"
+
+
+def test_what_is_in_the_kernel_is_waited_for_for_less_long(
+    fleet: local.LocalFleet, stuck: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_GONE_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(local, "_IN_KERNEL_S", 0.1)
+    in_kernel: list[int] = []
+    monkeypatch.setattr(local, "_is_in_kernel", lambda pid: in_kernel.append(pid) or len(in_kernel) > 20)
+    fleet.end(0)
+    assert len(in_kernel) > 25, "not before it has been there for that long"
+
+
 def test_what_a_rank_has_to_tell_waits_for_room_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +204,7 @@ def test_what_a_rank_has_to_tell_waits_for_room_on_a_full_disk(
 
     def full(path: Path, text: str) -> int:
         tries.append(1)
-        if len(tries) < 3:
+        if len(tries) < 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, text)
 
@@ -180,3 +213,8 @@ def test_what_a_rank_has_to_tell_waits_for_room_on_a_full_disk(
     worker._publish(tmp_path / "standing.json", {"state": "finished"})
     assert (tmp_path / "standing.json").read_text() == '{"state": "finished"}'
     assert capfd.readouterr().err.count("No space left on device; this rank goes on when there is room") == 1
+    tries.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", SimpleNamespace(write=lambda text: full(tmp_path, text)))  # on the same disk
+        worker._publish(tmp_path / "outcome.json", {"kind": "returned"})
+    assert (tmp_path / "outcome.json").exists()

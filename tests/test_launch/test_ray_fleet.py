@@ -107,17 +107,19 @@ def test_an_agent_that_does_not_answer_a_driver_that_looks_is_started_again_and_
 def test_an_agent_that_was_started_again_in_vain_is_not_asked_to_end_anybody() -> None:
     ray, clock = _Ray(), [100.0]
     agent = _Agent(ray, _NODE, lambda: clock[0])
+
+    def look_for(seconds: float) -> list[bool]:
+        found = []
+        for _ in range(round(seconds / _LOOK_S)):
+            clock[0] += _LOOK_S
+            agent.look()
+            found.append(agent.is_silent)
+        return found
+
+    assert not any(look_for(10.0)), "it may take long to start"
     ray.answer_all()
-    _seen(agent)
-    for _ in range(int(3.9 / _LOOK_S)):
-        clock[0] += _LOOK_S
-        agent.look()
-        assert not agent.is_silent
-    for _ in range(int(0.5 / _LOOK_S)):
-        clock[0] += _LOOK_S
-        agent.look()
-    assert ray.num_started > 1
-    assert agent.is_silent
+    assert not any(look_for(2.0 + 3.9)), "two seconds until it is started again, and its successor has its time"
+    assert all(look_for(1.0)[-5:])
+    assert ray.num_started == 2
     ray.answer_all()
-    agent.look()
-    assert not agent.is_silent
+    assert not any(look_for(0.1))
