@@ -445,8 +445,8 @@ class _Watch:
             current = fence.current_generation(self._recovery.fence)
             if current >= self.generation:
                 raise LaunchError(
-                    f"{self._recovery.fence}: another launch has begun generation {current} of the run since this one "
-                    "was started; let it go on, or end it and resume"
+                    f"{self._recovery.fence}: another launch has begun generation {current} of the run, and this one "
+                    f"was to begin with {self.generation}; let the other go on, or end it and resume"
                 )
         self._fence(self.generation)
 
