@@ -86,6 +86,18 @@ def supervise(
             time.sleep(POLL_S)
 
 
+def refuse_if_begun(recovery: Recovery) -> None:
+    """Raises: LaunchError where the run has come to a generation that this launch was to begin with, or further."""
+    with contextlib.suppress(OSError, ValueError):  # there is none, or nobody can tell: then it is made anew
+        current = fence.current_generation(recovery.fence)
+        if current >= recovery.first_generation:
+            raise LaunchError(
+                f"{recovery.fence}: generation {current} of the run has begun, and this launch was to begin with "
+                f"{recovery.first_generation}; let the other launch go on, or end it and resume; if none runs, "
+                f"Recovery.first_generation is to be above {current}"
+            )
+
+
 class _Watch:
     """One generation of the job after another."""
 
@@ -341,6 +353,7 @@ class _Watch:
             pulse.step
             for member, pulse in pulses
             if pulse is not None
+            and pulse.step > 0
             and pulse.phase not in self._recovery.health.patient_phases
             and pulse.progress_count != self._counts.get(member.index)
         ]
@@ -422,7 +435,7 @@ class _Watch:
         fleet = self._roster.fleet
         places = fleet.places([member.index for member in seats])
         for rank, (member, place) in enumerate(zip(seats, places, strict=True)):
-            member.rank = rank
+            member.rank, member.has_had_place = rank, True
             fleet.order(member.index, orders.assign(self.generation, place))
 
     def _await_work(self, seats: list[Member]) -> None:
@@ -441,13 +454,7 @@ class _Watch:
 
     def _begin_fence(self) -> None:
         """Keep out who is of an earlier launch. Raises: LaunchError where a later one has begun meanwhile."""
-        with contextlib.suppress(OSError, ValueError):
-            current = fence.current_generation(self._recovery.fence)
-            if current >= self.generation:
-                raise LaunchError(
-                    f"{self._recovery.fence}: another launch has begun generation {current} of the run, and this one "
-                    f"was to begin with {self.generation}; let the other go on, or end it and resume"
-                )
+        refuse_if_begun(self._recovery)
         self._fence(self.generation)
 
     def _fence(self, generation: int) -> None:

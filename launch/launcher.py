@@ -51,6 +51,8 @@ def run(
     """
     job.check()
     _check(config, heartbeat_interval_s)
+    if recovery is not None:
+        elastic.refuse_if_begun(recovery)  # before anything of the other launch is touched
     _empty_logs(job)
     limits = Limits(
         start_timeout_s=config.start_timeout_s,

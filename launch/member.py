@@ -41,6 +41,7 @@ class Member:
     """By the supervisor."""
     has_been_ready: bool = False
     """Whether it ever waited for a place."""
+    has_had_place: bool = False
     seen_at_s: float | None = None
     """When its process was first seen; None before, as while its cluster has no room for it."""
     ill_at_s: float | None = None

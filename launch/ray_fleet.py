@@ -228,6 +228,8 @@ class _Agent:
         """The one that is there; any."""
         self._in_vain = False
         """Whether the one before had been started again, and did not answer."""
+        self._owes_an_end = False
+        """Whether it was asked to end a member, and nothing was heard of it since."""
         self._begun_s = self._asked_s = 0.0
         self._begin()
 
@@ -238,9 +240,9 @@ class _Agent:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it fell silent, was started again, and has not answered for as long as that takes."""
-        had_time = self._in_vain or self._now_s > self._begun_s + 2 * _SILENT_S
-        return self._was_heard and not self._has_answered and had_time
+        """Whether it fell silent, was started again, and has not answered soon; or it was asked for an end in vain."""
+        had_time = self._in_vain or self._now_s > self._begun_s + _SILENT_S
+        return self._owes_an_end or (self._was_heard and not self._has_answered and had_time)
 
     def forget(self, member: int) -> None:
         """Let it look after a member no more, should it be started again."""
@@ -249,7 +251,10 @@ class _Agent:
     def end(self, member: int) -> bool:
         """Let it end a member, stopped or not; whether that is gone. Raises: ray.exceptions.RayError."""
         self.forget(member)
-        return bool(self._ray.get(self._handle.end.remote(member), timeout=_END_TIMEOUT_S))
+        self._owes_an_end = True
+        is_gone = bool(self._ray.get(self._handle.end.remote(member), timeout=_END_TIMEOUT_S))
+        self._owes_an_end = False
+        return is_gone
 
     def kill(self) -> None:
         self._ray.kill(self._handle, no_restart=True)
@@ -277,7 +282,7 @@ class _Agent:
         ref, self._ref = self._ref, None
         try:
             self._seen, self._seen_at_s = self._ray.get(ref), self._now_s
-            self._has_answered, self._was_heard, self._in_vain = True, True, False
+            self._has_answered, self._was_heard, self._in_vain, self._owes_an_end = True, True, False, False
             self._pause_s = _AGENT_PAUSE_S
             self._ask()
         except self._ray.exceptions.ActorUnavailableError:  # the network hiccuped

@@ -19,7 +19,6 @@ from faulttol.agent import NodeAgent, Watched, answering, name_loop
 from faulttol.health import Vitals
 from faulttol.recovery import Member, Standing
 from launch import entry, orders
-from launch.errors import LaunchError
 from launch.orders import Order
 from launch.placement import Home
 
@@ -147,19 +146,21 @@ class AgentActor:
 def bury(homes: list[Home], offsets: list[int], patience_s: list[float]) -> list[bytes]:
     """On the homes' node: see all processes end, remove the folders, return what was printed since `offsets`.
 
-    A process that is on its way out gets its `patience_s` before it is killed.
+    A process that is on its way out gets its `patience_s` before it is killed. One that stays, in the kernel, is told
+    of where it printed, and changes nothing for the others.
     """
     begun_s = time.monotonic()
     rest: list[bytes] = []
     for home, offset, patient_s in zip(homes, offsets, patience_s, strict=True):
         _wait_until_gone(home, begun_s + patient_s)
         _kill(home)
+        told = b""
         if not _wait_until_gone(home, time.monotonic() + _GONE_TIMEOUT_S):
-            raise LaunchError(f"process {home.pid} is still there {_GONE_TIMEOUT_S:g} s after SIGKILL")
+            told = f"[launch] process {home.pid} is still there {_GONE_TIMEOUT_S:g} s after SIGKILL\n".encode()
         with open(log_path(Path(home.folder)), "rb") as log:
             log.seek(offset)
-            rest.append(log.read())
-        shutil.rmtree(home.folder)
+            rest.append(log.read() + told)
+        shutil.rmtree(home.folder, ignore_errors=bool(told))
     return rest
 
 

@@ -14,7 +14,7 @@ from launch.supervisor import LONGEST_TICK_S, STACKS_S
 from launch.verdict import RankStatus
 
 POLL_S = 0.02
-_REFILL_S = 10.0  # until another process is started for one that ended soon after its start, doubled each time
+_REFILL_S = 10.0  # from one attempt to start what is missing to the next, doubled for each that came to nothing
 _LONGEST_REFILL_S = 600.0
 
 
@@ -32,15 +32,11 @@ class Roster:
         """Processes that there are to be."""
         self._health, self._start_timeout_s, self._tell = health, start_timeout_s, tell
         self._told: set[int] = set()
-        """Members whose start is known to have come to nothing."""
+        """Members without a place whose end is told."""
         self.num_failed = 0
         """Attempts in a row to start what is missing of which nobody got ready."""
         self._attempts: list[range] = []
         """Members of the attempts of which it is not known yet what comes of them."""
-        self._newest = range(0)
-        """Members of the last one."""
-        self._was_refused = False
-        """Whether the machine had no room for all of it."""
         self._refilled_s = -_LONGEST_REFILL_S
         self._looked_s = time.monotonic()
 
@@ -101,14 +97,13 @@ class Roster:
 
     def hurry(self) -> None:
         """Start what is missing at once: whatever came to nothing before, one is needed now."""
-        self.num_failed, self._was_refused, self._attempts = 0, False, []
-        self._newest, self._refilled_s = range(0), -_LONGEST_REFILL_S
+        self.num_failed, self._attempts, self._refilled_s = 0, [], -_LONGEST_REFILL_S
 
     def refill(self) -> bool:
         """Start new processes for the members that are gone or unfit to take a place.
 
-        Not at once again where one of the last is among them, and the later, the more attempts in a row came to
-        nothing. Returns whether there are new ones.
+        Some time after the last attempt, and the later, the more in a row came to nothing. Returns whether there are
+        new ones.
         """
         if self._end_one_unfit():
             return False
@@ -128,14 +123,10 @@ class Roster:
                 self.fleet.add()
                 added += 1
         except OSError as error:  # a full disk, no process left: no reason to end those that work
-            self._was_refused = True
             self.num_failed += not added
             self._tell(f"cannot start a process: {error}; tries again after {self._pause_s():g} s", None)
-        else:
-            self._was_refused = False
         if added:
-            self._newest = range(len(self.members), len(self.members) + added)
-            self._attempts.append(self._newest)
+            self._attempts.append(range(len(self.members), len(self.members) + added))
         return added > 0
 
     def _judge(self) -> None:
@@ -163,18 +154,15 @@ class Roster:
 
     def _pause_s(self) -> float:
         """From one attempt to the next."""
-        newest = self.members[self._newest.start : self._newest.stop]
-        if not self.num_failed and not self._was_refused and not any(member.is_gone for member in newest):
-            return 0.0
         return min(_LONGEST_REFILL_S, _REFILL_S * 2.0 ** min(32, max(0, self.num_failed - 1)))
 
     def _tell_failed(self) -> None:
-        pause_s = self._pause_s()
-        apart = f"; starts are at least {pause_s:g} s apart now" if pause_s else ""
+        apart = f"starts are at least {self._pause_s():g} s apart now"
         for member in self.members:
-            if member.is_gone and not member.has_been_ready and member.index not in self._told:
+            if member.is_gone and not member.has_had_place and member.index not in self._told:
                 self._told.add(member.index)
-                self._tell(f"was never ready: {member.own_loss().detail}{apart}", member)
+                what = "ended while it waited for a place" if member.has_been_ready else "was never ready"
+                self._tell(f"{what}: {member.own_loss().detail}; {apart}", member)
 
     def end(self, member: Member) -> None:
         """End a member, whatever state it is in."""

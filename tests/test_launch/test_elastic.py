@@ -501,7 +501,5 @@ def test_a_process_that_stays_changes_nothing_of_how_the_job_went(job: Job, tmp_
 
 def test_a_launch_does_not_begin_where_a_later_one_has_begun_meanwhile(job: Job, tmp_path: Path) -> None:
     fence.publish(tmp_path / "fence", 0)  # both had found none before
-    with pytest.raises(
-        LaunchError, match="another launch has begun generation 0 of the run, and this one was to begin with 0"
-    ):
+    with pytest.raises(LaunchError, match="generation 0 of the run has begun, and this launch was to begin with 0"):
         supervise(Fleet(job, 2, lambda fleet: None), job, care_of(tmp_path))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import launch
+from faulttol import fence
+from faulttol.config import HealthConfig, PolicyConfig
 from launch.errors import RankNote
 from tests.sources import ROOT
 
@@ -135,3 +137,23 @@ def test_output_that_nobody_takes_ends_no_job(tmp_path: Path, caplog: pytest.Log
     assert passed_on
     assert caplog.text.count("what the job prints cannot be passed on: [Errno 32] Broken pipe; its logs have it") == 1
     assert "says hello" in (tmp_path / "rank0.log").read_text()
+
+
+def test_a_launch_that_comes_too_late_touches_nothing_of_the_other(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "rank0.log"
+    log.parent.mkdir()
+    log.write_text("of the other")
+    fence.publish(tmp_path / "generation", 3)
+    recovery = launch.Recovery(
+        fence=tmp_path / "generation",
+        record=tmp_path / "recoveries.jsonl",
+        first_generation=3,
+        health=HealthConfig(),
+        policy=PolicyConfig(),
+    )
+    job = launch.Job(entry="a:b", world_size=1, log_dir=log.parent, name="job")
+    with pytest.raises(launch.LaunchError, match="generation 3 of the run has begun"):
+        launch.run(
+            job, launch.LaunchConfig(), heartbeat_interval_s=0.5, on_output=lambda output: None, recovery=recovery
+        )
+    assert log.read_text() == "of the other"

@@ -61,7 +61,7 @@ def stuck(fleet: local.LocalFleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def test_a_process_that_stays_in_the_kernel_ends_no_job(
-    fleet: local.LocalFleet, stuck: int, caplog: pytest.LogCaptureFixture
+    fleet: local.LocalFleet, stuck: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began_s = time.monotonic()
     with caplog.at_level(logging.WARNING):
@@ -70,8 +70,10 @@ def test_a_process_that_stays_in_the_kernel_ends_no_job(
     assert f"process {stuck} is still there after SIGKILL" in caplog.text
     assert fleet.look()[0].report.exit is None
     began_s = time.monotonic()
-    fleet.kill()
-    assert time.monotonic() - began_s < 0.25, "what is known to stay is not waited for again"
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "_GONE_TIMEOUT_S", 30.0)
+        fleet.kill()
+    assert time.monotonic() - began_s < 15.0, "what is known to stay is not waited for again"
     assert [report.report.exit is None for report in fleet.look()] == [True, False]
 
 
@@ -191,10 +193,10 @@ def test_what_is_in_the_kernel_is_waited_for_for_less_long(
 ) -> None:
     monkeypatch.setattr(local, "_GONE_TIMEOUT_S", 600.0)
     monkeypatch.setattr(local, "_IN_KERNEL_S", 0.1)
-    in_kernel: list[int] = []
-    monkeypatch.setattr(local, "_is_in_kernel", lambda pid: in_kernel.append(pid) or len(in_kernel) > 20)
+    asked_s: list[float] = []
+    monkeypatch.setattr(local, "_is_in_kernel", lambda pid: asked_s.append(time.monotonic()) or len(asked_s) > 20)
     fleet.end(0)
-    assert len(in_kernel) > 25, "not before it has been there for that long"
+    assert asked_s[-1] - asked_s[19] >= 0.1, "not before it has been there for that long"
 
 
 def test_what_a_rank_has_to_tell_waits_for_room_on_a_full_disk(

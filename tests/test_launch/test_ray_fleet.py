@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from faulttol.config import HealthConfig
 from faulttol.health import Condition, Vitals, assess
+from launch import ray_rank
+from launch.placement import Home
 from launch.ray_fleet import _Agent
 
 pytestmark = pytest.mark.ray  # it is told where to start an agent in Ray's own words
@@ -118,8 +121,27 @@ def test_an_agent_that_was_started_again_in_vain_is_not_asked_to_end_anybody() -
 
     assert not any(look_for(10.0)), "it may take long to start"
     ray.answer_all()
-    assert not any(look_for(2.0 + 3.9)), "two seconds until it is started again, and its successor has its time"
-    assert all(look_for(1.0)[-5:])
+    assert not any(look_for(2.0 + 1.9)), "two seconds until it is started again, and its successor has its time"
+    while assess(agent.look()[0], HealthConfig()).condition is not Condition.LOST:
+        clock[0] += _LOOK_S
+    assert agent.is_silent, "before anybody on its node is ended for that"
     assert ray.num_started == 2
     ray.answer_all()
     assert not any(look_for(0.1))
+
+
+def test_a_process_that_stays_hides_nothing_of_what_others_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homes = []
+    for index in range(2):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        ray_rank.log_path(folder).write_bytes(b"first, last %d" % index)
+        homes.append(Home("node", "host", 2**22 + index, 0, str(folder), ()))  # no process has such a number
+    wait = ray_rank._wait_until_gone
+    monkeypatch.setattr(ray_rank, "_wait_until_gone", lambda home, until_s: home is homes[1] and wait(home, until_s))
+    first, second = ray_rank.bury(homes, [7, 7], [0.0, 0.0])
+    assert first == b"last 0[launch] process 4194304 is still there 10 s after SIGKILL\n"
+    assert second == b"last 1"
+    assert not list(tmp_path.iterdir())
