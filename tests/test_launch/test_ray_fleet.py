@@ -138,7 +138,7 @@ def test_a_process_that_stays_hides_nothing_of_what_others_printed(
         folder = tmp_path / str(index)
         folder.mkdir()
         ray_rank.log_path(folder).write_bytes(b"first, last %d" % index)
-        homes.append(Home("node", "host", 2**22 + index, 0, str(folder), ()))  # no process has such a number
+        homes.append(Home("node", 2**22 + index, 0, str(folder), ()))  # no process has such a number
     wait = ray_rank._wait_until_gone
     monkeypatch.setattr(ray_rank, "_wait_until_gone", lambda home, until_s: home is homes[1] and wait(home, until_s))
     first, second = ray_rank.bury(homes, [7, 7], [0.0, 0.0])
