@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import threading
 from collections import deque
@@ -25,6 +24,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from faulttol import table
+from faulttol.durable import is_there
 from faulttol.errors import RingError, ShipError
 from faulttol.events import CollectiveEvent, RankRecord, StepMark
 from faulttol.ring import RingReader, generation_of
@@ -193,7 +193,7 @@ class Convoy:
                     generation = generation_of(path)
                     self._ship_one(path, is_old=generation is not None and generation < newest[path.parent] - 1)
             for path in self._shippers.keys() - set(paths):  # not shown for once, or removed and still open here
-                self._ship_one(path, is_old=_is_removed(path))
+                self._ship_one(path, is_old=not is_there(path))
         except OSError as error:  # the folder cannot be read now
             self._error = error
 
@@ -211,15 +211,6 @@ class Convoy:
             return
         except Exception as error:  # noqa: BLE001  file systems of fsspec raise what they like; what was to be written
             self._error = error  # is kept, and tried again
-
-
-def _is_removed(path: Path) -> bool:
-    """Raises: OSError where nobody can tell now."""
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return True
-    return False
 
 
 def shipped(target: str) -> list[RankRecord]:

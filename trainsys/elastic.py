@@ -15,6 +15,7 @@ import faulttol
 import launch
 from checkpoint.names import COMMIT, MARK, AttemptName
 from faulttol import fence
+from faulttol.durable import is_there
 from faulttol.fence import Fence
 from faulttol.probing import Answering
 from trainsys.check import backend_of, check, data_ranks, num_ranks
@@ -83,18 +84,9 @@ def saved_step(folder: RunFolder) -> int:
     steps = {name: attempt.step for name in there if (attempt := AttemptName.parse(name)) and attempt.step <= right}
     for name in sorted(steps, key=steps.__getitem__, reverse=True):
         path = folder.checkpoints / name
-        if _is_there(path / COMMIT) and not _is_there(path / MARK):
+        if is_there(path / COMMIT) and not is_there(path / MARK):
             return steps[name]
     return -1
-
-
-def _is_there(path: Path) -> bool:
-    """Raises: OSError where the disk does not answer, as `Path.exists` does not in every Python."""
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def observation_of(config: RunConfig, folder: RunFolder) -> launch.Observation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ class Fleet:
 
     def kill(self) -> None:
         pass
+
+
+class Deaf(Fleet):
+    """One of its members does not leave when it is told to; `told_s` is when, for each time."""
+
+    def __init__(self, job: Job, size: int, script: Callable[[Deaf], None], member: int = 0) -> None:
+        self.told_s: list[float] = []
+        self._member = member
+        super().__init__(job, size, script)  # type: ignore[arg-type]
+
+    def order(self, member: int, order: Order) -> None:
+        if (member, order["order"]) == (self._member, "abort"):
+            self.told_s.append(time.monotonic())
+        else:
+            super().order(member, order)
 
 
 def care_of(folder: Path, saved_step: Callable[[], int] = lambda: -1, **policy: Any) -> elastic.Care:

@@ -25,9 +25,8 @@ from launch import LaunchError, RankFailed, elastic, isolation, roster, slowness
 from launch.entry import Raised
 from launch.fleet import MemberReport, member_log
 from launch.job import Job
-from launch.orders import Order
 from launch.verdict import Exit, Pulse
-from tests.test_launch.scripted import Fleet, care_of, losses_of, supervise
+from tests.test_launch.scripted import Deaf, Fleet, care_of, losses_of, supervise
 
 
 @pytest.fixture
@@ -218,12 +217,7 @@ def test_a_rank_that_the_records_name_for_a_hang_is_ended_as_soon_as_all_others_
     monkeypatch.setattr(isolation, "_LAGGARD_S", 1e9)  # what one gets whom nothing names
     records = _Records()
 
-    class Deaf(Fleet):
-        def order(self, member: int, order: Order) -> None:
-            if (member, order["order"]) != (1, "abort"):
-                super().order(member, order)
-
-    def script(fleet: Fleet) -> None:
+    def script(fleet: Deaf) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         if fleet.generation == 0 and fleet.num_looks > 3:
             records.current = (Finding(kind=FindingKind.HANG, suspects=(Suspect(1, 1.0),), summary="it sleeps"),)
@@ -231,7 +225,7 @@ def test_a_rank_that_the_records_name_for_a_hang_is_ended_as_soon_as_all_others_
             fleet.finish()
 
     care = replace(care_of(tmp_path, abort_timeout_s=1e9), diagnosis=cast(Any, records))
-    assert supervise(Deaf(job, 3, script), job, care) == "completed"
+    assert supervise(Deaf(job, 3, script, 1), job, care) == "completed"
     assert losses_of(care) == [[(1, "hung")]]
 
 

@@ -15,9 +15,8 @@ from faulttol.health import Vitals
 from faulttol.recovery import Standing
 from launch import RankFailed, elastic, member, roster
 from launch.job import Job
-from launch.orders import Order
 from launch.verdict import Exit, Pulse
-from tests.test_launch.scripted import Fleet, care_of, losses_of, supervise
+from tests.test_launch.scripted import Deaf, Fleet, care_of, losses_of, supervise
 
 _FROZEN = Vitals(rank=0, native_age_s=60.0)
 
@@ -333,47 +332,34 @@ def test_a_job_fails_at_its_start_when_fewer_are_left_than_it_takes(job: Job, tm
 def test_a_survivor_that_loads_or_compiles_gets_the_time_for_it(
     job: Job, tmp_path: Path, pulse: Pulse, is_waited_for: bool
 ) -> None:
-    aborted_s: list[float] = []
-
-    class Busy(Fleet):
-        def order(self, member: int, order: Order) -> None:
-            if (member, order["order"]) == (0, "abort"):
-                aborted_s.append(time.monotonic())
-            else:
-                super().order(member, order)
-
-    def script(fleet: Fleet) -> None:
+    def script(fleet: Deaf) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         fleet.pulse, fleet.vitals[0] = Pulse(1, 1, 0, "standby"), Vitals(rank=0, phase=pulse.phase)
         if fleet.generation == 0:
             fleet.pulse, fleet.pulses[0] = Pulse(9, 9, 6, "data"), pulse
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(1)
-            if aborted_s and time.monotonic() > aborted_s[0] + 1.0 and 0 not in fleet.ended:
+            if fleet.told_s and time.monotonic() > fleet.told_s[0] + 1.0 and 0 not in fleet.ended:
                 fleet.standings[0] = Standing(0, "quiesced")
         elif fleet.generation == 1:
             fleet.finish()
 
     care = care_of(tmp_path, shrink=False, abort_timeout_s=0.2)
-    told = _told(Busy(job, 4, script), job, care)
+    told = _told(Deaf(job, 4, script), job, care)
     assert losses_of(care) == [[(1, "dead")] if is_waited_for else [(1, "dead"), (0, "hung")]]
     said = f"waits for rank 0 ({pulse.phase}) to leave, 2.4 s at most"
     assert (said in told) == is_waited_for
 
 
 def test_nobody_is_waited_for_with_patience_once_the_job_is_to_stop(job: Job, tmp_path: Path) -> None:
-    class Deaf(Fleet):
-        def order(self, member: int, order: Order) -> None:
-            if (member, order["order"]) == (0, "abort"):
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
-                super().order(member, order)
-
-    def script(fleet: Fleet) -> None:
+    def script(fleet: Deaf) -> None:
         fleet.be_ready(*range(len(fleet.standings)))
         fleet.pulses[0] = Pulse(1, 1, 7, "load")
         if fleet.generation == 0 and fleet.num_looks > 3:
             fleet.end(1)
+            if len(fleet.told_s) == 1:
+                fleet.told_s.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
 
     began_s = time.monotonic()
     assert supervise(Deaf(job, 3, script), job, care_of(tmp_path, abort_timeout_s=1.0)) == "stopped"
@@ -381,28 +367,19 @@ def test_nobody_is_waited_for_with_patience_once_the_job_is_to_stop(job: Job, tm
 
 
 def test_the_first_step_is_the_first_that_a_generation_shows_wherever_it_resumed(job: Job, tmp_path: Path) -> None:
-    late: list[float] = []
-
-    class Busy(Fleet):
-        def order(self, member: int, order: Order) -> None:
-            if (member, order["order"]) == (0, "abort"):
-                late.append(time.monotonic())
-            else:
-                super().order(member, order)
-
-    def script(fleet: Fleet) -> None:  # as resumed from memory, in which more is saved than on the disk
+    def script(fleet: Deaf) -> None:  # as resumed from memory, in which more is saved than on the disk
         fleet.be_ready(*range(len(fleet.standings)))
         beats = [(96, "standby"), (0, "load"), (96, "data"), (97, "train")]
         fleet.pulse = Pulse(fleet.num_looks, fleet.num_looks, *beats[min(fleet.num_looks, 6) // 2])
         if fleet.generation == 0 and fleet.num_looks > 6:
             fleet.end(1)
-            if late and time.monotonic() > late[0] + 1.0:
+            if fleet.told_s and time.monotonic() > fleet.told_s[0] + 1.0:
                 fleet.standings[0] = Standing(0, "quiesced")
         elif fleet.generation == 1:
             fleet.finish()
 
     care = care_of(tmp_path, lambda: 50, shrink=False, abort_timeout_s=0.2)
-    assert supervise(Busy(job, 3, script), job, care) == "completed"
+    assert supervise(Deaf(job, 3, script), job, care) == "completed"
     assert losses_of(care) == [[(1, "dead")]]
 
 
