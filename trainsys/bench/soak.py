@@ -199,7 +199,8 @@ class _Striker:
             self._next_s += self._every_s
             self._num += 1
             step = _step(self._folder)
-            fault = Fault(kind=self._chance.choice(_KINDS), rank=self._chance.randrange(3), step=step + 2)
+            # Two steps may have begun since that was recorded: one then, another while all records were read.
+            fault = Fault(kind=self._chance.choice(_KINDS), rank=self._chance.randrange(3), step=step + 3)
             drill.order(self._folder, fault)
             where = f"rank {fault.rank}, step {fault.step}"
             print(f"[soak] {now_s - self._begun_s:.0f} s: fault {self._num}: {fault.kind} in {where}", flush=True)
