@@ -83,7 +83,7 @@ class Follower:
                 if self._files.get(rank) == file:
                     continue
                 reader = RingReader(path)
-            except (OSError, RingError):  # it is being made, or its disk does not answer now
+            except (FileNotFoundError, RingError):  # it is being made
                 continue
             if rank in self._readers:
                 self._readers[rank].close()  # a ring of an earlier launch

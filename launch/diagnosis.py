@@ -16,6 +16,7 @@ from faulttol.health import Vitals
 from faulttol.history import Follower
 from faulttol.probing import Asking, Locator
 from faulttol.ring import remove_rings
+from faulttol.unrecorded import without_unrecorded
 from launch.records import append_line
 
 _LOOK_S = 0.5
@@ -74,9 +75,14 @@ class Diagnosis:
         if self._follower is None or (now_s - self._looked_s < _LOOK_S and not at_once):
             return ()
         self._looked_s = now_s
-        view = self._follower.look(vitals)
         observation = self._observation
+        try:
+            view = self._follower.look(vitals)
+        except OSError as error:  # what is found is what was: a disk that does not answer ends no job
+            log.warning("%s: cannot be looked at now: %s", observation.rings, error)
+            return ()
         self._memory, found = observe(self._memory, view, observation.detector, observation.health)
+        found = without_unrecorded(view, found)
         if self._locator is not None:
             found = self._locator.look(now_s, found, is_settled=self._memory.baseline is not None)
         self._current = found

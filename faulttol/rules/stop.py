@@ -11,7 +11,7 @@ from faulttol.events import CollectiveEvent, RankRecord
 from faulttol.finding import Finding, FindingKind, Suspect
 from faulttol.health import Condition, Health, assess
 from faulttol.rules.program import deviation, mismatches
-from faulttol.rules.waiting import ROOTED, Chain, chains
+from faulttol.rules.waiting import Chain, chains
 from faulttol.view import JobView
 
 _LAST = 8
@@ -34,8 +34,7 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
     process apart more slowly than its peers die of it. Nobody is accused for half a second then.
 
     Who is gone, frozen or stuck explains why others wait; so hangs are reported only when no rank is. What does not
-    fit together explains why ranks died of it; so does an operation that a rank never made before and that failed. A
-    rank that takes part and records nothing is not accused of a hang: of it only its signs of life tell.
+    fit together explains why ranks died of it; so does an operation that a rank never made before and that failed.
     """
     conditions = [assess(vitals, health) for _, vitals in sorted(view.vitals.items())]
     sick = [found for found in conditions if found.condition in _BY_CONDITION]
@@ -49,8 +48,7 @@ def stops(view: JobView, config: DetectorConfig, health: HealthConfig) -> list[F
         return wrong + [finding for finding in unwell if not set(finding.culprits) <= victims | accused]
     if unwell:
         return unwell
-    there = (chain for chain in chains(view) if not _is_unrecorded(view, chain))
-    hangs = [_hang(view, chain) for chain in there if chain.age_s > patience_s(view, chain, config, health)]
+    hangs = [_hang(view, chain) for chain in chains(view) if chain.age_s > patience_s(view, chain, config, health)]
     return hangs or _idle(view, conditions)
 
 
@@ -64,20 +62,6 @@ def patience_s(view: JobView, chain: Chain, config: DetectorConfig, health: Heal
     if chain.kind == "sink" and _opens(view, chain.ranks[0]):  # others give a standing loop up at `stalled_after_s`
         return max(limit_s, min(limit_s * health.patience, health.stalled_after_s / 2))
     return limit_s
-
-
-def _is_unrecorded(view: JobView, chain: Chain) -> bool:
-    """Whether the waiting ends at a rank without a record that was in collectives which the others ended."""
-    rank = chain.ranks[0]
-    return (
-        chain.kind == "sink"
-        and rank not in view.records
-        and any(
-            event.state == "ended" and rank in event.group_ranks and not event.is_message and event.kind not in ROOTED
-            for record in view.records.values()
-            for event in record.events
-        )
-    )
 
 
 def _opens(view: JobView, rank: int) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from faulttol.events import CollectiveEvent
 from faulttol.view import JobView, Operation, OperationKey, key_of, match
 
-ROOTED = frozenset({"broadcast", "reduce", "scatter", "gather"})
+_ROOTED = frozenset({"broadcast", "reduce", "scatter", "gather"})
 """Kinds that are over for some members before others have the result."""
 
 
@@ -109,7 +109,7 @@ def _last_entered(view: JobView) -> dict[tuple[str, int, int, int], int]:
 
 def _is_over(operation: Operation, event: CollectiveEvent) -> bool:
     """True when others ended what this rank has only not waited for yet."""
-    if event.kind in ROOTED or event.kind == "recv":  # a message sent may still be on its way
+    if event.kind in _ROOTED or event.kind == "recv":  # a message sent may still be on its way
         return False
     return any(other.state == "ended" for other in operation.events.values() if other.rank != event.rank)
 
