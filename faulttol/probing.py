@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 _LOG = logging.getLogger(__name__)
-_OF_GENERATION = re.compile(r"probe\.generation(\d+)(?!\d)")
+_OF_GENERATION = re.compile(r"probe\.generation(\d+)")
 _PATIENCE_S = 30.0
 """For an answer; then what the steps alone tell has to do, and the ranks are asked again."""
 _AGAIN_S = 5.0

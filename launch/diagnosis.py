@@ -50,7 +50,7 @@ class Diagnosis:
         self._generation = -1
         self._memory = Memory()
         self._told: set[object] = set()
-        self._looked_s = 0.0
+        self._looked_s, self._is_blind = 0.0, False
         self._current: tuple[Finding, ...] = ()
 
     def begin(self, generation: int, world_size: int) -> None:
@@ -79,8 +79,11 @@ class Diagnosis:
         try:
             view = self._follower.look(vitals)
         except OSError as error:  # what is found is what was: a disk that does not answer ends no job
-            log.warning("%s: cannot be looked at now: %s", observation.rings, error)
+            if not self._is_blind:
+                log.warning("%s: cannot be looked at now: %s", observation.rings, error)
+            self._is_blind = True
             return ()
+        self._is_blind = False
         self._memory, found = observe(self._memory, view, observation.detector, observation.health)
         found = without_unrecorded(view, found)
         if self._locator is not None:

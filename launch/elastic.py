@@ -30,8 +30,9 @@ from launch.diagnosis import Diagnosis, told
 from launch.entry import Returned
 from launch.errors import LaunchError
 from launch.fleet import Fleet, Recovery
-from launch.isolation import FENCED, Isolation
+from launch.isolation import Isolation
 from launch.job import Job, JobResult
+from launch.losses import FENCED
 from launch.member import Ending, Member, Trouble
 from launch.narration import Narrator
 from launch.roster import POLL_S, Roster
@@ -116,7 +117,7 @@ class _Watch:
         self._counts: dict[int, int] = {}
         """Of the members' progress when they got their places."""
         self._saved_when_whole: int | None = None
-        self._last_saved = -1
+        self._last_saved, self._is_blind = -1, False
         self._straggler = self._new_straggler()
         self._incidents: list[Incident] = []
 
@@ -310,9 +311,13 @@ class _Watch:
         return Straggler(self._recovery.policy, self._recovery.total_steps, self._saved_step)
 
     def _saved_step(self) -> int:
-        """The newest step that the job could go on from; as it was, while the disk does not answer."""
-        with contextlib.suppress(OSError):
-            self._last_saved = self._recovery.saved_step()
+        """The newest step that the job could go on from; as it was, while the disk does not answer, which is told."""
+        try:
+            self._last_saved, self._is_blind = self._recovery.saved_step(), False
+        except OSError as error:
+            if not self._is_blind:
+                self._narrator.say(f"cannot tell what is saved, and takes it for as much as before: {error}")
+            self._is_blind = True
         return self._last_saved
 
     def _is_done(self, member: Member) -> bool:

@@ -6,15 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-from faulttol import fence
 from faulttol.finding import Finding, FindingKind
 from faulttol.policy import Loss
 from launch import orders
+from launch.losses import FENCED
 from launch.member import Ending, Member, Trouble
 from launch.roster import POLL_S, Roster
-
-FENCED = fence.Fenced.__name__
-"""The error of a rank that met the fence of a newer generation."""
 
 _LAGGARD_S = 1.0  # for the last ones to leave a generation that stands still, once others have
 _NAMED_LAGGARD_S = 0.1  # where those are whom the records name: who waits for nobody leaves no collective

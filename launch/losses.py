@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from faulttol.fence import Fenced
 from faulttol.health import Condition
 from faulttol.policy import Loss, LossKind
 from launch.errors import Reason
+
+FENCED = Fenced.__name__
+"""The error of a rank that met the fence of a newer generation."""
 
 KINDS: dict[Condition, LossKind] = {
     Condition.DEAD: "dead",

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from faulttol.config import HealthConfig
-from faulttol.fence import Fenced
 from faulttol.health import Condition, Health, Vitals, assess
 from faulttol.policy import Loss
 from faulttol.recovery import Standing
 from launch import verdict
 from launch.entry import Raised, Returned
 from launch.fleet import MemberReport
-from launch.losses import KINDS, raised
+from launch.losses import FENCED, KINDS, raised
 from launch.verdict import RankStatus
 
 UNFIT_S = 10.0
@@ -39,8 +38,6 @@ class Member:
     """In the current generation, until that has ended for it."""
     is_ended: bool = False
     """By the supervisor."""
-    has_been_ready: bool = False
-    """Whether it ever waited for a place."""
     has_had_place: bool = False
     seen_at_s: float | None = None
     """When its process was first seen; None before, as while its cluster has no room for it."""
@@ -55,6 +52,11 @@ class Member:
     @property
     def is_gone(self) -> bool:
         return self.is_ended or self.status.exit is not None or self.status.outcome is not None
+
+    @property
+    def has_been_ready(self) -> bool:
+        """Whether it ever waited for a place, which is its first word."""
+        return self.standing is not None
 
     @property
     def is_ready(self) -> bool:
@@ -72,7 +74,7 @@ class Member:
         self.vitals = report.vitals
         self.status = verdict.observe(self.status, report.report, now_s)
         if report.standing is not None:
-            self.standing, self.has_been_ready = report.standing, True
+            self.standing = report.standing
         self.health = None if report.vitals is None else assess(report.vitals, config)
         if report.vitals is not None and self.seen_at_s is None:
             self.seen_at_s = now_s
@@ -140,7 +142,7 @@ class Member:
         standing = self.standing
         if standing is None or not standing.was_aborted or verdict.tells_of_lost_peer(standing.messages):
             return ""
-        return "" if standing.messages[0].startswith(f"{Fenced.__name__}:") else standing.messages[0]
+        return "" if standing.messages[0].startswith(f"{FENCED}:") else standing.messages[0]
 
     def own_loss(self) -> Loss:
         """Why it is gone."""

@@ -93,6 +93,7 @@ _AT_LEAST_ONE = (
     "metrics.every",
     "profile.num_steps",
     "faulttol.health.patience",
+    "faulttol.policy.failed_starts_limit",
     "faulttol.policy.no_progress_limit",
     "faulttol.policy.same_error_limit",
     *(f"parallel.{axis}" for axis in get_args(Axis)),

@@ -457,9 +457,11 @@ def test_what_a_disk_that_hiccups_does_not_tell_ends_no_job(job: Job, tmp_path: 
             raise OSError(errno.ESTALE, "Stale file handle")
         return saved[0]
 
-    care = care_of(tmp_path, saved_step)
-    assert supervise(Fleet(job, 3, script), job, care) == "completed"
+    care, said = care_of(tmp_path, saved_step), list[bytes]()
+    result = elastic.supervise(Fleet(job, 3, script), job, care, stop_grace_s=1.0, on_output=said.append)
+    assert result.outcome == "completed"
     assert losses_of(care) == [[(1, "dead")]]
+    assert b"".join(said).count(b"cannot tell what is saved, and takes it for as much as before: [Errno 116]") == 1
 
 
 def test_a_launch_that_another_has_overtaken_does_not_take_the_run_back(job: Job, tmp_path: Path) -> None:
