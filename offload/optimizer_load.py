@@ -18,6 +18,7 @@ def load(machine: Machine, parameters: Sequence[torch.Tensor], entries: Mapping[
 
     Without a `master` the parameter's value is it; without an entry the parameter has made no step.
     """
+    machine.settle()  # what is still on its way back would come over what is loaded
     machine.drop_prefetched()
     values: list[dict[str, torch.Tensor]] = []
     for number, parameter in enumerate(parameters):

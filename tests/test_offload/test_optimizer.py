@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from offload.errors import OptimizerError
 from offload.gates import PendingParameter
 from offload.optimizer import TieredAdamW, Tiering
 from offload.schedule import Budget, Mode
+from offload.transfer import _ThreadLane
 from tests.test_offload.reference import HYPER, Reference, decay_groups, differences, small_model, train
 
 NUMEL = 1600
@@ -112,6 +114,31 @@ def test_what_is_loaded_between_backward_and_step_replaces_states_that_came_earl
     for number, plain in found[0].items():
         for kind, value in plain.items():
             assert torch.equal(found[1][number][kind], value), (number, kind)
+
+
+def test_states_that_are_still_on_their_way_back_do_not_come_over_what_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update is over before its states are back in host memory."""
+    run = _ThreadLane.run
+
+    def slowly(lane: _ThreadLane, work: Callable[[], None], **how: Any) -> Any:
+        def late() -> None:
+            time.sleep(0.02 if lane.name == "states down" else 0.0)
+            work()
+
+        return run(lane, late, **how)
+
+    monkeypatch.setattr(_ThreadLane, "run", slowly)
+    model = small_model(torch.bfloat16)
+    with tiering(1, tmp_path) as settings, optimizer_of(model, "defer", None, settings) as optimizer:
+        train(model, optimizer, steps=1)
+        saved = optimizer.state_dict()
+        train(model, optimizer, steps=1)
+        optimizer.load_state_dict(saved)
+        loaded = optimizer.state_dict()["state"]
+    for number, kinds in saved["state"].items():
+        assert all(torch.equal(loaded[number][kind], value) for kind, value in kinds.items()), number
 
 
 def test_the_torch_kernel_gives_the_same_bits(tmp_path: Path) -> None:
